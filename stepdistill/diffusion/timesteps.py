@@ -1,0 +1,65 @@
+"""How noise levels are drawn for a loss, and which ladder of times a few-step sampler walks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.errors import Refusal
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """A distribution of noise levels, written on the fraction axis before the model's shift.
+
+    uniform: p ~ U(low, high). logit-normal: p = sigmoid(N(mean, std)), clamped to (low, high) (Esser et al. 2024).
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    shape: Literal["uniform", "logit_normal"] = "uniform"
+    mean: float = 0.0
+    std: float = 1.0
+
+    def times(self, schedule: NoiseSchedule, uniform: Tensor) -> Tensor:
+        """Native times, float64, for uniform numbers in [0, 1) of any shape; VP times are integers.
+
+        DMD2's {20..980} of 1000 is low = 0.02, high = 0.98; its fake score's {0..999} is the default.
+        """
+        u = uniform.double()
+        if self.shape == "logit_normal":
+            normal = self.mean + self.std * torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
+            p = torch.sigmoid(normal).clamp(self.low, self.high)
+        else:
+            p = self.low + (self.high - self.low) * u
+        if schedule.is_flow:
+            # a flow model is not defined at sigma = 0 exactly, where eps cannot be recovered from x_t
+            p = p.clamp(1e-3, 1.0)
+        return schedule.time_at(p)
+
+
+def few_step_ladder(schedule: NoiseSchedule, steps: int) -> tuple[float, ...]:
+    """Times of an N-step student, noisiest first, without the clean end.
+
+    VP: start at N - 1 and go down by floor(N / steps), e.g. 999, 749, 499, 249 (DMD2; diffusers' trailing spacing).
+    Flow: fractions 1, 1 - 1/steps, ..., through the model's shift, e.g. 1, .9, .75, .5 at shift 3.
+    """
+    if steps < 1 or (not schedule.is_flow and steps > schedule.train_steps):
+        raise Refusal(f"a ladder of {steps} steps was asked for: use a number between 1 and {schedule.train_steps}")
+    if schedule.is_flow:
+        fractions = 1 - torch.arange(steps, dtype=torch.float64) / steps
+        return tuple(schedule.time_at(fractions).tolist())
+    stride = schedule.train_steps // steps
+    return tuple(float(schedule.train_steps - 1 - i * stride) for i in range(steps))
+
+
+def trailing_ladder(schedule: NoiseSchedule, steps: int) -> tuple[float, ...]:
+    """Times of a many-step solver with diffusers' `timestep_spacing="trailing"`: round(N (1 - i / steps)) - 1."""
+    if schedule.is_flow:
+        return few_step_ladder(schedule, steps)
+    n = schedule.train_steps
+    return tuple(float(round(n - i * n / steps) - 1) for i in range(steps))
