@@ -1,0 +1,197 @@
+"""YAML -> typed, validated configuration. An unknown key is an error that names the nearest valid one.
+
+Imports no method and no torch: a method's own options are validated by its `Config` class, found through the registry.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stepdistill.errors import Refusal
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of every configuration section: frozen, and no key that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Settings):
+    """The teacher."""
+
+    path: str = Field(description="diffusers folder, hub id, single .safetensors file, or 'builtin:teacher'")
+    family: str | None = Field(None, description="registered family; found from the checkpoint where omitted")
+    config_dir: str | None = Field(None, description="diffusers folder with the configs of a single-file checkpoint")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of the frozen base")
+    size: tuple[int, int] | None = Field(None, description="(height, width) in pixels; the checkpoint's own by default")
+    negative_prompt: str = Field("", description="prompt of the unconditional branch in teacher guidance")
+
+
+class RoleConfig(Settings):
+    """How a trainable role is held."""
+
+    mode: Literal["lora", "full"] = "lora"
+    rank: int = Field(64, gt=0, description="LoRA rank")
+    alpha: float = Field(64.0, gt=0, description="LoRA alpha; the delta is scaled by alpha / rank")
+    targets: str | list[str] = Field("all", description="preset 'all' or 'attention', or module-name suffixes")
+    rank_pattern: dict[str, int] = Field(default_factory=dict, description="regular expression -> rank, as in peft")
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="regular expression -> alpha, as in peft")
+
+
+class OptimizerConfig(Settings):
+    """AdamW for one role. Schedules count this role's own updates."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+    eps: float = Field(1e-8, gt=0)
+    warmup: int = Field(0, ge=0, description="linear warm-up, in this role's updates")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    decay_updates: int = Field(0, ge=0, description="updates over which linear or cosine falls to 0")
+    clip: float = Field(10.0, ge=0, description="gradient norm; 0 is off")
+
+
+class RoleConfigs(Settings):
+    generator: RoleConfig = RoleConfig()
+    fake_score: RoleConfig = RoleConfig()
+
+
+class OptimizerConfigs(Settings):
+    generator: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    fake_score: OptimizerConfig = OptimizerConfig(lr=1e-5)
+
+
+class DataConfig(Settings):
+    """Where prompts, images and teacher data come from. A method says what it needs."""
+
+    prompts: str | None = Field(
+        None, description=".txt, .jsonl, .csv or .parquet file, or 'builtin:general', 'builtin:fashion'"
+    )
+    prompt_column: str | None = Field(None, description="column or key of the prompt in a table")
+    images: str | None = Field(None, description="folder of images with captions, for the GAN term")
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    max_bad_share: float = Field(
+        0.05, ge=0, le=1, description="stop when more than this share of the images is unreadable"
+    )
+    pairs: str | None = Field(None, description="folder made by 'stepdistill collect pairs'")
+    workers: int = Field(0, ge=0, description="image loading processes")
+
+
+class TrainingConfig(Settings):
+    max_steps: int = Field(gt=0, description="iterations, absolute: a resumed run stops at the same number")
+    batch_size: int = Field(1, gt=0, description="per process and micro-batch")
+    accumulation: int = Field(1, gt=0, description="micro-batches per optimizer step")
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    ema: float = Field(0.0, ge=0, lt=1, description="EMA decay of the generator, per generator update; 0 is off")
+    device: str | None = Field(None, description="'cuda', 'cpu', 'mps'; the best available by default")
+    threads: int | None = Field(None, gt=0, description="CPU threads")
+    save_every: int = Field(500, gt=0, description="iterations between checkpoints; one is always written at the end")
+    keep: int = Field(2, gt=0, description="newest checkpoints kept")
+    log_every: int = Field(10, gt=0)
+    grid_every: int = Field(0, ge=0, description="iterations between sample grids; 0 draws one at the end only")
+    grid_prompts: int = Field(8, gt=0)
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    max_bad_steps: int = Field(10, gt=0, description="non-finite steps in a row that stop the run")
+
+
+class RunConfig(Settings):
+    """One training run, as a YAML file."""
+
+    model: ModelConfig
+    method: dict[str, Any] = Field(description="'name' and the options of that method")
+    roles: RoleConfigs = RoleConfigs()
+    optimizers: OptimizerConfigs = OptimizerConfigs()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig
+    output: str = "runs/run"
+    init: str | None = Field(None, description="earlier run whose trained roles this one starts from (staged training)")
+
+    @property
+    def method_name(self) -> str:
+        return str(self.method.get("name", ""))
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        return {key: value for key, value in self.method.items() if key != "name"}
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a training config and apply `a.b=value` overrides (values in YAML syntax). Raises as `read_settings`."""
+    return read_settings(RunConfig, path, overrides)
+
+
+def read_settings(section: type[S], path: str | Path, overrides: list[str] | None = None) -> S:
+    """Read a YAML file into any kind of settings.
+
+    Raises:
+        Refusal: missing file, not YAML, unknown key, wrong type or range.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise Refusal(
+            f"there is no config file {str(file)!r}: give the path of a YAML file, such as configs/quickstart.yaml"
+        )
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refusal(f"{str(file)!r} is not valid YAML ({' '.join(str(error).split())}): mend it") from None
+    if not isinstance(data, dict):
+        raise Refusal(f"{str(file)!r} holds no mapping at its top level: start from one of the files in configs/")
+    for override in overrides or []:
+        _apply(data, override)
+    return parse(section, data, where=file.name)
+
+
+def parse(section: type[S], data: Any, where: str) -> S:
+    """Validate; turns pydantic's report into one sentence about the first error."""
+    try:
+        return section.model_validate(data)
+    except ValidationError as error:
+        raise Refusal(_sentence(section, error, where)) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise Refusal(
+            f"the override {override!r} is not of the form section.key=value: write, say, training.max_steps=100"
+        )
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise Refusal(f"the override {override!r} goes through {parent!r}, which is not a section: check the key")
+    node[last] = yaml.safe_load(value)
+
+
+def _sentence(section: type[Settings], error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(section, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}" if near else f"valid keys there are {', '.join(map(repr, known))}"
+        return f"{where} has the unknown key {path!r}: {hint}"
+    if first["type"] == "missing":
+        return f"{where} lacks the key {path!r}: add it"
+    return f"{where} has {path!r} = {json.dumps(first['input'], default=str)}, but {first['msg'][0].lower()}{first['msg'][1:]}: change it"
+
+
+def _keys_at(section: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
+            return []
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,129 @@
+"""Denoiser: all that a method sees of a model. Network + schedule + family -> x0, eps, velocity, in float32 at the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.prediction import Prediction, convert, guide, to_eps, to_x0
+from stepdistill.diffusion.schedule import NoiseSchedule, Time, full
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.families.base import Family
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a network says at x_t, each (B, ...) in float32 or better."""
+
+    x0: Tensor
+    eps: Tensor
+    raw: Tensor
+    """In the network's own prediction type."""
+
+
+class _Reached(Exception):
+    """Carries features out of a forward pass that is not wanted beyond them."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+
+class Denoiser:
+    """One role's view of a network.
+
+    Args:
+        network: the module that is called (always the root, so that wrappers such as FSDP see every forward).
+        family: knows how to call it.
+        schedule: the checkpoint's noise schedule.
+        enter: context under which the network plays this role (selects adapters).
+        autocast: dtype for the network's forward alone; conversions never run inside it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        family: Family,
+        schedule: NoiseSchedule,
+        enter: Callable[[], AbstractContextManager[None]] = nullcontext,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.network = network
+        self.family = family
+        self.schedule = schedule
+        self.enter = enter
+        self.autocast = autocast
+
+    def estimate(self, x_t: Tensor, t: Time, cond: Conditioning) -> Estimate:
+        """Shapes: x_t (B, ...), t () or (B,) native times, cond of B rows."""
+        raw = full(self._forward(x_t, t, cond))
+        x = full(x_t)
+        alpha, sigma = self.schedule.levels(t, x)
+        prediction = self.schedule.prediction
+        return Estimate(to_x0(raw, x, alpha, sigma, prediction), to_eps(raw, x, alpha, sigma, prediction), raw)
+
+    def x0(self, x_t: Tensor, t: Time, cond: Conditioning) -> Tensor:
+        """The network's estimate of the clean sample."""
+        return self.estimate(x_t, t, cond).x0
+
+    def epsilon(self, x_t: Tensor, t: Time, cond: Conditioning) -> Tensor:
+        """The network's estimate of the noise."""
+        return self.estimate(x_t, t, cond).eps
+
+    def velocity(self, x_t: Tensor, t: Time, cond: Conditioning) -> Tensor:
+        """v = alpha eps - sigma x0 for VP, u = eps - x0 for flow matching."""
+        estimate = self.estimate(x_t, t, cond)
+        alpha, sigma = self.schedule.levels(t, estimate.x0)
+        native = self.schedule.prediction
+        target = Prediction.FLOW if self.schedule.is_flow else Prediction.V
+        return convert(estimate.raw, full(x_t), alpha, sigma, native, target)
+
+    def guided(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning, w: Tensor | float) -> Tensor:
+        """x0 under classifier-free guidance; one batched call of 2B rows, a plain call where w = 1.
+
+        w: float or (B,); w = 1 is off.
+        """
+        if not isinstance(w, Tensor) and w == 1:
+            return self.x0(x_t, t, cond)
+        uncond, conditional = self.both(x_t, t, cond, null)
+        if isinstance(w, Tensor):
+            w = w.to(uncond).reshape(-1, *(1,) * (uncond.ndim - 1))
+        return guide(uncond, conditional, w)
+
+    def both(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning) -> tuple[Tensor, Tensor]:
+        """(unconditional x0, conditional x0) from one batched call of 2B rows."""
+        times = torch.as_tensor(t).expand(len(x_t)) if torch.as_tensor(t).ndim == 0 else torch.as_tensor(t)
+        x0 = self.x0(torch.cat([x_t, x_t]), torch.cat([times, times]), Conditioning.cat([null, cond]))
+        uncond, conditional = x0.chunk(2)
+        return uncond, conditional
+
+    def features(self, x_t: Tensor, t: Time, cond: Conditioning) -> Tensor:
+        """Features (B, C, h, w) of the family's feature module (h = w = 1 for flat ones); the rest is not run.
+
+        The forward is left from inside the wrapped root by an exception, since calling a part directly breaks wrappers.
+        """
+
+        def leave(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
+            raise _Reached(output)
+
+        handle = self.family.feature_module(self.network).register_forward_hook(leave)
+        try:
+            self._forward(x_t, t, cond)
+        except _Reached as reached:
+            features = reached.features
+            return features[..., None, None] if features.ndim == 2 else features
+        finally:
+            handle.remove()
+        raise RuntimeError(f"the feature module of family {self.family.name!r} was never called")
+
+    def _forward(self, x_t: Tensor, t: Time, cond: Conditioning) -> Tensor:
+        parameter = next(self.network.parameters())
+        times = torch.as_tensor(t).to(x_t.device).expand(len(x_t))
+        dtype = self.autocast or parameter.dtype
+        mixed = self.autocast is not None and self.autocast != parameter.dtype
+        device = x_t.device.type
+        with self.enter(), torch.autocast(device, dtype=self.autocast) if mixed else nullcontext():
+            return self.family.call(self.network, x_t.to(dtype), times, cond.to(x_t.device, dtype))

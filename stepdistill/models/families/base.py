@@ -1,0 +1,128 @@
+"""What the rest of the house may ask of a family. Nothing outside a family file knows a network's conventions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.models.conditioning import Conditioning, ImageSize
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself; read from JSON alone, before any weight is loaded.
+
+    Attributes:
+        source: the folder, hub id or file as the user wrote it.
+        folder: the local diffusers folder whose configs are used.
+        single_file: the `.safetensors` file in the original key format, where the weights come from one.
+        family: registered name.
+        network_config: `config.json` of the denoising network.
+        scheduler_config: `scheduler_config.json`.
+        schedule: the noise schedule of that config.
+        latent_channels: channels of x_t.
+        downsampling: image pixels per latent pixel, along each side.
+        default_size: (height, width) in pixels that the checkpoint draws by default.
+        licence: SPDX-like id of the model card, None where the folder has none.
+    """
+
+    source: str
+    folder: Path
+    single_file: Path | None
+    family: str
+    network_config: Mapping[str, Any]
+    scheduler_config: Mapping[str, Any]
+    schedule: NoiseSchedule
+    latent_channels: int
+    downsampling: int
+    default_size: tuple[int, int]
+    licence: str | None = None
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of x_t for an image of (height, width) pixels."""
+        height, width = size or self.default_size
+        return self.latent_channels, height // self.downsampling, width // self.downsampling
+
+
+@dataclass
+class Checkpoint:
+    """A loaded checkpoint. `pipeline` holds the stock diffusers pipeline (its network included); None for `analytic`."""
+
+    info: CheckpointInfo
+    network: nn.Module
+    pipeline: DiffusionPipeline | None
+
+
+class Family(ABC):
+    """A family of checkpoints. Instances hold no state."""
+
+    name: ClassVar[str]
+    pipeline_name: ClassVar[str]
+    """Class name in `model_index.json` (the text-to-image pipeline that exports are loaded with)."""
+    network_component: ClassVar[str]
+    """Attribute of the pipeline that holds the network: `unet` or `transformer`; also the prefix of LoRA keys."""
+
+    @abstractmethod
+    def inspect(self, source: str, folder: Path, single_file: Path | None) -> CheckpointInfo:
+        """Read and check the configs of a checkpoint; loads no weight. Raises Refusal."""
+
+    @abstractmethod
+    def load(self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str) -> Checkpoint:
+        """Load network and pipeline components; the network frozen, in eval mode; the VAE always in float32."""
+
+    @abstractmethod
+    def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The network's raw output in the schedule's prediction type (sign and extra channels mended), shape of x_t.
+
+        t has shape (B,), native times of the schedule; the family converts it to what its network wants.
+        """
+
+    @abstractmethod
+    def encode(self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+        """Conditioning of prompts, B rows, equal to what the stock pipeline passes to its network."""
+
+    @abstractmethod
+    def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
+        """The unconditional branch as the stock pipeline builds it for this negative prompt, one row per size."""
+
+    @abstractmethod
+    def encode_images(self, checkpoint: Checkpoint, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled (and shifted) latents of images (B, 3, H, W) in [-1, 1]; posterior mean, or a sample if noise is given."""
+
+    @abstractmethod
+    def decode(self, checkpoint: Checkpoint, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of scaled latents."""
+
+    @abstractmethod
+    def feature_module(self, network: nn.Module) -> nn.Module:
+        """The module whose output a discriminator head reads (UNets: the mid block)."""
+
+    @abstractmethod
+    def feature_channels(self, info: CheckpointInfo) -> int:
+        """Channels of that output."""
+
+    @abstractmethod
+    def feature_stride(self, info: CheckpointInfo) -> int:
+        """Latent pixels per feature pixel, along each side."""
+
+    @abstractmethod
+    def lora_targets(self, preset: str) -> tuple[str, ...]:
+        """Module-name suffixes for peft of a preset: `attention`, or `all` (DMD2's list of linears and convolutions)."""
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self, network: nn.Module, function: Callable[..., Tensor]) -> None:
+        """Checkpoint the network's blocks through `function(module, *args)`; a family without blocks does nothing."""
+
+    @abstractmethod
+    def write_tiny(self, folder: Path, variant: str = "default", seed: int = 0) -> None:
+        """Write a tiny random checkpoint in diffusers format; every variant in `tiny_variants` joins the test matrix."""
+
+    tiny_variants: ClassVar[tuple[str, ...]] = ("default",)

@@ -1,0 +1,54 @@
+"""Discriminator heads on features of a network."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FeatureHead(nn.Module):
+    """DMD2's classifier on mid-block features (its section 4.3 and code): strided convolutions down to one logit.
+
+    (B, C, h, w) -> (B,). The number of stride-2 stages follows from h, w, so that SD at 512 px (8x8 features), SDXL at
+    1024 px (32x32) and an 8x8-latent toy (4x4) all end at 1x1.
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int], width: int | None = None) -> None:
+        super().__init__()
+        width = width or channels
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if width % g == 0)
+        layers: list[nn.Module] = []
+        side, inputs = min(size), channels
+        while side > 4:
+            layers += [nn.Conv2d(inputs, width, 4, 2, 1), nn.GroupNorm(groups, width), nn.SiLU()]
+            side, inputs = side // 2, width
+        layers += [nn.Conv2d(inputs, width, side, side), nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, 1, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features.to(next(self.parameters()).dtype)).flatten(1).mean(1)
+
+
+GanLoss = Literal["logistic", "hinge"]
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, kind: GanLoss) -> Tensor:
+    """Non-saturating logistic (Goodfellow et al. 2014) or hinge loss of the discriminator; logits (B,)."""
+    if kind == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def generator_loss(fake: Tensor, kind: GanLoss) -> Tensor:
+    """The generator's side of the same game."""
+    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+
+
+def seeded_head(channels: int, size: tuple[int, int], seed: int, width: int | None = None) -> FeatureHead:
+    """A head with weights drawn from `seed`, leaving the global generator untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FeatureHead(channels, size, width)

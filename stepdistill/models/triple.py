@@ -1,0 +1,221 @@
+"""The triple generator / fake_score / real_score, and any further named role, on as few networks as possible.
+
+real_score is the frozen base. A `lora` role is a named adapter on that base; a `full` role is a network of its own in
+float32. Both may be mixed, and a method cannot tell which it was given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.draws import derive_seed
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.errors import Refusal
+from stepdistill.models.adapters import AdapterBank, LoraSettings, stock_checkpointed
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.families.base import Family
+
+GENERATOR, FAKE_SCORE, REAL_SCORE = "generator", "fake_score", "real_score"
+
+
+@dataclass(frozen=True)
+class RoleLayout:
+    """How one role is held: an adapter on the base, or a full network."""
+
+    mode: Literal["lora", "full"]
+    lora: LoraSettings | None = None
+
+
+class Triple:
+    """Roles by name; `generator`, `fake_score` and `real_score` as attributes.
+
+    Args:
+        network: the base; frozen here for good.
+        family, schedule: of its checkpoint.
+        layouts: role name -> layout, for every trainable role.
+        compute_dtype: dtype of the networks' forwards; full roles keep float32 weights under autocast.
+        seed: of the adapters' random A matrices.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        family: Family,
+        schedule: NoiseSchedule,
+        layouts: Mapping[str, RoleLayout],
+        *,
+        compute_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.base = network.eval().requires_grad_(False)
+        self.family = family
+        self.schedule = schedule
+        self.compute_dtype = compute_dtype
+        self.seed = seed
+        self.bank = AdapterBank(self.base)
+        self.layouts: dict[str, RoleLayout] = {}
+        self.networks: dict[str, nn.Module] = {}
+        self.heads: dict[str, dict[str, nn.Module]] = {}
+        self._checkpointing = False
+        # full copies are taken from the base before adapters are injected into it
+        for name, layout in sorted(layouts.items(), key=lambda item: item[1].mode):
+            self.add_role(name, layout)
+
+    # ---------------------------------------------------------------- roles
+
+    @property
+    def generator(self) -> Denoiser:
+        return self.denoiser(GENERATOR)
+
+    @property
+    def fake_score(self) -> Denoiser:
+        return self.denoiser(FAKE_SCORE)
+
+    @property
+    def real_score(self) -> Denoiser:
+        return self.denoiser(REAL_SCORE)
+
+    def denoiser(self, role: str) -> Denoiser:
+        """The role's denoiser. Cheap: holds no tensor of its own."""
+        if role in self.networks:
+            return Denoiser(self.networks[role], self.family, self.schedule, nullcontext, self.compute_dtype)
+        adapter = None if role == REAL_SCORE else role
+        if adapter is not None and adapter not in self.layouts:
+            raise KeyError(f"there is no role {role!r}; there are {[REAL_SCORE, *self.layouts]}")
+        return Denoiser(self.base, self.family, self.schedule, lambda: self.bank.role(adapter), self.compute_dtype)
+
+    def add_role(self, name: str, layout: RoleLayout, *, trainable: bool = True) -> None:
+        """Add a role equal to the base."""
+        if layout.mode == "full":
+            source = next(iter(self.networks.values()), self.base)
+            if source is self.base and self.bank.settings:
+                raise RuntimeError("full roles are copied from the untouched base: add them before the LoRA roles")
+            network = copy.deepcopy(source)
+            network.load_state_dict(self._base_state() if source is not self.base else source.state_dict())
+            if next(network.parameters()).dtype != torch.float64:
+                network = network.float()
+            self.networks[name] = network.eval().requires_grad_(trainable)
+        else:
+            if layout.lora is None:
+                raise ValueError(f"role {name!r} is a LoRA without LoRA settings")
+            self.bank.add(name, layout.lora, seed=derive_seed(self.seed, "lora", name), trainable=trainable)
+        self.layouts[name] = layout
+        if self._checkpointing:
+            self.enable_gradient_checkpointing()
+
+    def add_copy(self, name: str, source: str) -> None:
+        """Add an untrained role that starts equal to `source`, in float32 (EMA, frozen references)."""
+        self.add_role(name, self.layouts[source], trainable=False)
+        self.copy_role(source, name)
+
+    @torch.no_grad()
+    def reset_role(self, name: str) -> None:
+        """Set a role back to the base: zero B for a LoRA (A stays), the base's weights for a full network."""
+        if name in self.networks:
+            self.networks[name].load_state_dict(self._base_state())
+            return
+        for key, parameter in self.bank.parameters(name):
+            if ".lora_B." in key:
+                parameter.zero_()
+
+    def attach_head(self, role: str, name: str, head: nn.Module) -> None:
+        """A further trainable module that belongs to a role's optimizer (a discriminator head)."""
+        self.heads.setdefault(role, {})[name] = head
+
+    def head(self, role: str, name: str) -> nn.Module:
+        return self.heads[role][name]
+
+    # ---------------------------------------------------------------- parameters
+
+    def network_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The role's own parameters without heads: LoRA matrices, or the whole network."""
+        if role in self.networks:
+            return dict(self.networks[role].named_parameters())
+        return dict(self.bank.parameters(role))
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """All that the role's optimizer steps: its own parameters, then its heads' under `head.NAME.`."""
+        owned = self.network_parameters(role)
+        for head_name, head in self.heads.get(role, {}).items():
+            owned.update({f"head.{head_name}.{key}": value for key, value in head.named_parameters()})
+        return owned
+
+    @contextmanager
+    def training(self, role: str) -> Iterator[None]:
+        """Only this role's parameters take gradients inside: a loss that crosses another role leaves nothing there.
+
+        Must enclose forward and backward, since checkpointed segments run again in backward.
+        """
+        others = [p for name in self.layouts if name != role for p in self.parameters(name).values() if p.requires_grad]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def copy_role(self, source: str, target: str) -> None:
+        """Overwrite target's own parameters with source's (same layout)."""
+        values = self.network_parameters(source)
+        for key, parameter in self.network_parameters(target).items():
+            parameter.copy_(values[key])
+
+    @torch.no_grad()
+    def lerp_role(self, target: str, source: str, weight: float) -> None:
+        """target <- target + weight (source - target), parameter by parameter, by name (EMA)."""
+        values = self.network_parameters(source)
+        for key, parameter in self.network_parameters(target).items():
+            parameter.lerp_(values[key].to(parameter.dtype), weight)
+
+    def state(self, role: str) -> dict[str, Tensor]:
+        """Detached parameters and head buffers of a role, for a checkpoint."""
+        state = {key: value.detach() for key, value in self.parameters(role).items()}
+        for head_name, head in self.heads.get(role, {}).items():
+            state.update({f"head.{head_name}.{key}": value for key, value in head.named_buffers()})
+        return state
+
+    @torch.no_grad()
+    def load_state(self, role: str, tensors: Mapping[str, Tensor]) -> None:
+        """Load into the existing parameters.
+
+        Raises:
+            Refusal: missing or unexpected keys, or another shape; nothing is changed then.
+        """
+        own = self.state(role)
+        missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        reshaped = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
+        if missing or unexpected or reshaped:
+            raise Refusal(
+                f"the saved {role} does not fit this one: {len(missing)} missing, {len(unexpected)} unexpected and "
+                f"{len(reshaped)} differently shaped tensors (first: {(missing + unexpected + reshaped)[0]!r}): "
+                "use the rank, targets and base it was trained with"
+            )
+        for key, value in own.items():
+            value.copy_(tensors[key])
+
+    # ---------------------------------------------------------------- memory
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade compute for memory; each segment recomputes under the role of its own forward."""
+        self._checkpointing = True
+        for network, function in [
+            (self.base, self.bank.checkpointed),
+            *((n, stock_checkpointed) for n in self.networks.values()),
+        ]:
+            self.family.enable_gradient_checkpointing(network, function)
+
+    def _base_state(self) -> dict[str, Tensor]:
+        return {
+            key.replace(".base_layer.", "."): value
+            for key, value in self.base.state_dict().items()
+            if ".lora_" not in key
+        }
