@@ -1,0 +1,210 @@
+"""What a method is: configuration, needs, stages, which roles are updated when, a rollout, a loss per role, a recipe."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from stepdistill.config import Settings
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.prediction import Prediction
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.errors import Refusal
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.recipe import Recipe
+from stepdistill.models.triple import Triple
+
+ConfigT = TypeVar("ConfigT", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a configured method cannot do without; checked before any weight is loaded.
+
+    Attributes:
+        images, pairs: kinds of data beside prompts.
+        predictions: prediction types of teachers it works with; empty for all.
+        jvp: forward-mode derivatives through the network.
+    """
+
+    images: bool = False
+    pairs: bool = False
+    predictions: tuple[Prediction, ...] = ()
+    jvp: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The problem a method is posed: everything it may know of teacher and run.
+
+    Attributes:
+        schedule: the teacher's, with any dynamic shift resolved for the run's size.
+        latent_shape: (C, h, w) of x_t.
+        feature_channels, feature_size: of the network's feature module.
+        size: (height, width) in pixels.
+        base: the checkpoint's name, for recipes.
+    """
+
+    schedule: NoiseSchedule
+    latent_shape: tuple[int, ...]
+    feature_channels: int
+    feature_size: tuple[int, int]
+    size: tuple[int, int]
+    base: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, B rows throughout.
+
+    Attributes:
+        cond, null: conditional and unconditional branch of the prompts.
+        images, image_cond: scaled latents of real images and the conditioning of their captions.
+        pair_noise, pair_latents, pair_cond, pair_null: deterministic teacher pairs.
+    """
+
+    cond: Conditioning
+    null: Conditioning
+    images: Tensor | None = None
+    image_cond: Conditioning | None = None
+    pair_noise: Tensor | None = None
+    pair_latents: Tensor | None = None
+    pair_cond: Conditioning | None = None
+
+    def __len__(self) -> int:
+        return len(self.cond)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: iterations begun before this one, updates done per role, and the stage."""
+
+    iteration: int = 0
+    updates: Mapping[str, int] = field(default_factory=dict)
+    stage: int = 0
+    stage_iteration: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with its own optimizers.
+
+    Attributes:
+        name: for logs and checkpoints.
+        iterations: length; None runs to `max_steps`.
+        reset: roles set back to the base at its start.
+        copies: (source, target) roles copied at its start.
+    """
+
+    name: str = "main"
+    iterations: int | None = None
+    reset: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the updates of one micro-batch share.
+
+    Attributes:
+        batch: its inputs.
+        x_t, t: what the generator was called on, and the native times it was told, (B,).
+        x0: the generator's sample, with graph where the generator is due.
+        pair_x0: its answer to the pairs' noise, with graph likewise.
+    """
+
+    batch: Batch
+    x_t: Tensor
+    t: Tensor
+    x0: Tensor
+    pair_x0: Tensor | None = None
+
+    def detach(self) -> Rollout:
+        """The same numbers without graph, for the updates that follow the generator's."""
+        tensors = {f.name: v.detach() for f in fields(self) if isinstance(v := vars(self)[f.name], Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A loss: the scalar to differentiate and the named parts to log (detached scalars)."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Method(ABC, Generic[ConfigT]):
+    """Base of all methods. The trainer knows methods by this interface alone."""
+
+    Config: ClassVar[type[Settings]]
+    roles: ClassVar[tuple[str, ...]] = ("generator", "fake_score")
+    """Trainable roles, in the order in which they are built."""
+
+    def __init__(self, config: ConfigT, setting: Setting) -> None:
+        self.config = config
+        self.setting = setting
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.setting.schedule
+
+    @classmethod
+    @abstractmethod
+    def needs(cls, config: ConfigT) -> Needs:
+        """What this configuration needs."""
+
+    @classmethod
+    def check(cls, config: ConfigT, schedule: NoiseSchedule, *, images: bool, pairs: bool) -> None:
+        """Refuse an impossible combination, before any weight is loaded.
+
+        Raises:
+            Refusal: naming what is missing.
+        """
+        needs = cls.needs(config)
+        if needs.images and not images:
+            raise Refusal(
+                "the method's GAN term needs real images and data.images is not set: give an image folder, or set method.gan.weight to 0"
+            )
+        if needs.pairs and not pairs:
+            raise Refusal(
+                "the method's regression term needs teacher pairs and data.pairs is not set: run 'stepdistill collect pairs' first"
+            )
+        if needs.predictions and schedule.prediction not in needs.predictions:
+            wanted = ", ".join(prediction.value for prediction in needs.predictions)
+            raise Refusal(
+                f"the teacher predicts {schedule.prediction.value} and the method works with {wanted}: choose another teacher or method"
+            )
+
+    def stages(self) -> Sequence[Stage]:
+        """The stretches of the run, in order."""
+        return (Stage(),)
+
+    def prepare(self, triple: Triple) -> None:
+        """Attach heads to roles, before optimizers are made."""
+
+    @abstractmethod
+    def updates(self, progress: Progress) -> Sequence[str]:
+        """Roles updated at this iteration, in order; they share the rollouts, made before the first update."""
+
+    @abstractmethod
+    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
+        """Draw the generator's sample; with graph if and only if the generator is due first."""
+
+    @abstractmethod
+    def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
+        """The loss of one role on a micro-batch: a mean over its samples."""
+
+    @abstractmethod
+    def recipe(self) -> Recipe:
+        """How the generator must be sampled."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Running tensors of the method itself."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""

@@ -1,0 +1,274 @@
+"""What two or more methods share: the distribution-matching gradient, the fake-score loss, rollouts, GAN terms, recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.config import Settings
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.prediction import from_x0_eps
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.timesteps import NoiseLevels
+from stepdistill.diffusion.transitions import Transition, TransitionKind
+from stepdistill.errors import Refusal
+from stepdistill.methods.base import Batch, Setting
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss
+from stepdistill.models.recipe import SCHEDULERS, Recipe
+from stepdistill.models.sampler import walk
+from stepdistill.models.triple import FAKE_SCORE, Triple
+
+DmWeight = Literal["code", "paper", "exact_kl"]
+HEAD = "discriminator"
+
+
+class LevelConfig(Settings):
+    """Noise levels on the fraction axis before the flow shift."""
+
+    low: float = Field(0.02, ge=0, lt=1)
+    high: float = Field(0.98, gt=0, le=1)
+    shape: Literal["uniform", "logit_normal"] = "uniform"
+    mean: float = 0.0
+    std: float = Field(1.0, gt=0)
+
+    def levels(self) -> NoiseLevels:
+        return NoiseLevels(self.low, self.high, self.shape, self.mean, self.std)
+
+
+class GanConfig(Settings):
+    """Adversarial term on features of noised samples (DMD2, section 4.3)."""
+
+    weight: float = Field(0.0, ge=0, description="in the generator's loss; 0 turns the GAN off")
+    critic_weight: float = Field(1e-2, ge=0, description="in the fake score's loss")
+    features: Literal["fake_score", "real_score"] = Field(
+        "fake_score", description="whose mid-block features; real_score stays frozen"
+    )
+    loss: GanLoss = "logistic"
+    levels: LevelConfig = LevelConfig(low=0.0, high=1.0)
+    width: int | None = Field(None, gt=0, description="channels of the head; the features' own by default")
+
+
+# ---------------------------------------------------------------- distribution matching
+
+
+def matching_gradient(
+    x: Tensor,
+    real_x0: Tensor,
+    fake_x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    weight: DmWeight = "code",
+    floor: float = 1e-6,
+) -> Tensor:
+    """Descent direction d of the distribution-matching loss with respect to x, shape of x, without graph.
+
+    exact_kl: d KL / dx = alpha (s_fake - s_real) = (alpha/sigma)^2 (mu_fake - mu_real)                 (DMD eq. 7)
+    paper:    alpha (mu_fake - mu_real) / mean|x - mu_real|                                          (DMD eq. 8, 10)
+    code:     (mu_fake - mu_real) / mean|x - mu_real|: the released code leaves alpha out
+    The mean runs over each sample's own elements, so that a batch of 4 equals four batches of 1; `floor` keeps it off zero.
+    """
+    gap = fake_x0 - real_x0
+    if weight == "exact_kl":
+        return ((alpha / sigma).square() * gap).detach()
+    norm = (x - real_x0).abs().flatten(1).mean(1).clamp_min(floor)
+    direction = gap / norm.reshape(-1, *(1,) * (x.ndim - 1))
+    return (direction * alpha if weight == "paper" else direction).detach()
+
+
+def matching_direction(
+    x: Tensor,
+    cond: Conditioning,
+    null: Conditioning,
+    triple: Triple,
+    draws: Draws,
+    *,
+    levels: LevelConfig,
+    guidance: float,
+    weight: DmWeight,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Noise x, ask both scores without graph, and return (d, what to log). Teacher guided, fake score never."""
+    t = levels.levels().times(triple.schedule, draws.uniform("dm.t"))
+    with torch.no_grad():
+        x_t = triple.schedule.add_noise(x, draws.normal("dm.eps", x.shape[1:]), t)
+        real = triple.real_score.guided(x_t, t, cond, null, guidance)
+        fake = triple.fake_score.x0(x_t, t, cond)
+    alpha, sigma = triple.schedule.levels(t, real)
+    direction = matching_gradient(x.detach(), real, fake, alpha, sigma, weight)
+    gap = (fake - real).square().mean().sqrt() / (x.detach() - real).square().mean().sqrt().clamp_min(1e-6)
+    logged = {
+        "dm": 0.5 * direction.square().mean(),
+        "score_gap": gap,
+        "latent_mean": x.detach().mean(),
+        "latent_std": x.detach().std(),
+    }
+    return direction, logged
+
+
+def surrogate(x: Tensor, direction: Tensor) -> Tensor:
+    """0.5 mean (x - sg(x - d))^2: a scalar whose gradient with respect to x is d / numel. Its value does not fall."""
+    return 0.5 * (x - (x - direction).detach()).square().mean()
+
+
+def fake_score_loss(
+    fake: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    cond: Conditioning,
+    space: Literal["native", "x0"] = "native",
+    snr_gamma: float = 5.0,
+) -> Tensor:
+    """Denoising loss on generated samples x (no graph), in the network's own prediction type.
+
+    space = "x0" measures x0 instead, for VP weighted by min(SNR, gamma), without which high noise drowns the rest.
+    """
+    schedule = fake.schedule
+    x_t = schedule.add_noise(x, eps, t)
+    alpha, sigma = schedule.levels(t, x_t)
+    estimate = fake.estimate(x_t, t, cond)
+    if space == "native":
+        return (estimate.raw - from_x0_eps(x, eps, alpha, sigma, schedule.prediction)).square().mean()
+    error = (estimate.x0 - x).square()
+    if not schedule.is_flow:
+        error = error * (alpha / sigma).square().clamp(max=snr_gamma)
+    return error.mean()
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+def roll_out(
+    generator: Denoiser,
+    batch: Batch,
+    ladder: Sequence[float],
+    transition: Transition,
+    shape: Sequence[int],
+    draws: Draws,
+    *,
+    graph: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward simulation with one exit step for the whole global batch (DMD2, section 4.5): (x_t, t, x0 at t).
+
+    Steps before the exit run without graph; the exit call keeps one if `graph`.
+    """
+    draws = draws.for_role("rollout")
+    exit_step = draws.batch_integer("exit", len(ladder))
+    noise = draws.normal("noise", shape)
+    x_t = noise
+    if exit_step:
+        with torch.no_grad():
+            steps = walk(
+                lambda x, t: generator.x0(x, t, batch.cond),
+                generator.schedule,
+                noise,
+                ladder[: exit_step + 1],
+                transition,
+                lambda index: draws.normal(f"fresh{index}", shape),
+            )
+            for _, step in zip(range(exit_step), steps, strict=False):
+                x_t = step.x_s
+    t = torch.full((len(batch),), ladder[exit_step], dtype=torch.float64, device=x_t.device)
+    with torch.set_grad_enabled(graph):
+        return x_t, t, generator.x0(x_t, t, batch.cond)
+
+
+def noised_images(
+    generator: Denoiser, batch: Batch, ladder: Sequence[float], draws: Draws, *, graph: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Without simulation: real images noised to a step drawn per sample. The first step still sees pure noise."""
+    if batch.images is None or batch.image_cond is None:
+        raise ValueError("a batch without images reached a rollout on images")
+    draws = draws.for_role("rollout")
+    index = (draws.uniform("exit") * len(ladder)).long()
+    t = torch.tensor(ladder, dtype=torch.float64, device=batch.images.device)[index]
+    eps = draws.normal("noise", batch.images.shape[1:])
+    first = (index == 0).reshape(-1, *(1,) * (batch.images.ndim - 1))
+    x_t = torch.where(first, eps, generator.schedule.add_noise(batch.images, eps, t))
+    with torch.set_grad_enabled(graph):
+        return x_t, t, generator.x0(x_t, t, batch.image_cond)
+
+
+# ---------------------------------------------------------------- GAN
+
+
+def gan_logits(triple: Triple, gan: GanConfig, x: Tensor, cond: Conditioning, purpose: str, draws: Draws) -> Tensor:
+    """Logits (B,) of samples x, noised to levels of their own."""
+    network = triple.denoiser(gan.features)
+    t = gan.levels.levels().times(triple.schedule, draws.uniform(f"{purpose}.t"))
+    x_t = triple.schedule.add_noise(x, draws.normal(f"{purpose}.eps", x.shape[1:]), t)
+    return triple.head(FAKE_SCORE, HEAD)(network.features(x_t, t, cond))  # type: ignore[no-any-return]
+
+
+def gan_generator_loss(triple: Triple, gan: GanConfig, x: Tensor, cond: Conditioning, draws: Draws) -> Tensor:
+    """The generator's adversarial loss; gradient flows through the features into x."""
+    return generator_loss(gan_logits(triple, gan, x, cond, "gan", draws), gan.loss)
+
+
+def gan_critic_loss(
+    triple: Triple, gan: GanConfig, x: Tensor, batch: Batch, cond: Conditioning, draws: Draws
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, real logits, fake logits) of the discriminator; real and fake draw noise levels of their own."""
+    if batch.images is None or batch.image_cond is None:
+        raise ValueError("a batch without images reached a GAN term")
+    real = gan_logits(triple, gan, batch.images, batch.image_cond, "gan.real", draws)
+    fake = gan_logits(triple, gan, x, cond, "gan.fake", draws)
+    return discriminator_loss(real, fake, gan.loss), real.detach(), fake.detach()
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def few_step_recipe(
+    setting: Setting, method: str, ladder: Sequence[float], transition: Transition, baked_guidance: float
+) -> Recipe:
+    """The stock scheduler that walks this ladder with this transition.
+
+    Raises:
+        Refusal: no stock scheduler does.
+    """
+    schedule = setting.schedule
+    name = SCHEDULERS.get((transition.kind, schedule.is_flow))
+    if name is None:
+        raise Refusal(
+            f"no stock scheduler walks a custom ladder with the {transition.kind.value!r} transition: use 'renoise' or 'deterministic'"
+        )
+    config: dict[str, object] = {"prediction_type": schedule.prediction.value, "clip_sample": False}
+    if schedule.is_flow:
+        config = {"shift": schedule.shift, "use_dynamic_shifting": False}
+    elif transition.kind is TransitionKind.DETERMINISTIC:
+        config |= {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+    return Recipe(
+        scheduler_class=name,
+        scheduler_config=config,
+        num_inference_steps=len(ladder),
+        prediction_type=schedule.prediction.value,
+        timesteps=() if schedule.is_flow else tuple(round(t) for t in ladder),
+        sigmas=tuple(schedule.fraction_at(torch.tensor(ladder)).tolist()) if schedule.is_flow else (),
+        base=setting.base,
+        method=method,
+        baked_guidance=baked_guidance,
+        resolution=setting.size,
+    )
+
+
+def ladder_of(schedule: NoiseSchedule, timesteps: Sequence[float]) -> tuple[float, ...]:
+    """A ladder written by hand, checked: native times, strictly falling, within the schedule."""
+    ladder = tuple(float(t) for t in timesteps)
+    top = schedule.terminal_time
+    if (
+        not ladder
+        or any(a <= b for a, b in pairwise(ladder))
+        or ladder[0] > top
+        or ladder[-1] <= schedule.clean_time
+    ):
+        raise Refusal(
+            f"method.timesteps is {list(timesteps)}, but a ladder falls strictly and lies in ({schedule.clean_time:g}, {top:g}]: mend it"
+        )
+    return ladder
