@@ -1,0 +1,141 @@
+"""Data sets that methods need, drawn from a teacher (`pairs`) or from a student (`samples`): resumable, with progress."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from stepdistill.assets import resolve
+from stepdistill.config import ModelConfig, Settings
+from stepdistill.data.prompts import read_prompts
+from stepdistill.data.tensors import Fingerprint, Kind, ShardWriter, noise_for
+from stepdistill.diffusion.draws import Draws, derive_seed
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.errors import Refusal
+from stepdistill.models.conditioning import ImageSize
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.models.sampler import teacher_sample
+from stepdistill.registry import load_family
+from stepdistill.training.grids import student_latents
+from stepdistill.training.run import open_run
+from stepdistill.training.session import DTYPES, best_device
+
+logger = logging.getLogger(__name__)
+
+
+class CollectConfig(Settings):
+    """What to draw, and how much of it."""
+
+    model: ModelConfig | None = Field(None, description="the teacher, for pairs and teacher samples")
+    run: str | None = Field(None, description="a training run, whose student draws samples")
+    prompts: str
+    prompt_column: str | None = None
+    count: int = Field(gt=0, description="latents to draw")
+    guidance: float = Field(1.0, description="teacher guidance scale w; 1 is off")
+    steps: int = Field(50, gt=0, description="steps of the teacher's deterministic solver (DDIM or Euler, trailing)")
+    seed: int = 0
+    batch_size: int = Field(8, gt=0)
+    shard_size: int = Field(256, gt=0)
+    device: str | None = None
+
+
+def collect(kind: Kind, config: CollectConfig, output: str | Path, resume: bool = False) -> int:
+    """Draw latents into a folder; returns how many it holds.
+
+    Raises:
+        Refusal: a non-empty folder without `resume`, pairs of a student, or data made by another config.
+    """
+    folder = Path(output)
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise Refusal(
+            f"the output folder {str(folder)!r} is not empty: add --resume to go on with it, or choose another"
+        )
+    if (config.model is None) == (config.run is None):
+        raise Refusal(
+            "a collection draws from 'model' (a teacher) or from 'run' (a student), and exactly one must be set: mend the config"
+        )
+    if kind == "pairs" and config.model is None:
+        raise Refusal(
+            "pairs are made by a deterministic teacher, and 'run' names a student: set 'model', or collect samples"
+        )
+    prompts = read_prompts(config.prompts, config.prompt_column)
+    source = _Teacher(config) if config.model is not None else _Student(config)
+    fingerprint = Fingerprint(
+        model=source.name,
+        guidance=config.guidance,
+        steps=config.steps,
+        seed=config.seed,
+        prompts_sha256=prompts.sha256,
+        resolution=source.size,
+        sampler=source.sampler,
+        precision=source.precision,
+        command=" ".join(sys.argv),
+    )
+    with ShardWriter(folder, kind, fingerprint, config.shard_size) as writer:
+        done = writer.completed
+        bar = tqdm(total=config.count, initial=done, unit="latent", dynamic_ncols=True)
+        for start in range(done, config.count, config.batch_size):
+            rows = range(start, min(start + config.batch_size, config.count))
+            seeds = [derive_seed(config.seed, "collect", row) for row in rows]
+            indices = [row % len(prompts) for row in rows]
+            latents = source.draw([prompts[index] for index in indices], seeds)
+            writer.write(torch.tensor(seeds), latents, torch.tensor(indices))
+            bar.update(len(rows))
+        bar.close()
+    return max(done, config.count)
+
+
+class _Teacher:
+    """Deterministic, guided draws of a checkpoint."""
+
+    def __init__(self, config: CollectConfig) -> None:
+        if config.model is None:
+            raise ValueError("no model in the config")
+        model = config.model
+        info = inspect_checkpoint(resolve(model.path), model.family, model.config_dir)
+        self.config, self.name, self.precision = config, model.path, model.dtype
+        self.size = model.size or info.default_size
+        self.shape = info.latent_shape(self.size)
+        self.schedule: NoiseSchedule = info.schedule.for_tokens(self.shape[1] * self.shape[2] // 4)
+        self.family = load_family(info.family)
+        self.device = torch.device(config.device or best_device())
+        self.checkpoint = load_checkpoint(info, DTYPES[model.dtype], self.device)
+        self.denoiser = Denoiser(self.checkpoint.network, self.family, self.schedule)
+        self.negative_prompt = model.negative_prompt
+        self.sampler = "euler, shifted" if self.schedule.is_flow else "ddim, trailing"
+
+    @torch.no_grad()
+    def draw(self, texts: list[str], seeds: list[int]) -> torch.Tensor:
+        sizes = [ImageSize.plain(*self.size)] * len(texts)
+        cond = self.family.encode(self.checkpoint, texts, sizes)
+        null = self.family.null(self.checkpoint, sizes, self.negative_prompt)
+        noise = torch.stack([noise_for(seed, self.shape) for seed in seeds]).to(self.device)
+        return teacher_sample(self.denoiser, cond, null, noise, self.config.steps, self.config.guidance)
+
+
+class _Student:
+    """Draws of a run's student by its recipe."""
+
+    def __init__(self, config: CollectConfig) -> None:
+        if config.run is None:
+            raise ValueError("no run in the config")
+        self.session, iteration = open_run(config.run, config.device)
+        plan = self.session.plan
+        self.name, self.precision = f"{config.run}@{iteration}", plan.config.model.dtype
+        self.size = plan.setting.size
+        self.sampler = self.session.method.recipe().scheduler_class
+
+    @torch.no_grad()
+    def draw(self, texts: list[str], seeds: list[int]) -> torch.Tensor:
+        session, plan = self.session, self.session.plan
+        cond = plan.family.encode(session.checkpoint, texts, [ImageSize.plain(*self.size)] * len(texts))
+        shape = plan.setting.latent_shape
+        noise = torch.stack([noise_for(seed, shape) for seed in seeds]).to(session.device, session.dtype)
+        draws = Draws(0, 0, "collect", seeds, session.device, session.dtype)
+        return student_latents(session, session.triple.denoiser(session.student), cond, noise, draws)

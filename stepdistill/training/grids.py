@@ -1,0 +1,75 @@
+"""Pictures of a run: fixed prompts and fixed noise, teacher above student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepdistill.diffusion.draws import Draws
+from stepdistill.models.conditioning import Conditioning, ImageSize
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.sampler import sample, teacher_sample
+from stepdistill.training.session import Session
+
+
+def student_latents(session: Session, student: Denoiser, cond: Conditioning, noise: Tensor, draws: Draws) -> Tensor:
+    """The student's samples by its own recipe."""
+    recipe = session.method.recipe()
+    schedule = session.plan.setting.schedule
+    return sample(
+        lambda x, t: student.x0(x, t, cond),
+        schedule,
+        noise,
+        recipe.ladder(schedule),
+        recipe.transition(),
+        lambda index: draws.normal(f"fresh{index}", noise.shape[1:]),
+    )
+
+
+class Grid:
+    """Draws `grids/step-N.png`: the teacher's row, drawn once, above the student's."""
+
+    def __init__(self, session: Session, folder: Path, count: int, guidance: float, teacher_steps: int = 25) -> None:
+        plan = session.plan
+        self.session, self.folder = session, folder
+        prompts = [plan.prompts[i % len(plan.prompts)] for i in range(count)]
+        sizes = [ImageSize.plain(*plan.setting.size)] * count
+        self.draws = Draws(plan.config.training.seed, 0, "grid", range(count), session.device, session.dtype)
+        self.noise = self.draws.normal("noise", plan.setting.latent_shape)
+        with torch.no_grad():
+            self.cond = plan.family.encode(session.checkpoint, prompts, sizes)
+            null = plan.family.null(session.checkpoint, sizes, plan.config.model.negative_prompt)
+            self.teacher = self._decoded(
+                teacher_sample(session.triple.real_score, self.cond, null, self.noise, teacher_steps, guidance)
+            )
+
+    @torch.no_grad()
+    def draw(self, iteration: int) -> Path:
+        """Write the grid of the current student and return its path."""
+        denoiser = self.session.triple.denoiser(self.session.student)
+        latents = student_latents(self.session, denoiser, self.cond, self.noise, self.draws)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{iteration:08d}.png"
+        tile([self.teacher, self._decoded(latents)]).save(path)
+        return path
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        rows = [self.session.plan.family.decode(self.session.checkpoint, latent[None]) for latent in latents]
+        return torch.cat(rows).float().cpu()
+
+
+def tile(rows: list[Tensor], gap: int = 2) -> Image.Image:
+    """Rows of images (N, 3, H, W) in [0, 1] as one picture, white between them."""
+    height, width = rows[0].shape[-2:]
+    columns = max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            top, left = r * (height + gap), c * (width + gap)
+            canvas[top : top + height, left : left + width] = pixels
+    return Image.fromarray(canvas)

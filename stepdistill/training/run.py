@@ -1,0 +1,177 @@
+"""A run and its folder: started, resumed, opened again.
+
+RUN/config.yaml      the resolved config
+    stats.jsonl      what was computed, one line per `log_every`
+    speed.jsonl      what the machine took for it
+    grids/           teacher above student
+    checkpoints/     see checkpoint.py
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from stepdistill.config import RunConfig, load_config
+from stepdistill.errors import Refusal
+from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.session import Plan, Session, open_session, prepare
+from stepdistill.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        folder: the run's.
+        finished: False where a signal stopped it early; it can be resumed.
+        iteration: iterations done.
+    """
+
+    folder: Path
+    finished: bool
+    iteration: int
+
+
+def train(config: RunConfig, output: str | Path | None = None, resume: str | None = None) -> Outcome:
+    """Run a config into a folder, or continue it.
+
+    Args:
+        config: as loaded by `load_config`.
+        output: the run's folder; `config.output` by default.
+        resume: "latest", or the path of a checkpoint of this run.
+
+    Raises:
+        Refusal: anything that cannot work, before any weight is loaded.
+    """
+    folder = Path(output or config.output)
+    checkpoint = _checkpoint(folder, resume)
+    _check_folder(folder, config, resume)
+    plan = prepare(config)
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    accelerator = Accelerator(
+        cpu=config.training.device == "cpu",
+        log_with=list(config.training.trackers) or None,
+        project_dir=str(folder),
+    )
+    session = open_session(plan, accelerator.device)
+    trainer = Trainer(session, folder, accelerator)
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+        logger.info("resumed at iteration %d from %s", trainer.counters.iteration, checkpoint)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        for line in describe(plan, session):
+            logger.info("%s", line)
+    if config.training.trackers:
+        accelerator.init_trackers("stepdistill", config=_flat(config.model_dump(mode="json")))
+    finished = trainer.run()
+    if not finished:
+        logger.warning(
+            "stopped at iteration %d; go on with: stepdistill train %s --output %s --resume latest",
+            trainer.counters.iteration,
+            folder / CONFIG,
+            folder,
+        )
+    return Outcome(folder, finished, trainer.counters.iteration)
+
+
+def open_run(folder: str | Path, device: str | None = None) -> tuple[Session, int]:
+    """A finished or interrupted run with the weights of its newest checkpoint, and that checkpoint's iteration.
+
+    Raises:
+        Refusal: not a run, or no complete checkpoint in it.
+    """
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        raise Refusal(f"{str(path)!r} is not a run (it has no {CONFIG}): give the output folder of 'stepdistill train'")
+    newest = checkpoints.latest(path / "checkpoints")
+    if newest is None:
+        raise Refusal(f"the run {str(path)!r} has no complete checkpoint yet: let it reach training.save_every")
+    session = open_session(prepare(load_config(path / CONFIG)), device)
+    saved = checkpoints.read(newest)
+    for role in session.triple.layouts:
+        session.triple.load_state(role, saved.tensors[role])
+    return session, int(saved.counters["iteration"])
+
+
+def describe(plan: Plan, session: Session | None = None) -> list[str]:
+    """What a run is, line by line: the dry run prints it, training logs it."""
+    config, setting = plan.config, plan.setting
+    training = config.training
+    lines = [
+        f"teacher     {config.model.path}: family {plan.info.family}, {setting.schedule.prediction.value} prediction, "
+        f"latents {'x'.join(map(str, setting.latent_shape))}, base in {config.model.dtype}",
+        f"method      {config.method_name}: {plan.method_config!r}",
+        f"student     {plan.method_class(plan.method_config, setting).recipe()}",
+        f"data        {len(plan.prompts)} prompts from {plan.prompts.source}"
+        + (f", {len(plan.images)} images" if plan.images is not None else "")
+        + (f", {len(plan.pairs)} pairs" if plan.pairs is not None else ""),
+        f"training    {training.max_steps} iterations of {training.batch_size} x {training.accumulation} samples per process",
+    ]
+    for role, layout in plan.layouts.items():
+        held = (
+            "full network" if layout.lora is None else f"LoRA of rank {layout.lora.rank}, alpha {layout.lora.alpha:g}"
+        )
+        trained = ""
+        if session is not None:
+            trained = f", {sum(p.numel() for p in session.triple.parameters(role).values()):,} trained parameters"
+        lines.append(f"{role:<11} {held}{trained}")
+    return lines
+
+
+def _checkpoint(folder: Path, resume: str | None) -> Path | None:
+    if resume is None:
+        return None
+    if resume != "latest":
+        path = Path(resume)
+        if not (path / "state.json").is_file():
+            raise Refusal(f"there is no checkpoint at {resume!r}: give a folder checkpoints/step-N, or 'latest'")
+        return path
+    newest = checkpoints.latest(folder / "checkpoints")
+    if newest is None:
+        logger.info("no checkpoint in %s yet: starting afresh", folder)
+    return newest
+
+
+def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
+    """Refuse to mix two runs in one folder."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if resume is None:
+        raise Refusal(
+            f"the output folder {str(folder)!r} is not empty: resume it with --resume latest, or choose another --output"
+        )
+    if not (folder / CONFIG).is_file():
+        raise Refusal(f"the output folder {str(folder)!r} holds no run to resume: choose the folder of one")
+    before = load_config(folder / CONFIG)
+    for key in ("model", "method", "roles"):
+        old, new = before.model_dump(mode="json")[key], config.model_dump(mode="json")[key]
+        if old != new:
+            name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+            raise Refusal(
+                f"the run in {str(folder)!r} has {key}.{name} = {old.get(name)!r} and the config says {new.get(name)!r}: "
+                "resume with the run's own config.yaml, or choose another --output"
+            )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

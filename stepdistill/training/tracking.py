@@ -1,0 +1,103 @@
+"""What a run says of itself: a live bar, `stats.jsonl` always, trackers when asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Logs of one run.
+
+    `stats.jsonl` holds what a run computed, `speed.jsonl` what the machine took for it: the first is the same for a
+    broken and an unbroken run, the second cannot be. Both are cut at the checkpoint on resume.
+
+    Args:
+        folder: the run's.
+        total: last iteration.
+        start: first iteration of this process; later lines of an earlier process are dropped.
+        accelerator: logs to TensorBoard, W&B or trackio where they were asked for.
+    """
+
+    def __init__(self, folder: Path, total: int, start: int, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.main = accelerator.is_main_process
+        self.stats, self.speed = folder / "stats.jsonl", folder / "speed.jsonl"
+        if self.main:
+            for path in (self.stats, self.speed):
+                _cut(path, start)
+        self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="it", dynamic_ncols=True)
+        self.clock = time.perf_counter()
+        self.images = 0
+
+    def advance(self, images: int) -> None:
+        self.bar.update()
+        self.images += images
+
+    def log(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Write one line; a tracker that throws is named once a line and never stops the run."""
+        seconds = time.perf_counter() - self.clock
+        pace = {
+            "images_per_second": self.images / max(seconds, 1e-9),
+            "peak_memory_gb": peak_memory_gb(self.accelerator.device),
+        }
+        self.clock, self.images = time.perf_counter(), 0
+        if not self.main:
+            return
+        _append(self.stats, {"iteration": iteration, **values})
+        _append(self.speed, {"iteration": iteration, **pace})
+        losses = {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}
+        self.bar.set_postfix(
+            {**losses, "img/s": f"{pace['images_per_second']:.1f}", "GB": f"{pace['peak_memory_gb']:.1f}"}
+        )
+        try:
+            self.accelerator.log({**values, **pace}, step=iteration)
+        except Exception as error:  # third-party code: whatever it raises, the run is worth more than its plot
+            logger.warning(
+                "a tracker failed at iteration %d (%s); training goes on, stats.jsonl has the line", iteration, error
+            )
+
+    def close(self) -> None:
+        self.bar.close()
+        try:
+            self.accelerator.end_training()
+        except Exception as error:
+            logger.warning("a tracker failed to close (%s)", error)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB (1e9 bytes): allocated on a CUDA device, else resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def _append(path: Path, record: Mapping[str, float]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _cut(path: Path, start: int) -> None:
+    """Keep the lines up to and including iteration `start`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["iteration"] <= start:
+                kept.append(line)
+        except (ValueError, KeyError):  # a line cut short by a crash
+            continue
+    path.write_text("".join(line + "\n" for line in kept))
