@@ -56,8 +56,11 @@ class AdapterBank:
         """Add a LoRA whose B is zero, so that the network is unchanged; its weights are float32 on any base.
 
         Raises:
-            Refusal: no module matches the targets.
+            Refusal: a target matches no module.
         """
+        unmatched = [target for target, count in suffixes_present(self.network, settings.targets).items() if count == 0]
+        if unmatched:
+            raise Refusal(f"no module of the network matches the LoRA targets {unmatched}: mend roles.*.targets")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:

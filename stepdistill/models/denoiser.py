@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.prediction import Prediction, convert, guide, to_eps, to_x0
-from stepdistill.diffusion.schedule import NoiseSchedule, Time, full
+from stepdistill.diffusion.schedule import NoiseSchedule, Time, float64, full
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families.base import Family
 
@@ -95,7 +95,7 @@ class Denoiser:
 
     def both(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning) -> tuple[Tensor, Tensor]:
         """(unconditional x0, conditional x0) from one batched call of 2B rows."""
-        times = torch.as_tensor(t).expand(len(x_t)) if torch.as_tensor(t).ndim == 0 else torch.as_tensor(t)
+        times = float64(t).expand(len(x_t))
         x0 = self.x0(torch.cat([x_t, x_t]), torch.cat([times, times]), Conditioning.cat([null, cond]))
         uncond, conditional = x0.chunk(2)
         return uncond, conditional
@@ -121,9 +121,11 @@ class Denoiser:
 
     def _forward(self, x_t: Tensor, t: Time, cond: Conditioning) -> Tensor:
         parameter = next(self.network.parameters())
-        times = torch.as_tensor(t).to(x_t.device).expand(len(x_t))
+        times = float64(t).to(x_t.device).expand(len(x_t))
         dtype = self.autocast or parameter.dtype
-        mixed = self.autocast is not None and self.autocast != parameter.dtype
+        # a half-precision base runs under autocast as well, which keeps norms in float32 on CUDA: a full fake score must
+        # equal the base at the start, or the gap of two precisions biases every distribution-matching gradient
+        mixed = self.autocast in (torch.bfloat16, torch.float16)
         device = x_t.device.type
         with self.enter(), torch.autocast(device, dtype=self.autocast) if mixed else nullcontext():
             return self.family.call(self.network, x_t.to(dtype), times, cond.to(x_t.device, dtype))

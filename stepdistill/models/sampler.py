@@ -47,7 +47,7 @@ def walk(
     """
     x = noise
     for index, t in enumerate(ladder):
-        s = ladder[index + 1] if index + 1 < len(ladder) else schedule.clean_time
+        s = ladder[index + 1] if index + 1 < len(ladder) else transition.final_time(schedule)
         x0 = predict(x, t)
         gaussian = transition(schedule, x, x0, t, s)
         # diffusers' samplers draw no noise where none is used; drawing in their order keeps seeds interchangeable

@@ -92,7 +92,13 @@ class Triple:
         return Denoiser(self.base, self.family, self.schedule, lambda: self.bank.role(adapter), self.compute_dtype)
 
     def add_role(self, name: str, layout: RoleLayout, *, trainable: bool = True) -> None:
-        """Add a role equal to the base."""
+        """Add a role equal to the base.
+
+        Raises:
+            Refusal: LoRA targets that match nothing.
+        """
+        if name in self.layouts or name == REAL_SCORE:
+            raise ValueError(f"there is a role {name!r} already")
         if layout.mode == "full":
             source = next(iter(self.networks.values()), self.base)
             if source is self.base and self.bank.settings:

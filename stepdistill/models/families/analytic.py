@@ -37,11 +37,8 @@ class Mixture:
         variance = (alpha * self.std).square() + sigma.square()
         means = self.means.to(x_t)
         offset = x_t[:, None] - alpha[:, None] * means
-        log_weight = torch.log(
-            self.weights.to(x_t) * members + 1e-300
-            if x_t.dtype == torch.float64
-            else self.weights.to(x_t) * members + 1e-38
-        )
+        # -inf, not a tiny weight: far from its members a narrow mixture would otherwise fall back on the others
+        log_weight = self.weights.to(x_t).log().masked_fill(members == 0, -torch.inf)
         posterior = torch.softmax(log_weight - 0.5 * offset.square().sum(-1) / variance, dim=1)
         gain = alpha[:, None] * self.std**2 / variance[:, None]
         return (posterior[..., None] * (means + gain * offset)).sum(1)

@@ -1,0 +1,211 @@
+"""Prompts from a file or from the lists that are shipped: all that a data-free method needs.
+
+    read_prompts("builtin:general")
+    read_prompts("captions.csv", column="caption")
+
+A list carries the hash of its texts, which names it in caches and in collected data.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from stepdistill.errors import Refusal
+
+log = logging.getLogger(__name__)
+
+BUILTIN = "builtin:"
+COLUMNS = ("prompt", "text", "caption")
+"""Columns of a table that are taken for the prompt, in this order, where none is named."""
+
+Rows = list[tuple[int, object]]
+"""(line or row number from 1, the cell) of every row of a table."""
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Prompts in the order of their source.
+
+    Attributes:
+        texts: the prompts, stripped, none of them empty.
+        source: the path or `builtin:NAME` they were read from.
+        sha256: of the texts alone, so that the same prompts in another format have the same one.
+    """
+
+    texts: tuple[str, ...]
+    source: str
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> str:
+        return self.texts[index]
+
+
+def read_prompts(source: str | Path, column: str | None = None) -> PromptList:
+    """The prompts of a .txt, .jsonl, .csv or .parquet file, or of `builtin:NAME`.
+
+    Every non-empty line of a .txt file is a prompt. Rows of a table with an empty prompt are left out, and counted in a
+    warning. `column` is for tables only; where omitted it is the first of `prompt`, `text` and `caption` that exists.
+
+    Raises:
+        Refusal: no such file or list, an unknown format, not UTF-8, a malformed row, no such column, no prompt at all.
+    """
+    name = str(source)
+    if name.startswith(BUILTIN):
+        cells: Sequence[object] = _lines(_builtin(name.removeprefix(BUILTIN)))
+    else:
+        cells = _read_file(Path(source), column)
+    texts = tuple(text for cell in cells if (text := str(cell).strip()))
+    if not texts:
+        raise Refusal(f"{name!r} holds no prompt: write at least one, or use '{BUILTIN}general'")
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    return PromptList(texts, name, digest)
+
+
+def builtin_names() -> tuple[str, ...]:
+    """Names of the shipped lists, sorted."""
+    files = resources.files("stepdistill").joinpath("assets", "prompts").iterdir()
+    return tuple(sorted(file.name.removesuffix(".txt") for file in files if file.name.endswith(".txt")))
+
+
+def _builtin(name: str) -> str:
+    known = builtin_names()
+    if name not in known:
+        hint = ", ".join(repr(BUILTIN + near) for near in _nearest(name, known))
+        raise Refusal(f"there is no shipped prompt list {name!r}: use {hint}")
+    return resources.files("stepdistill").joinpath("assets", "prompts", f"{name}.txt").read_text(encoding="utf-8")
+
+
+def _read_file(path: Path, column: str | None) -> Sequence[object]:
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
+        raise Refusal(f"{str(path)!r} is no prompt file: use .txt, .jsonl, .csv or .parquet, or '{BUILTIN}general'")
+    if not path.is_file():
+        near = [] if not path.parent.is_dir() else [file.name for file in path.parent.iterdir() if file.is_file()]
+        close = difflib.get_close_matches(path.name, near, n=1)
+        hint = f", or did you mean {close[0]!r}" if close else ""
+        raise Refusal(f"there is no prompt file {str(path)!r}: check the path{hint}")
+    if suffix == ".txt":
+        return _lines(_decoded(path))
+    read = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[suffix]
+    return _prompts_of(read(path, column), path)
+
+
+def _prompts_of(rows: Rows, path: Path) -> list[str]:
+    texts = []
+    for number, cell in rows:
+        if cell is not None and not isinstance(cell, str):
+            kind = type(cell).__name__
+            raise Refusal(f"row {number} of {str(path)!r} holds a prompt of type {kind}: make it a text")
+        if cell is not None and cell.strip():
+            texts.append(cell)
+    if len(texts) < len(rows):
+        log.warning("left out %d of %d rows of %s, whose prompt is empty", len(rows) - len(texts), len(rows), path)
+    return texts
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{str(path)!r} is not UTF-8 (byte {error.start}): save it again in UTF-8") from None
+
+
+def _lines(text: str) -> list[str]:
+    # str.splitlines would also cut a prompt at form feeds and Unicode line separators
+    return re.split(r"\r\n|\n|\r", text)
+
+
+def _jsonl(path: Path, column: str | None) -> Rows:
+    rows: Rows = []
+    for number, row in read_jsonl(path):
+        key = _column(list(row), column, f"line {number} of {str(path)!r}")
+        rows.append((number, row[key]))
+    return rows
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """(line number from 1, object) of every non-empty line.
+
+    Raises:
+        Refusal: not UTF-8, or a line that is not a JSON object.
+    """
+    for number, line in enumerate(_lines(_decoded(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise Refusal(f"line {number} of {str(path)!r} is no JSON object: write one object on each line")
+        yield number, row
+
+
+def _csv(path: Path, column: str | None) -> Rows:
+    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+    rows: Rows = []
+    try:
+        names = list(reader.fieldnames or [])
+        key = _column(names, column, repr(str(path))) if names else ""
+        for row in reader:
+            # an unquoted comma would otherwise cut the prompt short without a word
+            if None in row:
+                raise Refusal(
+                    f"line {reader.line_num} of {str(path)!r} has more cells than its header has columns: "
+                    "put prompts with a comma in double quotes"
+                )
+            rows.append((reader.line_num, row[key]))
+    except csv.Error as error:
+        line = reader.reader.line_num
+        raise Refusal(f"line {line} of {str(path)!r} is malformed CSV ({error}): mend its quotes") from None
+    return rows
+
+
+def _parquet(path: Path, column: str | None) -> Rows:
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError:
+        raise Refusal(
+            f"reading {str(path)!r} needs pyarrow, which is missing: install it with pip install 'stepdistill[data]'"
+        ) from None
+    try:
+        with parquet.ParquetFile(path) as table:
+            key = _column(table.schema_arrow.names, column, repr(str(path)))
+            cells = table.read(columns=[key]).column(key).to_pylist()
+    except (arrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise Refusal(f"{str(path)!r} is no readable parquet file ({reason}): write it again") from None
+    return list(enumerate(cells, start=1))
+
+
+def _column(names: Sequence[str], wanted: str | None, where: str) -> str:
+    found = ", ".join(map(repr, names)) or "none"
+    if wanted is None:
+        for name in COLUMNS:
+            if name in names:
+                return name
+        raise Refusal(f"{where} has no column 'prompt', 'text' or 'caption': name one of its columns ({found})")
+    if wanted in names:
+        return wanted
+    near = f"use {_nearest(wanted, names)[0]!r}, the nearest of its columns" if names else "add it to its columns"
+    raise Refusal(f"{where} has no column {wanted!r}: {near} ({found})")
+
+
+def _nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Up to three of `known`, the most alike first; never empty unless `known` is."""
+    ranked = sorted(known, key=lambda item: -difflib.SequenceMatcher(None, name.lower(), item.lower()).ratio())
+    return ranked[:3]

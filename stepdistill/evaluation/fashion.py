@@ -1,0 +1,106 @@
+"""The `fashion` protocol: how samples of the embedded teacher and its students are measured.
+
+The judge's 64 features against the held-out photographs (Fréchet distance), what it reads off each image against what the
+prompt says (prompt accuracy), how far samples of one prompt lie apart (diversity), and colour saturation. Rows are
+comparable only at the same number of images: the Fréchet distance is biased by about the noise floor printed beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepdistill.assets import FOLDER
+from stepdistill.data.fashion import BACKGROUNDS, COLOURS, GARMENTS, parse_caption
+from stepdistill.data.prompts import read_prompts
+from stepdistill.evaluation.diversity import pairwise_diversity, saturation
+from stepdistill.evaluation.frechet import frechet_distance, noise_floor
+from stepdistill.evaluation.judge import Judge
+from stepdistill.evaluation.statistics import FeatureStatistics
+
+SEEDS_PER_PROMPT = 4
+IMAGES = 1024
+"""16 times the feature dimension."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the judge says of one set of images."""
+
+    frechet: float
+    prompt_accuracy: float
+    diversity: float
+    saturation: float
+    num_images: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a sampler and its scores. `seconds_per_image` is wall time on this machine, decoding included."""
+
+    name: str
+    steps: int
+    network_calls: int
+    frechet: float
+    prompt_accuracy: float
+    diversity: float
+    saturation: float
+    seconds_per_image: float
+    num_images: int
+
+    @classmethod
+    def of(cls, name: str, steps: int, network_calls: int, scores: Scores, seconds_per_image: float) -> Row:
+        return cls(name=name, steps=steps, network_calls=network_calls, seconds_per_image=seconds_per_image, **asdict(scores))
+
+
+def evaluation_set(images: int = IMAGES) -> tuple[list[str], list[int]]:
+    """(prompts, seeds) of the protocol's first `images` images: every prompt SEEDS_PER_PROMPT times in a row."""
+    prompts = read_prompts("builtin:fashion").texts
+    return [prompts[i // SEEDS_PER_PROMPT] for i in range(images)], [1_000_000 + i for i in range(images)]
+
+
+class Scorer:
+    """The judge with its reference statistics."""
+
+    def __init__(self) -> None:
+        self.judge = Judge.load(FOLDER / "judge.safetensors")
+        self.reference = FeatureStatistics.load(FOLDER / "reference.npz")
+
+    def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> Scores:
+        """Scores of uint8 images (N, 32, 32, 3) drawn for `prompts`, in the order of `evaluation_set`."""
+        features = self.judge.features(images)
+        statistics = FeatureStatistics.of(features)
+        groups = features.reshape(-1, SEEDS_PER_PROMPT, features.shape[1])
+        return Scores(
+            frechet=frechet_distance(statistics.mean, statistics.covariance, self.reference.mean, self.reference.covariance),
+            prompt_accuracy=self.accuracy(images, prompts),
+            diversity=pairwise_diversity(groups, self.reference.mean),
+            saturation=saturation(images),
+            num_images=len(images),
+        )
+
+    def accuracy(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> float:
+        """Share of the attributes that the prompts say and the judge sees, each image counting alike."""
+        seen = self.judge.predict(images)
+        shares = []
+        for i, prompt in enumerate(prompts):
+            said = parse_caption(prompt)
+            right = [seen.garment[i] == GARMENTS.index(said.garment)]
+            if said.colour is not None:
+                right.append(seen.colour[i] == COLOURS.index(said.colour))
+            if said.background is not None:
+                right.append(seen.background[i] == BACKGROUNDS.index(said.background))
+            shares.append(float(np.mean(right)))
+        return float(np.mean(shares))
+
+    def floor(self, images: int) -> float:
+        """Fréchet distance that two sets of this size of one distribution have on average."""
+        return noise_floor(self.reference.covariance, images, self.reference.count)
+
+    @cached_property
+    def dimension(self) -> int:
+        return len(self.reference.mean)

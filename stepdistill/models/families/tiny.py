@@ -1,0 +1,138 @@
+"""Parts of tiny random checkpoints: real classes, real formats, seeded weights. The second level of the test bed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from stepdistill.models.families.clip import make_tokenizer
+
+Config = Mapping[str, Any]
+
+_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+SD_SCHEDULER: Config = {**_BETAS, "_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
+DDIM_SCHEDULER: Config = {
+    **_BETAS, "_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1
+}  # fmt: skip
+SDXL_SCHEDULER: Config = {
+    **_BETAS, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "steps_offset": 1
+}  # fmt: skip
+_SCHEDULERS = {c.__name__: c for c in (PNDMScheduler, DDIMScheduler, EulerDiscreteScheduler)}
+
+WORDS = ("a", "photo", "of", "the", "red", "green", "blue", "square", "cat", "dog")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weights made within depend on the seed alone, and the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """A byte-level BPE tokenizer in CLIP's format that knows ten words whole and spells all others."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            merges[symbols[0], symbols[1]] = None
+            symbols[:2] = [symbols[0] + symbols[1]]
+    return make_tokenizer(tuple(merges), pad)
+
+
+def text_encoder(width: int, act: str) -> CLIPTextModel:
+    return _sharpened(CLIPTextModel(_text_config(width, act)))
+
+
+def text_encoder_with_projection(width: int) -> CLIPTextModelWithProjection:
+    return _sharpened(CLIPTextModelWithProjection(_text_config(width, "gelu")))
+
+
+def unet(channels: tuple[int, int], **changes: Any) -> UNet2DConditionModel:
+    """Two levels with cross-attention in one, 8 x 8 latents of four channels, under a million parameters."""
+    network = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        **changes,
+    )
+    # an untrained network hardly heeds its prompt: louder values of the cross-attention make guidance matter
+    with torch.no_grad():
+        network.conv_out.weight.mul_(4)
+        for name, parameter in network.named_parameters():
+            if "attn2.to_v" in name:
+                parameter.mul_(8)
+    return network
+
+
+def vae(scaling_factor: float) -> AutoencoderKL:
+    """Images of 16 x 16 pixels to 8 x 8 latents."""
+    return AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=16,
+        scaling_factor=scaling_factor,
+    )
+
+
+def scheduler(config: Config) -> PNDMScheduler | DDIMScheduler | EulerDiscreteScheduler:
+    return _SCHEDULERS[config["_class_name"]].from_config(dict(config))
+
+
+def write(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write in diffusers format, with the tokenizer files of published checkpoints beside transformers' own."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in folder.glob("tokenizer*"):
+        model = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        (path / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
+        (path / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+
+
+def _text_config(width: int, act: str) -> CLIPTextConfig:
+    size = len(tokenizer())
+    return CLIPTextConfig(
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act=act,
+        projection_dim=width,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+    )
+
+
+def _sharpened(encoder: nn.Module) -> Any:
+    """Untrained encoders say nearly the same of every prompt: larger embeddings let a prompt make a difference."""
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "embedding" in name:
+                parameter.mul_(20)
+    return encoder

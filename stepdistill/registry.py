@@ -1,0 +1,77 @@
+"""Names of methods and families -> where their classes live. Imports none of them, so that listing names is free.
+
+Another package adds its own without touching this one, in its `pyproject.toml`:
+
+    [project.entry-points."stepdistill.methods"]
+    mine = "my_package.mine:Mine"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from stepdistill.errors import Refusal
+
+METHODS: Mapping[str, str] = {
+    "dmd": "stepdistill.methods.dmd:DMD",
+    "dmd2": "stepdistill.methods.dmd2:DMD2",
+}
+FAMILIES: Mapping[str, str] = {
+    "sd": "stepdistill.models.families.sd:SD",
+    "sdxl": "stepdistill.models.families.sdxl:SDXL",
+    "analytic": "stepdistill.models.families.analytic:Analytic",
+}
+
+
+def method_names() -> tuple[str, ...]:
+    """All method names, this package's first."""
+    return tuple(_known("method", METHODS))
+
+
+def family_names() -> tuple[str, ...]:
+    """All family names, this package's first."""
+    return tuple(_known("family", FAMILIES))
+
+
+def load_method(name: str) -> type[Any]:
+    """The class of a method. Raises Refusal for an unknown name, or where its package cannot be imported."""
+    return _load("method", METHODS, name)
+
+
+def load_family(name: str) -> Any:
+    """An instance of a `Family`. Raises Refusal for an unknown name, or where its package cannot be imported."""
+    return _load("family", FAMILIES, name)()
+
+
+def nearest(name: str, known: tuple[str, ...]) -> str:
+    """`did you mean 'x'?` and the known names, for the end of a refusal."""
+    close = get_close_matches(name, known, n=1, cutoff=0.4)
+    listed = ", ".join(repr(item) for item in known)
+    return f"did you mean {close[0]!r} (known: {listed})?" if close else f"use one of {listed}"
+
+
+def _known(kind: str, builtin: Mapping[str, str]) -> dict[str, str]:
+    group = "stepdistill.families" if kind == "family" else "stepdistill.methods"
+    # a third party may add names but not take over one that configs and papers refer to
+    return dict(builtin) | {point.name: point.value for point in entry_points(group=group) if point.name not in builtin}
+
+
+def _load(kind: str, builtin: Mapping[str, str], name: str) -> type[Any]:
+    known = _known(kind, builtin)
+    if name not in known:
+        raise Refusal(f"there is no {kind} named {name!r}: {nearest(name, tuple(known))}")
+    module, _, attribute = known[name].partition(":")
+    try:
+        loaded: type[Any] = vars(import_module(module))[attribute]
+    except (ImportError, KeyError) as error:
+        if name in builtin:  # this package is broken: a traceback says more than a sentence
+            raise
+        raise Refusal(
+            f"the {kind} {name!r} of another package is registered as {known[name]!r}, which cannot be imported "
+            f"({type(error).__name__}: {error}): mend or uninstall that package"
+        ) from error
+    return loaded

@@ -1,0 +1,44 @@
+"""Encodes several renderings of each training photograph: latents.safetensors and latents.json in the runs folder.
+
+PYTHONPATH=. python tools/teacher/encode_latents.py --data fashion-mnist.npz --runs runs
+"""
+
+from __future__ import annotations
+
+import common
+import networks
+import numpy as np
+import torch
+
+
+def main() -> None:
+    parser = common.arguments(__doc__, seed=404)
+    parser.add_argument("--renderings", type=int, default=2)
+    options = parser.parse_args()
+    common.begin(options)
+    photographs = common.load_photographs(options.data, common.TRAINING)
+    autoencoder = networks.build_autoencoder().eval().requires_grad_(False)
+    common.load_checkpoint(options.runs / "autoencoder_both_ema.safetensors", {"autoencoder": autoencoder}, {})
+    means, stds, attributes = [], [], []
+    for rendering in range(options.renderings):
+        for first in range(0, len(photographs), 500):
+            rng = common.step_rng(options.seed + rendering, first)
+            batch = common.render_random(photographs, np.arange(first, min(first + 500, len(photographs))), rng)
+            for images in common.to_tensor(batch.images).split(100):
+                posterior = autoencoder.encode(images).latent_dist
+                means.append(posterior.mean.half())
+                stds.append(posterior.std.half())
+            attributes.append(np.stack([batch.garment, batch.colour, batch.background], axis=1).astype(np.uint8))
+        common.log.info("rendering %d of %d encoded", rendering + 1, options.renderings)
+    mean, std = torch.cat(means), torch.cat(stds)
+    variance = mean.float().var().item() + std.float().square().mean().item()
+    common.write_json(options.runs / "latents.json", {"scaling_factor": variance**-0.5})
+    common.save_tensors(
+        options.runs / "latents.safetensors",
+        {"mean": mean, "std": std, "attributes": torch.from_numpy(np.concatenate(attributes))},
+    )
+    common.log.info("latent variance %.4f, posterior std %.4f", variance, std.float().mean().item())
+
+
+if __name__ == "__main__":
+    main()
