@@ -83,7 +83,7 @@ class DataConfig(Settings):
         0.05, ge=0, le=1, description="stop when more than this share of the images is unreadable"
     )
     pairs: str | None = Field(None, description="folder made by 'stepdistill collect pairs'")
-    workers: int = Field(0, ge=0, description="image loading processes")
+    workers: int = Field(0, ge=0, description="image loading threads")
 
 
 class TrainingConfig(Settings):

@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any sequence of integers and words, stable across platforms and versions."""
+    """A 63-bit seed from any sequence of integers and words, stable across platforms and versions.
+
+    torch's CPU generator uses the low 32 bits of it: two unrelated streams of a long run may coincide, which is harmless.
+    """
     digest = blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

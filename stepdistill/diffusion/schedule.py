@@ -137,7 +137,7 @@ class NoiseSchedule:
 
     def angle(self, t: Time) -> Tensor:
         """TrigFlow time atan2(sigma, alpha) in [0, pi/2], float64, shape of t. VP: linear between integer timesteps."""
-        t = _float64(t)
+        t = float64(t)
         if self.is_flow:
             return torch.atan2(t, 1 - t)
         table = torch.cat([torch.zeros(1, dtype=torch.float64), self.angles]).to(t.device)
@@ -148,7 +148,7 @@ class NoiseSchedule:
 
     def time_at_angle(self, angle: Time) -> Tensor:
         """Inverse of `angle`; VP angles beyond the last timestep's are clamped to it."""
-        angle = _float64(angle)
+        angle = float64(angle)
         if self.is_flow:
             return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))
         table = torch.cat([torch.zeros(1, dtype=torch.float64), self.angles]).to(angle.device)
@@ -160,14 +160,14 @@ class NoiseSchedule:
     def alpha(self, t: Time) -> Tensor:
         """Signal level, float64, shape of t."""
         if self.is_flow:
-            return 1 - _float64(t)
+            return 1 - float64(t)
         # cos(pi/2) is 6e-17, not 0: a zero-terminal-SNR schedule must have no signal at all at its last timestep
         alpha = torch.cos(self.angle(t))
         return torch.where(alpha.abs() < 1e-12, torch.zeros_like(alpha), alpha)
 
     def sigma(self, t: Time) -> Tensor:
         """Noise level, float64, shape of t."""
-        return _float64(t) if self.is_flow else torch.sin(self.angle(t))
+        return float64(t) if self.is_flow else torch.sin(self.angle(t))
 
     def levels(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) on the device of `like`, shaped to broadcast over it, in float32 (float64 where `like` is)."""
@@ -195,14 +195,15 @@ class NoiseSchedule:
 
     def time_at(self, fraction: Time) -> Tensor:
         """Native time of a fraction in [0, 1] of the *unshifted* axis: VP floor(p N) capped at N - 1, flow shift(p)."""
-        p = _float64(fraction)
+        p = float64(fraction)
         if self.is_flow:
             return self.shift * p / (1 + (self.shift - 1) * p)
-        return (p * self.train_steps).floor().clamp(0, self.train_steps - 1)
+        # (t / N) N may fall short of t by a rounding
+        return (p * self.train_steps + 1e-9).floor().clamp(0, self.train_steps - 1)
 
     def fraction_at(self, t: Time) -> Tensor:
         """The fraction whose time is t (left edge of its bin for VP)."""
-        t = _float64(t)
+        t = float64(t)
         return t / (self.shift - (self.shift - 1) * t) if self.is_flow else t / self.train_steps
 
 
@@ -218,8 +219,10 @@ def full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _float64(t: Time) -> Tensor:
-    return torch.as_tensor(t).double()
+def float64(t: Time) -> Tensor:
+    """A time as a float64 tensor, on its own device."""
+    # a Python number goes straight to float64: torch's default would round 0.9 to float32 first
+    return t.double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
 
 
 def _betas(config: Mapping[str, Any], steps: int) -> Tensor:

@@ -16,7 +16,8 @@ from stepdistill.errors import Refusal
 class NoiseLevels:
     """A distribution of noise levels, written on the fraction axis before the model's shift.
 
-    uniform: p ~ U(low, high). logit-normal: p = sigmoid(N(mean, std)), clamped to (low, high) (Esser et al. 2024).
+    uniform: p ~ U(low, high); for VP each integer timestep from low N to high N, both included.
+    logit-normal: p = sigmoid(N(mean, std)), clamped to (low, high) (Esser et al. 2024).
     """
 
     low: float = 0.0
@@ -31,6 +32,10 @@ class NoiseLevels:
         DMD2's {20..980} of 1000 is low = 0.02, high = 0.98; its fake score's {0..999} is the default.
         """
         u = uniform.double()
+        if self.shape == "uniform" and not schedule.is_flow:
+            first, last = (round(p * schedule.train_steps) for p in (self.low, self.high))
+            last = min(last, schedule.train_steps - 1)
+            return first + (u * (last - first + 1)).floor()
         if self.shape == "logit_normal":
             normal = self.mean + self.std * torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
             p = torch.sigmoid(normal).clamp(self.low, self.high)

@@ -13,7 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast, full
+from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast, float64, full
 from stepdistill.errors import Refusal
 
 
@@ -76,11 +76,17 @@ class Transition:
             ratio = sigma_s * schedule.alpha(t) / (alpha_s * schedule.sigma(t))
             fresh = self.strength * sigma_s * (1 - ratio.square()).clamp_min(0).sqrt()
             return (sigma_s.square() - fresh.square()).clamp_min(0).sqrt()
-        middle = torch.as_tensor(s).double() * (1 - self.strength)
+        s = float64(s)
+        middle = s * (1 - self.strength)
         if not schedule.is_flow:
-            # timesteps are integers to a VP network, and a step to the clean end (-1) stays there
-            middle = torch.where(torch.as_tensor(s).double() < 0, torch.full_like(middle, -1.0), middle.floor())
+            # timesteps are integers to a VP network: TCDScheduler floors the product, which it forms in float32;
+            # a step to the clean end (-1) stays there
+            middle = torch.where(s < 0, s, (s.float() * (1 - self.strength)).floor().double())
         return alpha_s / schedule.alpha(middle) * schedule.sigma(middle)
+
+    def final_time(self, schedule: NoiseSchedule) -> float:
+        """Where the last step lands: the clean end, but timestep 0 for `tcd` on VP, as TCDScheduler has it."""
+        return 0.0 if self.kind is TransitionKind.TCD else schedule.clean_time
 
     def __call__(self, schedule: NoiseSchedule, x_t: Tensor, x0: Tensor, t: Time, s: Time) -> Gaussian:
         """The distribution of x_s. Shapes: x_t, x0 (B, ...); t, s () or (B,), native times with s cleaner than t."""

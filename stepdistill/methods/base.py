@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 from torch import Tensor
 
@@ -16,9 +16,10 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.recipe import Recipe
-from stepdistill.models.triple import Triple
+from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
 ConfigT = TypeVar("ConfigT", bound=Settings)
+RoleKind = Literal["generator", "fake_score"]
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,6 @@ class Method(ABC, Generic[ConfigT]):
     """Base of all methods. The trainer knows methods by this interface alone."""
 
     Config: ClassVar[type[Settings]]
-    roles: ClassVar[tuple[str, ...]] = ("generator", "fake_score")
-    """Trainable roles, in the order in which they are built."""
 
     def __init__(self, config: ConfigT, setting: Setting) -> None:
         self.config = config
@@ -151,6 +150,11 @@ class Method(ABC, Generic[ConfigT]):
     @property
     def schedule(self) -> NoiseSchedule:
         return self.setting.schedule
+
+    @classmethod
+    def roles(cls, config: ConfigT) -> Mapping[str, RoleKind]:
+        """Trainable roles of the triple, and whose section of the config says how each is held and optimised."""
+        return {GENERATOR: "generator", FAKE_SCORE: "fake_score"}
 
     @classmethod
     @abstractmethod

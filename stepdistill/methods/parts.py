@@ -240,17 +240,20 @@ def few_step_recipe(
             f"no stock scheduler walks a custom ladder with the {transition.kind.value!r} transition: use 'renoise' or 'deterministic'"
         )
     config: dict[str, object] = {"prediction_type": schedule.prediction.value, "clip_sample": False}
+    # whatever the base's scheduler does to a list of sigmas must not be done to the ladder again
+    as_given = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
     if schedule.is_flow:
-        config = {"shift": schedule.shift, "use_dynamic_shifting": False}
+        config = {"shift": schedule.shift, "use_dynamic_shifting": False, "shift_terminal": None, **as_given}
     elif transition.kind is TransitionKind.DETERMINISTIC:
-        config |= {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+        # with "leading" the first call sees noise of std 1, as in training; with "trailing" of std sigma (0.9977 for SD)
+        config |= {"timestep_spacing": "leading", "final_sigmas_type": "zero", **as_given}
     return Recipe(
         scheduler_class=name,
         scheduler_config=config,
         num_inference_steps=len(ladder),
         prediction_type=schedule.prediction.value,
         timesteps=() if schedule.is_flow else tuple(round(t) for t in ladder),
-        sigmas=tuple(schedule.fraction_at(torch.tensor(ladder)).tolist()) if schedule.is_flow else (),
+        sigmas=tuple(schedule.fraction_at(torch.tensor(ladder, dtype=torch.float64)).tolist()) if schedule.is_flow else (),
         base=setting.base,
         method=method,
         baked_guidance=baked_guidance,
@@ -271,4 +274,6 @@ def ladder_of(schedule: NoiseSchedule, timesteps: Sequence[float]) -> tuple[floa
         raise Refusal(
             f"method.timesteps is {list(timesteps)}, but a ladder falls strictly and lies in ({schedule.clean_time:g}, {top:g}]: mend it"
         )
+    if not schedule.is_flow and any(t != round(t) for t in ladder):
+        raise Refusal(f"method.timesteps is {list(timesteps)}, but stock schedulers take whole timesteps: round them")
     return ladder

@@ -111,15 +111,17 @@ def describe(plan: Plan, session: Session | None = None) -> list[str]:
     """What a run is, line by line: the dry run prints it, training logs it."""
     config, setting = plan.config, plan.setting
     training = config.training
+    recipe = plan.method_class(plan.method_config, setting).recipe()
+    options = ", ".join(f"{key}={value}" for key, value in plan.method_config.model_dump(exclude_unset=True).items())
+    ladder = ", ".join(f"{time:g}" for time in recipe.timesteps or recipe.sigmas)
+    extra = [f"{len(data):,} {name}" for name, data in (("images", plan.images), ("pairs", plan.pairs)) if data is not None]
     lines = [
         f"teacher     {config.model.path}: family {plan.info.family}, {setting.schedule.prediction.value} prediction, "
         f"latents {'x'.join(map(str, setting.latent_shape))}, base in {config.model.dtype}",
-        f"method      {config.method_name}: {plan.method_config!r}",
-        f"student     {plan.method_class(plan.method_config, setting).recipe()}",
-        f"data        {len(plan.prompts)} prompts from {plan.prompts.source}"
-        + (f", {len(plan.images)} images" if plan.images is not None else "")
-        + (f", {len(plan.pairs)} pairs" if plan.pairs is not None else ""),
-        f"training    {training.max_steps} iterations of {training.batch_size} x {training.accumulation} samples per process",
+        f"method      {config.method_name}: {options}",
+        f"student     {recipe.num_inference_steps} network calls with {recipe.scheduler_class} at {ladder}, guidance off",
+        f"data        {', '.join([f'{len(plan.prompts):,} prompts from {plan.prompts.source}', *extra])}",
+        f"training    {training.max_steps:,} iterations of {training.batch_size} x {training.accumulation} samples per process",
     ]
     for role, layout in plan.layouts.items():
         held = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from stepdistill.data.images import ImageFolder
 from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.data.tensors import TensorFolder
 from stepdistill.errors import Refusal
-from stepdistill.methods.base import Method, Setting
+from stepdistill.methods.base import Method, RoleKind, Setting
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import Checkpoint, CheckpointInfo, Family
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
@@ -22,6 +24,7 @@ from stepdistill.models.triple import GENERATOR, RoleLayout, Triple
 from stepdistill.registry import load_family, load_method
 from stepdistill.training import checkpoint as checkpoints
 
+logger = logging.getLogger(__name__)
 EMA = "generator_ema"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -44,7 +47,12 @@ class Plan:
     def layouts(self) -> dict[str, RoleLayout]:
         """Role -> layout for the roles that the method trains."""
         configured = {"generator": self.config.roles.generator, "fake_score": self.config.roles.fake_score}
-        return {role: layout_of(configured[role], self.family) for role in self.method_class.roles}
+        return {role: layout_of(configured[kind], self.family) for role, kind in self.roles.items()}
+
+    @property
+    def roles(self) -> Mapping[str, RoleKind]:
+        """Role -> the config section that speaks of it."""
+        return self.method_class.roles(self.method_config)
 
 
 @dataclass
@@ -130,7 +138,7 @@ def open_session(plan: Plan, device: torch.device | str | None = None) -> Sessio
     if config.training.gradient_checkpointing:
         triple.enable_gradient_checkpointing()
     if config.init is not None:
-        load_initial(triple, Path(config.init), plan.method_class.roles)
+        load_initial(triple, Path(config.init), tuple(plan.roles))
     return Session(plan, checkpoint, triple, method, where)
 
 
@@ -148,10 +156,12 @@ def load_initial(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:
     saved = checkpoints.read(path).tensors
     for role in roles:
         source = EMA if role == GENERATOR and EMA in saved else role
-        if source in saved:
-            own = {key: value for key, value in saved[source].items() if not key.startswith("head.")}
-            kept = {key: value for key, value in triple.state(role).items() if key.startswith("head.")}
-            triple.load_state(role, {**own, **kept})
+        own = {key: value for key, value in saved.get(source, {}).items() if not key.startswith("head.")}
+        if role != GENERATOR and own.keys() != triple.network_parameters(role).keys():
+            logger.info("%s is laid out differently in %s: it starts from the teacher", role, run)
+            continue
+        kept = {key: value for key, value in triple.state(role).items() if key.startswith("head.")}
+        triple.load_state(role, {**own, **kept})
     if EMA in triple.layouts:
         triple.copy_role(GENERATOR, EMA)
 

@@ -52,7 +52,7 @@ class Trainer:
         self.session, self.folder, self.accelerator = session, folder, accelerator
         self.config = session.plan.config.training
         self.triple, self.method = session.triple, session.method
-        self.counters = Counters(updates={role: 0 for role in session.plan.method_class.roles})
+        self.counters = Counters(updates={role: 0 for role in session.plan.roles})
         self.stage = 0
         self.optimizers = self._optimizers()
         self._stop = False
@@ -183,7 +183,8 @@ class Trainer:
     def _optimizers(self) -> dict[str, RoleOptimizer]:
         configured = self.session.plan.config.optimizers
         chosen = {"generator": configured.generator, "fake_score": configured.fake_score}
-        return {role: RoleOptimizer(self.triple.parameters(role), chosen[role]) for role in self.counters.updates}
+        roles = self.session.plan.roles
+        return {role: RoleOptimizer(self.triple.parameters(role), chosen[kind]) for role, kind in roles.items()}
 
     # ---------------------------------------------------------------- processes
 

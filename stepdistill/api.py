@@ -1,0 +1,155 @@
+"""The public functions, for notebooks and scripts; the command line calls the same ones.
+
+    outcome = stepdistill.distill(stepdistill.load_config("configs/quickstart.yaml"), output="runs/first")
+    stepdistill.export(outcome.folder, "diffusers-lora", "lora")
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from stepdistill.assets import resolve
+from stepdistill.config import RunConfig
+from stepdistill.data.prompts import read_prompts
+from stepdistill.errors import Refusal
+from stepdistill.export import ExportFormat, check_output, export_role
+from stepdistill.export.artefact import draw, load_artefact
+from stepdistill.export.card import push_to_hub as push
+from stepdistill.models.families.base import Checkpoint
+from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.training.collect import CollectConfig, collect
+from stepdistill.training.grids import tile
+from stepdistill.training.run import Outcome, describe, open_run, train
+from stepdistill.training.session import DTYPES, best_device, prepare
+
+__all__ = ["CollectConfig", "collect", "distill", "dry_run", "export", "load_teacher", "sample"]
+
+logger = logging.getLogger(__name__)
+PROOF_IMAGES = 2
+
+
+def distill(config: RunConfig, output: str | Path | None = None, resume: str | None = None) -> Outcome:
+    """Train a student. See `stepdistill.training.run.train`."""
+    return train(config, output, resume)
+
+
+def dry_run(config: RunConfig) -> list[str]:
+    """Check a config as training would, without loading a weight; lines that describe the run. Raises Refusal."""
+    return describe(prepare(config))
+
+
+def load_teacher(model: str, dtype: str = "float32", device: str | None = None) -> Checkpoint:
+    """Load a checkpoint: diffusers folder, hub id, single `.safetensors` file, or `builtin:teacher`. Raises Refusal."""
+    return load_checkpoint(inspect_checkpoint(resolve(model)), _dtype(dtype), device or best_device())
+
+
+def export(
+    run: str | Path,
+    format: ExportFormat,
+    output: str | Path,
+    *,
+    half: bool = False,
+    push_to_hub: str | None = None,
+    device: str | None = None,
+) -> Path:
+    """Write a run's student and prove that stock diffusers reproduces it; nothing is left where the proof fails.
+
+    Args:
+        format: diffusers-lora, kohya-lora or pipeline.
+        half: store float16.
+        push_to_hub: hub repository to upload the folder to.
+
+    Raises:
+        Refusal: not a run, a non-empty output folder, non-finite weights, or a failed proof.
+    """
+    check_output(Path(output))
+    session, iteration = open_run(run, device)
+    plan = session.plan
+    logger.info("exporting the %s of iteration %d", session.student.replace("_", " "), iteration)
+    prompts = [plan.prompts[i % len(plan.prompts)] for i in range(PROOF_IMAGES)]
+    folder = export_role(
+        session.checkpoint,
+        session.triple,
+        session.student,
+        session.method.recipe(),
+        format,
+        Path(output),
+        prompts=prompts,
+        seeds=list(range(PROOF_IMAGES)),
+        half=half,
+    )
+    if push_to_hub is not None:
+        push(folder, push_to_hub)
+    return folder
+
+
+def sample(
+    model: str,
+    output: str | Path,
+    *,
+    lora: str | Path | None = None,
+    prompt: str | None = None,
+    prompts: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    num_images: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    dtype: str = "float32",
+    device: str | None = None,
+    scheduler: str | None = None,
+) -> list[Path]:
+    """Draw images into a folder, as PNG and as a grid; image i has seed `seed + i` whatever the batch size.
+
+    The recipe that came with the LoRA or pipeline applies by default; overriding it warns.
+
+    Raises:
+        Refusal: no prompt or two sources of them, a folder that is not empty, a LoRA that does not fit.
+    """
+    folder = Path(output)
+    check_output(folder)
+    if (prompt is None) == (prompts is None):
+        raise Refusal("exactly one of --prompt and --prompts is needed: give a text, or a file of prompts")
+    if (width is None) != (height is None):
+        raise Refusal("--width and --height go together: give both or neither")
+    listed = [prompt] if prompt is not None else list(read_prompts(str(prompts)).texts)
+    texts = [text for text in listed for _ in range(num_images)]
+    pipeline, recipe = load_artefact(
+        resolve(model), Path(lora) if lora is not None else None, _dtype(dtype), device or best_device()
+    )
+    size = (height, width) if height is not None and width is not None else None
+    images = draw(
+        pipeline, texts, [seed + i for i in range(len(texts))], recipe=recipe, steps=steps, guidance=guidance,
+        negative_prompt=negative_prompt, size=size, scheduler=scheduler, batch_size=batch_size,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    rows: list[torch.Tensor] = []
+    for batch in images:
+        for image in batch:
+            paths.append(folder / f"{len(paths):05d}.png")
+            Image.fromarray(image).save(paths[-1])
+        if len(paths) <= GRID_LIMIT:
+            rows.append(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255)
+    drawn = torch.cat(rows)
+    columns = num_images if num_images > 1 else min(8, len(drawn))
+    tile(list(drawn.split(columns))).save(folder / "grid.png")
+    (folder / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return paths
+
+
+GRID_LIMIT = 256
+"""Images that a grid shows at most."""
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise Refusal(f"the dtype {name!r} is not known: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]

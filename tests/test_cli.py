@@ -1,0 +1,162 @@
+"""The command line as a tired user meets it: one clear sentence before any weight is loaded, nothing half-written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from stepdistill import cli
+
+
+@pytest.fixture
+def config(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Writes a YAML config on tiny SD; `changes` are section.key=value pairs, None removes a key."""
+
+    def write(**changes: object) -> Path:
+        data: dict[str, dict[str, object]] = {
+            "model": {"path": str(tiny("sd", "default"))},
+            "method": {"name": "dmd2", "guidance": 2.0},
+            "data": {"prompts": "builtin:general"},
+            "training": {"max_steps": 1, "device": "cpu"},
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            data[section][name] = value
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+    return write
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the command line; it must fail with exactly one sentence, which is returned."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a weight was loaded before the refusal")
+
+    monkeypatch.setattr("stepdistill.training.session.load_checkpoint", forbidden)
+    monkeypatch.setattr(sys, "argv", ["stepdistill", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    return message
+
+
+def test_help_is_fast() -> None:
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "stepdistill.cli", "--help"], capture_output=True, text=True, check=True)
+    assert "quickstart" in done.stdout
+    probe = "import sys, stepdistill.cli; print(any(m in sys.modules for m in ('torch', 'diffusers', 'pydantic')))"
+    heavy = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+    assert heavy == "False"
+    assert time.perf_counter() - started < 30  # a hang, not a benchmark
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training__max_step": 5}, "did you mean 'max_steps'"),
+        ({"method__guidence": 2.0}, "did you mean 'guidance'"),
+        ({"method__name": "dmd3"}, "dmd2"),
+        ({"training__batch_size": 0}, "training.batch_size"),
+        ({"model__path": "/no/such/folder"}, "/no/such/folder"),
+        ({"method__gan": {"weight": 0.01}}, "GAN"),
+        ({"data__prompts": "/no/prompts.txt"}, "/no/prompts.txt"),
+        ({"data__prompts": "builtin:generl"}, "general"),
+        ({"data__prompts": None}, "data.prompts"),
+        ({"method__timesteps": [100, 200]}, "falls strictly"),
+        ({"model__size": [33, 32]}, "multiples"),
+        ({"method__name": "dmd"}, "collect pairs"),
+    ],
+)
+def test_bad_configs(
+    config: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    said: str,
+) -> None:
+    message = refused(monkeypatch, capsys, "train", config(**changes), "--output", tmp_path / "run")
+    assert said in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_files(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "empty.txt" in refused(
+        monkeypatch, capsys, "train", config(data__prompts=str(tmp_path / "empty.txt")), "--output", output
+    )
+    (tmp_path / "not_diffusers").mkdir()
+    assert "model_index.json" in refused(
+        monkeypatch, capsys, "train", config(model__path=str(tmp_path / "not_diffusers")), "--output", output
+    )
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x02")
+    assert "safetensors" in refused(
+        monkeypatch, capsys, "train", config(model__path=str(tmp_path / "model.ckpt")), "--output", output
+    )
+    assert "no config file" in refused(monkeypatch, capsys, "train", tmp_path / "none.yaml", "--output", output)
+    assert "section.key=value" in refused(
+        monkeypatch, capsys, "train", config(), "--set", "training.max_steps", "--output", output
+    )
+    assert not output.exists()
+
+
+def test_a_folder_with_another_run_is_left_alone(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "taken"
+    output.mkdir()
+    (output / "thesis.txt").write_text("mine")
+    for command in (
+        ["train", config(), "--output", output],
+        ["export", tmp_path, "--output", output],
+        ["sample", "builtin:teacher", "--prompt", "a bag", "--output", output],
+        ["quickstart", "--output", output],
+    ):
+        assert "not empty" in refused(monkeypatch, capsys, *command)
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
+def test_too_many_broken_images(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(3):
+        Image.new("RGB", (64, 64), "red").save(images / f"{index}.png")
+        (images / f"bad{index}.png").write_bytes((images / f"{index}.png").read_bytes()[:40])
+    path = config(method__gan={"weight": 0.01}, data__images=str(images))
+    monkeypatch.setattr(sys, "argv", ["stepdistill", "train", str(path), "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert "bad" in capsys.readouterr().err
+
+
+def test_export_needs_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "not a run" in refused(monkeypatch, capsys, "export", tmp_path, "--output", tmp_path / "out")
+
+
+def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["stepdistill", "list", "methods"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.split() == ["dmd", "dmd2"]

@@ -1,0 +1,65 @@
+"""Every shipped config loads and dry-runs on the tiny checkpoint of its family; every header says what it must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import stepdistill
+from stepdistill.assets import FOLDER
+from stepdistill.config import read_settings
+from stepdistill.training.collect import CollectConfig, collect
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TRAINING = sorted(path.name for path in CONFIGS.glob("*.yaml") if "pairs" not in path.name)
+COLLECTIONS = sorted(path.name for path in CONFIGS.glob("*_pairs.yaml"))
+
+
+def tiny_of(name: str, tiny: Callable[..., Path]) -> Path:
+    family = "sdxl" if name.startswith("sdxl") else "sd"
+    return tiny(family, "v" if name.startswith("sd21v") else "default")
+
+
+def pairs_for(model: Path, guidance: float, folder: Path) -> Path:
+    config = {"model": {"path": str(model)}, "prompts": "builtin:general", "count": 2, "guidance": guidance, "steps": 2}
+    collect("pairs", CollectConfig.model_validate({**config, "device": "cpu"}), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    raw = yaml.safe_load((CONFIGS / name).read_text())
+    overrides = []
+    if not raw["model"]["path"].startswith("builtin:"):
+        model = tiny_of(name, tiny)
+        overrides.append(f"model.path={model}")
+        if raw["data"].get("pairs"):
+            overrides.append(f"data.pairs={pairs_for(model, raw['method']['guidance'], tmp_path / 'pairs')}")
+    if raw["data"].get("images"):
+        (tmp_path / "images").mkdir()
+        Image.new("RGB", (96, 96), "red").save(tmp_path / "images/a.png")
+        overrides.append(f"data.images={tmp_path / 'images'}")
+    lines = stepdistill.dry_run(stepdistill.load_config(CONFIGS / name, overrides))
+    assert any(line.startswith("student") for line in lines)
+
+
+@pytest.mark.parametrize("name", COLLECTIONS)
+def test_collections_run(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    changes = [f"model.path={tiny_of(name, tiny)}", "count=2", "steps=2", "device=cpu", "model.dtype=float32"]
+    assert collect("pairs", read_settings(CollectConfig, CONFIGS / name, changes), tmp_path) == 2
+
+
+@pytest.mark.parametrize("name", [*TRAINING, *COLLECTIONS])
+def test_headers(name: str) -> None:
+    header = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
+    said = " ".join(header)
+    wanted = ["command", "hardware", "numbers"] + (["prompts"] if name != "quickstart.yaml" else [])
+    assert [word for word in wanted if f"# {word}" not in said] == []
+
+
+def test_the_packaged_quickstart_is_the_shown_one() -> None:
+    assert (FOLDER / "quickstart.yaml").read_text() == (CONFIGS / "quickstart.yaml").read_text()
