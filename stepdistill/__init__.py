@@ -21,14 +21,14 @@ _PUBLIC = {
     "export": "api",
     "sample": "api",
     "load_teacher": "api",
-    "quickstart": "quickstart",
+    "quickstart": "demo",
 }
 
 if TYPE_CHECKING:
     from stepdistill.api import CollectConfig, collect, distill, dry_run, export, load_teacher, sample
     from stepdistill.config import RunConfig, load_config
+    from stepdistill.demo import quickstart
     from stepdistill.errors import Refusal
-    from stepdistill.quickstart import quickstart
 
 __all__ = [
     "CollectConfig", "Refusal", "RunConfig", "collect", "distill", "dry_run", "export", "load_config", "load_teacher",

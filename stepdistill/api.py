@@ -1,7 +1,7 @@
 """The public functions, for notebooks and scripts; the command line calls the same ones.
 
-    outcome = stepdistill.distill(stepdistill.load_config("configs/quickstart.yaml"), output="runs/first")
-    stepdistill.export(outcome.folder, "diffusers-lora", "lora")
+outcome = stepdistill.distill(stepdistill.load_config("configs/quickstart.yaml"), output="runs/first")
+stepdistill.export(outcome.folder, "diffusers-lora", "lora")
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from stepdistill.assets import resolve
 from stepdistill.config import RunConfig
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import Refusal
-from stepdistill.export import ExportFormat, check_output, export_role
-from stepdistill.export.artefact import draw, load_artefact
-from stepdistill.export.card import push_to_hub as push
+from stepdistill.exporting import ExportFormat, check_output, export_role
+from stepdistill.exporting.artefact import draw, load_artefact
+from stepdistill.exporting.card import push_to_hub as push
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.training.collect import CollectConfig, collect

@@ -35,9 +35,7 @@ class Listing(str, Enum):
 
 
 Output = Annotated[Path, typer.Option("--output", help="Folder to write; must be new or empty.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key: section.key=value (repeatable).")
-]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value (repeatable).")]
 
 
 @app.command()
@@ -48,7 +46,7 @@ def quickstart(
     ] = False,
 ) -> None:
     """Distil the embedded teacher into 4 steps, measure it, and write a LoRA that plain diffusers loads."""
-    from stepdistill.quickstart import quickstart as run
+    from stepdistill.demo import quickstart as run
 
     typer.echo(run(output, remeasure=remeasure).text())
 

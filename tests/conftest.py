@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from stepdistill.registry import load_family
 
@@ -26,3 +29,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a weight fails the test."""
+
+    def forbidden(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("weights were read")
+
+    for owner in (StableDiffusionPipeline, StableDiffusionXLPipeline, AutoencoderKL):
+        monkeypatch.setattr(owner, "from_pretrained", forbidden)
+        monkeypatch.setattr(owner, "from_single_file", forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", forbidden)
+
+
+@pytest.fixture
+def copied(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a tiny checkpoint that the test may break."""
+
+    def copy(family: str, variant: str = "default") -> Path:
+        return Path(shutil.copytree(tiny(family, variant), tmp_path / "model"))
+
+    return copy

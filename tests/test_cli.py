@@ -55,7 +55,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 def test_help_is_fast() -> None:
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "stepdistill.cli", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "stepdistill.cli", "--help"], capture_output=True, text=True, check=True
+    )
     assert "quickstart" in done.stdout
     probe = "import sys, stepdistill.cli; print(any(m in sys.modules for m in ('torch', 'diffusers', 'pydantic')))"
     heavy = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()

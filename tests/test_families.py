@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -242,7 +240,8 @@ def test_guided_samples_are_the_stock_pipeline_s(tiny: Tiny, name: str, variant:
         )
         for w in (4.0, 1.0)
     }
-    torch.testing.assert_close(ours[4.0], theirs, atol=1e-4, rtol=0)
+    # an untrained epsilon network at alpha = 0.07 sends latents to a hundred, where float32 has five digits behind the point
+    torch.testing.assert_close(ours[4.0], theirs, atol=1e-4, rtol=1e-5)
     assert (ours[1.0] - theirs).abs().max() > 1e-2
 
 
@@ -341,38 +340,3 @@ def test_shifted_latents_come_back(tiny: Tiny, fields: dict[str, Any]) -> None:
     latents = family.encode_images(shifted, images)
     torch.testing.assert_close(latents, (raw - shift) / std * 5.0)
     torch.testing.assert_close(family.decode(shifted, latents), (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1))
-
-
-# ---------------------------------------------------------------- the registry
-
-
-def test_the_registry_imports_no_torch() -> None:
-    code = "import sys, stepdistill.registry as r; r.method_names(); r.family_names(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_names_load_and_unknown_ones_are_told_the_nearest() -> None:
-    assert {"dmd", "dmd2"} <= set(registry.method_names())
-    assert {"sd", "sdxl", "analytic"} <= set(registry.family_names())
-    assert registry.load_method("dmd2").__name__ == "DMD2"
-    with pytest.raises(Refusal, match="no method named 'dmd3': did you mean 'dmd"):
-        registry.load_method("dmd3")
-    with pytest.raises(Refusal, match="no family named 'sdlx': did you mean 'sdxl'"):
-        registry.load_family("sdlx")
-
-
-def test_other_packages_add_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib.metadata import EntryPoint
-
-    group = "stepdistill.families"
-    points = [
-        EntryPoint("mine", "stepdistill.models.families.sdxl:SDXL", group),
-        EntryPoint("sd", "nowhere:Thief", group),
-        EntryPoint("broken", "nowhere.at.all:Lost", group),
-    ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in points if p.group == group])
-    assert registry.family_names()[-2:] == ("mine", "broken")
-    assert isinstance(registry.load_family("mine"), SDXL)
-    assert registry.load_family("sd").name == "sd"
-    with pytest.raises(Refusal, match="mend or uninstall that package"):
-        registry.load_family("broken")

@@ -27,7 +27,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dmd2": {"guidance": 2.0, "ratio": 2, "steps": 2, "gan": {"weight": 1e-2}},
 }
 LAYOUTS = {"lora": ("lora", "lora"), "full": ("full", "full"), "mixed": ("lora", "full")}
-FAMILIES = [(name, variant) for name in family_names() for variant in load_family(name).tiny_variants if name != "analytic"]
+FAMILIES = [
+    (name, variant) for name in family_names() for variant in load_family(name).tiny_variants if name != "analytic"
+]
 
 
 def test_no_method_is_missing() -> None:
@@ -50,7 +52,13 @@ def config(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., RunConfig
                 (images / f"{index}.txt").write_text(f"a {colour} square")
             data["images"] = str(images)
         if needs.pairs and not (tmp_path / "pairs").exists():
-            pairs = {"model": {"path": str(model)}, "prompts": "builtin:general", "count": 4, "guidance": 2.0, "steps": 2}
+            pairs = {
+                "model": {"path": str(model)},
+                "prompts": "builtin:general",
+                "count": 4,
+                "guidance": 2.0,
+                "steps": 2,
+            }
             collect("pairs", CollectConfig.model_validate({**pairs, "device": "cpu"}), tmp_path / "pairs")
         if needs.pairs:
             data["pairs"] = str(tmp_path / "pairs")
@@ -85,7 +93,9 @@ def folder_hash(folder: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def through(config: Callable[..., RunConfig], tmp_path: Path, method: str, family: str, variant: str, layout: str) -> None:
+def through(
+    config: Callable[..., RunConfig], tmp_path: Path, method: str, family: str, variant: str, layout: str
+) -> None:
     make = lambda steps: config(method, family, variant, layout, steps)  # noqa: E731
     base = folder_hash(Path(make(1).model.path))
     train(make(3), tmp_path / "whole")

@@ -7,8 +7,20 @@ from itertools import product
 
 import pytest
 import torch
-from toys import SCHEDULES, ToyUNet, analytic_triple, flow, four_modes, gaussian, mixture_network, noise, prompts, unet, vp
 from torch import Tensor
+from toys import (
+    SCHEDULES,
+    ToyUNet,
+    analytic_triple,
+    flow,
+    four_modes,
+    gaussian,
+    mixture_network,
+    noise,
+    prompts,
+    unet,
+    vp,
+)
 
 from stepdistill.diffusion.prediction import Prediction, convert, from_x0_eps, guide, to_eps, to_x0
 from stepdistill.diffusion.schedule import NoiseSchedule

@@ -114,7 +114,7 @@ def test_zero_terminal_snr() -> None:
 
 
 def test_zero_terminal_snr_refuses_epsilon() -> None:
-    with pytest.raises(Refusal, match="zero terminal SNR.*v_prediction"):
+    with pytest.raises(Refusal, match=r"zero terminal SNR.*v_prediction"):
         vp(Prediction.EPSILON, rescale_betas_zero_snr=True)
 
 
@@ -187,4 +187,6 @@ def test_noising_in_half_precision_is_done_in_float32() -> None:
     x0, eps = noise(2, 4).bfloat16(), noise(2, 4, seed=1).bfloat16()
     x_t = vp().add_noise(x0, eps, torch.tensor([20, 980]))
     assert x_t.dtype == torch.float32
-    torch.testing.assert_close(x_t.double(), vp().add_noise(x0.double(), eps.double(), torch.tensor([20, 980])), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        x_t.double(), vp().add_noise(x0.double(), eps.double(), torch.tensor([20, 980])), rtol=0, atol=1e-6
+    )

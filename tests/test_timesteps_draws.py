@@ -69,7 +69,9 @@ def test_ladder_of_another_length() -> None:
 EVEN = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
 
 
-@pytest.mark.parametrize(("low", "high", "first", "last"), [(0.02, 0.98, 20, 980), (0.0, 1.0, 0, 999), (0.5, 0.51, 500, 510)])
+@pytest.mark.parametrize(
+    ("low", "high", "first", "last"), [(0.02, 0.98, 20, 980), (0.0, 1.0, 0, 999), (0.5, 0.51, 500, 510)]
+)
 def test_vp_levels_are_uniform_integers(low: float, high: float, first: int, last: int) -> None:
     """U{20..980} for DMD's matching, U{0..999} for the fake score: both ends occur, all equally often."""
     values, counts = NoiseLevels(low, high).times(vp(), EVEN).unique(return_counts=True)
@@ -117,7 +119,9 @@ def test_draws_do_not_depend_on_the_layout() -> None:
         assert part.batch_uniform("phase") == whole.batch_uniform("phase")
 
 
-@pytest.mark.parametrize("draw", [lambda d: d.uniform("t").tolist(), lambda d: d.batch_uniform("t"), lambda d: d.batch_integer("t", 10**9)])
+@pytest.mark.parametrize(
+    "draw", [lambda d: d.uniform("t").tolist(), lambda d: d.batch_uniform("t"), lambda d: d.batch_integer("t", 10**9)]
+)
 def test_seeds_steps_roles_and_purposes_differ(draw: Callable[[Draws], object]) -> None:
     variants = [make(), make(seed=1), make(step=4), make(role="fake_score")]
     drawn = [str(draw(variant)) for variant in variants]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -15,8 +16,8 @@ from diffusers import (
     TCDScheduler,
 )
 from diffusers.schedulers import scheduling_lcm, scheduling_tcd
-from toys import SCHEDULES, SD, flow, noise, vp
 from torch import Tensor
+from toys import SCHEDULES, SD, flow, noise, vp
 
 from stepdistill.diffusion.prediction import Prediction, convert, from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule
@@ -53,7 +54,9 @@ def stock_noise(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
 def test_deterministic_is_ddim(t: int, s: int) -> None:
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True)
     scheduler.num_inference_steps = 1
-    scheduler.register_to_config(num_train_timesteps=t - s)  # it steps down by num_train_timesteps // num_inference_steps
+    scheduler.register_to_config(
+        num_train_timesteps=t - s
+    )  # it steps down by num_train_timesteps // num_inference_steps
     schedule = vp()
     expected = scheduler.step(eps_of(schedule, X_T, X0, t), t, X_T, eta=0.0).prev_sample
     step = Transition(TransitionKind.DETERMINISTIC)(schedule, X_T, X0, t, s)
@@ -287,9 +290,12 @@ def test_walk(name: str, transition: Transition) -> None:
         transition.strength > 0 or transition.kind is TransitionKind.RENOISE
     )
     assert drawn == ([0, 1] if stochastic else [])
-    assert [(step.t, step.s) for step in steps] == [*zip(ladder, ladder[1:], strict=False), (ladder[-1], transition.final_time(schedule))]
+    assert [(step.t, step.s) for step in steps] == [
+        *itertools.pairwise(ladder),
+        (ladder[-1], transition.final_time(schedule)),
+    ]
     torch.testing.assert_close(steps[0].x_t, noise(2, 3), rtol=0, atol=0)
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         assert after.x_t is before.x_s
     for step in steps:
         torch.testing.assert_close(step.x0, predict(step.x_t, step.t), rtol=0, atol=0)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from toys import CHANNELS, TEXT, analytic_triple, disturb, four_modes, layouts, noise, prompts, unet, unet_triple, vp
 from torch import Tensor, nn
+from toys import CHANNELS, TEXT, analytic_triple, disturb, four_modes, layouts, noise, prompts, unet, unet_triple, vp
 
 from stepdistill.errors import Refusal
 from stepdistill.models.adapters import LoraSettings
@@ -48,7 +48,9 @@ def ask(triple: Triple, role: str) -> Tensor:
 
 
 def with_head(triple: Triple) -> Triple:
-    triple.attach_head(FAKE_SCORE, "d", seeded_head(CHANNELS[-1], (4, 4), 0, 8).to(next(triple.base.parameters()).dtype))
+    triple.attach_head(
+        FAKE_SCORE, "d", seeded_head(CHANNELS[-1], (4, 4), 0, 8).to(next(triple.base.parameters()).dtype)
+    )
     return triple
 
 
@@ -147,7 +149,7 @@ def test_requires_grad_is_restored(held: tuple[str, str]) -> None:
     assert trainable() == free
     with triple.training(GENERATOR):
         assert trainable() == {**free, FAKE_SCORE: {False}}
-    with pytest.raises(KeyboardInterrupt), triple.training(FAKE_SCORE):
+    with pytest.raises(KeyboardInterrupt), triple.training(FAKE_SCORE):  # noqa: PT012
         assert trainable() == {**free, GENERATOR: {False}}
         raise KeyboardInterrupt
     assert trainable() == free
@@ -189,7 +191,9 @@ def through_samples(triple: Triple) -> Tensor:
 @pytest.mark.parametrize("held", HELD, ids="/".join)
 @pytest.mark.parametrize("due", ROLES)
 @pytest.mark.parametrize("loss", [through_features, through_samples])
-def test_checkpointing_does_not_change_gradients(loss: Callable[[Triple], Tensor], due: str, held: tuple[str, str]) -> None:
+def test_checkpointing_does_not_change_gradients(
+    loss: Callable[[Triple], Tensor], due: str, held: tuple[str, str]
+) -> None:
     """A graph through two roles: gradients with and without gradient checkpointing agree to 1e-12 (relative)."""
 
     def gradients(checkpointing: bool) -> dict[str, Tensor]:
@@ -369,7 +373,9 @@ def test_the_delta_is_alpha_over_rank() -> None:
     a, b = (triple.network_parameters(GENERATOR)[f"mlp.fc_mid.lora_{m}.weight"] for m in "AB")
     with triple.bank.role(GENERATOR):
         got = layer(x)
-    torch.testing.assert_close(got, nn.functional.linear(x, layer.base_layer.weight + 2 / 4 * b @ a, layer.base_layer.bias))  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(
+        got, nn.functional.linear(x, layer.base_layer.weight + 2 / 4 * b @ a, layer.base_layer.bias)
+    )  # type: ignore[union-attr,operator]
 
 
 @pytest.mark.parametrize("targets", [("nothing",), ("to_q", "to_quu")])

@@ -54,7 +54,9 @@ class Row:
 
     @classmethod
     def of(cls, name: str, steps: int, network_calls: int, scores: Scores, seconds_per_image: float) -> Row:
-        return cls(name=name, steps=steps, network_calls=network_calls, seconds_per_image=seconds_per_image, **asdict(scores))
+        return cls(
+            name=name, steps=steps, network_calls=network_calls, seconds_per_image=seconds_per_image, **asdict(scores)
+        )
 
 
 def evaluation_set(images: int = IMAGES) -> tuple[list[str], list[int]]:
@@ -76,7 +78,9 @@ class Scorer:
         statistics = FeatureStatistics.of(features)
         groups = features.reshape(-1, SEEDS_PER_PROMPT, features.shape[1])
         return Scores(
-            frechet=frechet_distance(statistics.mean, statistics.covariance, self.reference.mean, self.reference.covariance),
+            frechet=frechet_distance(
+                statistics.mean, statistics.covariance, self.reference.mean, self.reference.covariance
+            ),
             prompt_accuracy=self.accuracy(images, prompts),
             diversity=pairwise_diversity(groups, self.reference.mean),
             saturation=saturation(images),

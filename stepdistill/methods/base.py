@@ -127,7 +127,7 @@ class Rollout:
     def detach(self) -> Rollout:
         """The same numbers without graph, for the updates that follow the generator's."""
         tensors = {f.name: v.detach() for f in fields(self) if isinstance(v := vars(self)[f.name], Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

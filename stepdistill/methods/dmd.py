@@ -30,7 +30,9 @@ class DMDConfig(Settings):
     regression: float = Field(
         0.25, ge=0, description="weight of the regression on pairs (lambda_reg); 0 needs no pairs"
     )
-    matching: float = Field(1.0, ge=0, description="weight of distribution matching; 0 trains the generator on pairs alone")
+    matching: float = Field(
+        1.0, ge=0, description="weight of distribution matching; 0 trains the generator on pairs alone"
+    )
     timestep: float | None = Field(None, description="native time the student is told; 399 for one-step SDXL")
     distance: Literal["l2", "huber"] = Field("l2", description="of the regression, in latent space")
     huber_c: float = Field(1e-3, gt=0)
@@ -78,7 +80,8 @@ class DMD(Method[DMDConfig]):
             t = self.config.fake_levels.levels().times(self.schedule, draws.uniform("fake.t"))
             denoising = parts.fake_score_loss(triple.fake_score, x, t, draws.normal("fake.eps", x.shape[1:]), cond)
             return Terms(denoising, {"denoising": denoising.detach()})
-        total, logged = x.new_zeros(()), {}
+        total = x.new_zeros(())
+        logged: dict[str, Tensor] = {}
         if self.config.matching > 0:
             matching, logged = self._matching(rollout, triple, draws)
             total = self.config.matching * matching

@@ -253,7 +253,9 @@ def few_step_recipe(
         num_inference_steps=len(ladder),
         prediction_type=schedule.prediction.value,
         timesteps=() if schedule.is_flow else tuple(round(t) for t in ladder),
-        sigmas=tuple(schedule.fraction_at(torch.tensor(ladder, dtype=torch.float64)).tolist()) if schedule.is_flow else (),
+        sigmas=tuple(schedule.fraction_at(torch.tensor(ladder, dtype=torch.float64)).tolist())
+        if schedule.is_flow
+        else (),
         base=setting.base,
         method=method,
         baked_guidance=baked_guidance,
@@ -265,12 +267,7 @@ def ladder_of(schedule: NoiseSchedule, timesteps: Sequence[float]) -> tuple[floa
     """A ladder written by hand, checked: native times, strictly falling, within the schedule."""
     ladder = tuple(float(t) for t in timesteps)
     top = schedule.terminal_time
-    if (
-        not ladder
-        or any(a <= b for a, b in pairwise(ladder))
-        or ladder[0] > top
-        or ladder[-1] <= schedule.clean_time
-    ):
+    if not ladder or any(a <= b for a, b in pairwise(ladder)) or ladder[0] > top or ladder[-1] <= schedule.clean_time:
         raise Refusal(
             f"method.timesteps is {list(timesteps)}, but a ladder falls strictly and lies in ({schedule.clean_time:g}, {top:g}]: mend it"
         )

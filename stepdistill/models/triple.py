@@ -219,6 +219,13 @@ class Triple:
         ]:
             self.family.enable_gradient_checkpointing(network, function)
 
+    def plain_copy(self) -> nn.Module:
+        """A copy of the base without any adapter, in float32 or better."""
+        dtype = torch.float64 if next(self.base.parameters()).dtype == torch.float64 else torch.float32
+        network = self.family.empty_like(self.base).to(dtype)
+        network.load_state_dict(self._base_state())
+        return network.eval().requires_grad_(False)
+
     def _base_state(self) -> dict[str, Tensor]:
         return {
             key.replace(".base_layer.", "."): value

@@ -114,7 +114,9 @@ def describe(plan: Plan, session: Session | None = None) -> list[str]:
     recipe = plan.method_class(plan.method_config, setting).recipe()
     options = ", ".join(f"{key}={value}" for key, value in plan.method_config.model_dump(exclude_unset=True).items())
     ladder = ", ".join(f"{time:g}" for time in recipe.timesteps or recipe.sigmas)
-    extra = [f"{len(data):,} {name}" for name, data in (("images", plan.images), ("pairs", plan.pairs)) if data is not None]
+    extra = [
+        f"{len(data):,} {name}" for name, data in (("images", plan.images), ("pairs", plan.pairs)) if data is not None
+    ]
     lines = [
         f"teacher     {config.model.path}: family {plan.info.family}, {setting.schedule.prediction.value} prediction, "
         f"latents {'x'.join(map(str, setting.latent_shape))}, base in {config.model.dtype}",

@@ -57,6 +57,7 @@ class MixtureNetwork(nn.Module):
         super().__init__()
         self.mixture = mixture
         self.schedule = schedule
+        self.width = width
         classes, dimension = mixture.means.shape
         self.mlp = nn.Sequential()
         self.mlp.add_module("fc_in", nn.Linear(dimension + 2 + classes, width))
@@ -138,6 +139,11 @@ class Analytic(Family):
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: Callable[..., Tensor]) -> None:
         """Nothing to save: the network is three small layers."""
+
+    def empty_like(self, network: nn.Module) -> nn.Module:
+        if not isinstance(network, MixtureNetwork):
+            raise TypeError(f"an analytic network was expected, not {type(network).__name__}")
+        return MixtureNetwork(network.mixture, network.schedule, network.width)
 
     def write_tiny(self, folder: Path, variant: str = "default", seed: int = 0) -> None:
         """Four modes on a circle of radius 2, std 0.25, as in the two-dimensional smoke test of the literature."""

@@ -122,6 +122,10 @@ class Family(ABC):
         """Checkpoint the network's blocks through `function(module, *args)`; a family without blocks does nothing."""
 
     @abstractmethod
+    def empty_like(self, network: nn.Module) -> nn.Module:
+        """A network of the same architecture without adapters, its weights still to be loaded."""
+
+    @abstractmethod
     def write_tiny(self, folder: Path, variant: str = "default", seed: int = 0) -> None:
         """Write a tiny random checkpoint in diffusers format; every variant in `tiny_variants` joins the test matrix."""
 

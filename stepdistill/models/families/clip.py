@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPTokenizer
 
@@ -39,7 +40,8 @@ def clip_merges() -> Merges:
 
 def make_tokenizer(merges: Merges, pad: str = END, length: int = 77) -> CLIPTokenizer:
     """pad: END for CLIP-L, "!" (id 0) for the OpenCLIP encoders of SD 2.x and SDXL."""
-    return CLIPTokenizer(vocab=vocabulary(merges), merges=list(merges), pad_token=pad, model_max_length=length)
+    pairs: list[Any] = list(merges)  # declared as list[str] by transformers, which hands the pairs on to tokenizers
+    return CLIPTokenizer(vocab=vocabulary(merges), merges=pairs, pad_token=pad, model_max_length=length)
 
 
 def tokenizer_of(folder: Path) -> CLIPTokenizer:

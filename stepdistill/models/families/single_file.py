@@ -136,7 +136,9 @@ def _converted(component: str, prefix: str, source: Mapping[str, Tensor], folder
     return convert_open_clip_checkpoint(model, part, prefix=prefix)  # type: ignore[no-any-return]
 
 
-def _left_over(prefix: str, source: Mapping[str, Tensor], converted: Mapping[str, Tensor]) -> Shapes:
+def _left_over(
+    prefix: str, source: Mapping[str, Tensor], converted: Mapping[str, Tensor]
+) -> dict[str, tuple[int, ...]]:
     """Tensors of the UNet or VAE that the conversion passed by in silence. The text encoders' pass through it by name."""
     if prefix not in (UNET, VAE):
         return {}

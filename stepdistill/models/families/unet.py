@@ -150,6 +150,9 @@ class UNetFamily(Family):
         """`added_cond_kwargs` of the UNet: what it is told beside the text."""
         return None
 
+    def empty_like(self, network: nn.Module) -> nn.Module:
+        return UNet2DConditionModel.from_config(network.config)  # type: ignore[no-any-return]
+
     def feature_module(self, network: nn.Module) -> nn.Module:
         module = network.mid_block
         if not isinstance(module, nn.Module):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import ModelMixin
-from transformers import PreTrainedModel
+from transformers import CLIPTextConfig, PreTrainedModel
 
 from stepdistill.models.files import Shapes, read_header, read_json, refuse_key_differences, variant_of, weights
 
-ModelClass = type[ModelMixin] | type[PreTrainedModel]
+ModelClass = type[Any]
+"""A diffusers model or a CLIP text encoder of transformers."""
 
 # names that diffusers before 0.15 gave to the VAE's attention; it still renames them as it loads
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -21,10 +22,8 @@ def wanted_shapes(folder: Path, component: str, model_class: ModelClass) -> Shap
     """What the component's config asks for, found by building it on the meta device."""
     config = read_json(folder / component / "config.json")
     with torch.device("meta"):
-        if issubclass(model_class, PreTrainedModel):
-            model = model_class(model_class.config_class.from_dict(config))
-        else:
-            model = model_class.from_config(config)
+        is_text = issubclass(model_class, PreTrainedModel)
+        model = model_class(CLIPTextConfig.from_dict(config)) if is_text else model_class.from_config(config)
     return canonical({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()})
 
 

@@ -25,8 +25,8 @@ from stepdistill import api
 from stepdistill.assets import FOLDER, TEACHER, resolve
 from stepdistill.config import load_config
 from stepdistill.evaluation.fashion import IMAGES, Row, Scorer, evaluation_set
-from stepdistill.export import check_output
-from stepdistill.export.artefact import draw, load_artefact
+from stepdistill.exporting import check_output
+from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.models.recipe import Recipe
 from stepdistill.training.grids import tile
 
@@ -49,7 +49,11 @@ class Report:
         return next(row for row in self.rows if row.name == name)
 
     def to_json(self) -> str:
-        record = {"rows": [asdict(row) for row in self.rows], "noise_floor": self.noise_floor, "seconds_total": self.seconds_total}
+        record = {
+            "rows": [asdict(row) for row in self.rows],
+            "noise_floor": self.noise_floor,
+            "seconds_total": self.seconds_total,
+        }
         return json.dumps(record, indent=2)
 
     def text(self) -> str:
@@ -130,14 +134,15 @@ class Bench:
     ) -> None:
         self.pipeline, self.prompts, self.seeds, self.scorer, self.folder = pipeline, prompts, seeds, scorer, folder
 
-    def measure(self, name: str, steps: int, network_calls: int, **arguments: Any) -> Row:
-        """The row of these sampler arguments (those of `stepdistill.export.artefact.draw`)."""
+    def measure(self, name: str, total_steps: int, network_calls: int, **arguments: Any) -> Row:
+        """The row of these sampler arguments (those of `stepdistill.exporting.artefact.draw`)."""
         logger.info("measuring %s", name)
         begun = time.perf_counter()
         drawn = np.concatenate(list(draw(self.pipeline, self.prompts, self.seeds, batch_size=BATCH, **arguments)))
         seconds = time.perf_counter() - begun
         self._keep(name, drawn)
-        return Row.of(name, steps, network_calls, self.scorer.score(drawn, self.prompts), seconds / len(drawn))
+        scores = self.scorer.score(drawn, self.prompts)
+        return Row.of(name, total_steps, network_calls, scores, seconds / len(drawn))
 
     def _keep(self, name: str, images: NDArray[np.uint8]) -> None:
         folder = self.folder / name
@@ -159,7 +164,12 @@ def shipped_teacher_row(guidance: float) -> Row:
 
 
 def draw_grid(
-    pipeline: DiffusionPipeline, guidance: float, prompts: Sequence[str], seeds: Sequence[int], folder: Path, columns: int = 12
+    pipeline: DiffusionPipeline,
+    guidance: float,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    columns: int = 12,
 ) -> None:
     """Write grid.png: teacher, base, base_same_recipe and student (top to bottom) on the same prompts and seeds."""
     chosen = list(range(0, len(prompts), max(1, len(prompts) // columns)))[:columns]

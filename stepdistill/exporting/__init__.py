@@ -1,0 +1,90 @@
+"""Ships things: a role as a LoRA or a pipeline, with a card, and the proof that stock diffusers reproduces it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from stepdistill.assets import resolve
+from stepdistill.errors import Refusal
+from stepdistill.exporting.artefact import load_artefact
+from stepdistill.exporting.card import write_card
+from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, write_diffusers_lora, write_kohya_lora
+from stepdistill.exporting.pipeline import write_pipeline
+from stepdistill.exporting.proof import HALF_TOLERANCE, TOLERANCE, make_proof, reproduction_script, verify
+from stepdistill.models.families.base import Checkpoint
+from stepdistill.models.recipe import Recipe
+from stepdistill.models.triple import Triple
+
+ExportFormat = Literal["diffusers-lora", "kohya-lora", "pipeline"]
+FILES: dict[ExportFormat, str] = {
+    "diffusers-lora": DIFFUSERS_FILE,
+    "kohya-lora": KOHYA_FILE,
+    "pipeline": "model_index.json",
+}
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder that holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Refusal(f"the output folder {str(folder)!r} is not empty: choose another --output")
+
+
+def export_role(
+    checkpoint: Checkpoint,
+    triple: Triple,
+    role: str,
+    recipe: Recipe,
+    format: ExportFormat,
+    folder: Path,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    half: bool = False,
+) -> Path:
+    """Prove, write aside, verify with a fresh stock pipeline, rename. Nothing is left where anything fails.
+
+    Raises:
+        Refusal: a non-empty folder, a layout that the format cannot hold, non-finite tensors, or a failed proof.
+    """
+    check_output(folder)
+    lora = triple.layouts[role].lora
+    if lora is not None:
+        recipe = replace(recipe, rank=lora.rank, alpha=lora.alpha)
+    base = resolve(recipe.base)
+    dtype = torch.float16 if half else torch.float32
+    proof = make_proof(checkpoint, triple, role, recipe, prompts, seeds)
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        if format == "pipeline":
+            write_pipeline(checkpoint, triple, role, recipe, aside, dtype)
+        else:
+            write = write_diffusers_lora if format == "diffusers-lora" else write_kohya_lora
+            write(triple, role, recipe, aside, dtype)
+        (aside / "recipe.json").write_text(recipe.to_json() + "\n")
+        proof.write(aside, recipe)
+        exported = str(aside) if format == "pipeline" else base
+        pipeline, _ = load_artefact(exported, None if format == "pipeline" else aside, torch.float32, "cpu")
+        # half-precision files, and a base in half precision, are compared at the precision they have
+        exact = not half and next(triple.base.parameters()).dtype in (torch.float32, torch.float64)
+        verify(pipeline, proof, recipe, TOLERANCE if exact else HALF_TOLERANCE)
+        script = reproduction_script(base, format, FILES[format], TOLERANCE if exact else HALF_TOLERANCE)
+        (aside / "reproduce.py").write_text(script)
+        write_card(
+            checkpoint.info, triple.family.pipeline_name, recipe, format, FILES[format], folder, aside / "README.md"
+        )
+        if folder.exists():
+            folder.rmdir()
+        os.replace(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return folder

@@ -1,0 +1,107 @@
+"""A LoRA role as a file: diffusers' layout with its metadata, or kohya's with its alphas. Keys, alphas and ranks whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill.errors import Refusal
+from stepdistill.models.adapters import LoraSettings
+from stepdistill.models.recipe import Recipe
+from stepdistill.models.triple import Triple
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "lora_kohya.safetensors"
+RECIPE_KEY = "stepdistill_recipe"
+
+
+def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`module.lora_A.weight` and `module.lora_B.weight` of a LoRA role, on the CPU.
+
+    Raises:
+        Refusal: the role is a full network, or has non-finite values.
+    """
+    if triple.layouts[role].lora is None:
+        raise Refusal(f"the {role} is a full network, which no LoRA file can hold: export it with --format pipeline")
+    tensors = {
+        key: value.detach().to("cpu", dtype).contiguous() for key, value in triple.network_parameters(role).items()
+    }
+    bad = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise Refusal(
+            f"{len(bad)} tensors of the {role} are not finite in {dtype} (first: {bad[0]!r}): export an earlier checkpoint"
+        )
+    return tensors
+
+
+def settings_of(triple: Triple, role: str) -> LoraSettings:
+    """The role's LoRA settings."""
+    lora = triple.layouts[role].lora
+    if lora is None:
+        raise Refusal(f"the {role} is a full network and has no LoRA settings: export it with --format pipeline")
+    return lora
+
+
+def alpha_of(module: str, lora: LoraSettings) -> float:
+    """The alpha of one module, exceptions applied as peft applies them."""
+    return float(lora.alpha_pattern.get(get_pattern_key(list(lora.alpha_pattern), module), lora.alpha))
+
+
+def write_diffusers_lora(triple: Triple, role: str, recipe: Recipe, folder: Path, dtype: torch.dtype) -> Path:
+    """Write `pytorch_lora_weights.safetensors`; the adapter's configuration travels in its metadata."""
+    component = triple.family.network_component
+    tensors = {f"{component}.{key}": value for key, value in lora_tensors(triple, role, dtype).items()}
+    config = settings_of(triple, role).peft().to_dict()
+    kept = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "lora_bias", "use_dora", "use_rslora")
+    adapter = {f"{component}.{key}": _plain(config[key]) for key in kept if key in config}
+    metadata = {
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True),
+        RECIPE_KEY: recipe.to_json(),
+    }
+    path = folder / DIFFUSERS_FILE
+    save_file(tensors, path, metadata)
+    return path
+
+
+def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, folder: Path, dtype: torch.dtype) -> Path:
+    """Write kohya's layout: `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight` and `.alpha`, for ComfyUI and A1111."""
+    lora = settings_of(triple, role)
+    tensors: dict[str, Tensor] = {}
+    for key, value in lora_tensors(triple, role, dtype).items():
+        module, _, matrix = key.removesuffix(".weight").rpartition(".")
+        name = f"lora_{triple.family.network_component}_{module.replace('.', '_')}"
+        if matrix == "lora_A":
+            tensors[f"{name}.lora_down.weight"] = value
+        else:
+            # loaders disagree about modules with an alpha of their own: one alpha everywhere, exceptions folded into B
+            tensors[f"{name}.lora_up.weight"] = value * (alpha_of(module, lora) / lora.alpha)
+        tensors[f"{name}.alpha"] = torch.tensor(lora.alpha)
+    path = folder / KOHYA_FILE
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(lora.rank),
+        "ss_network_alpha": str(lora.alpha),
+    }
+    save_file(tensors, path, {"format": "pt", **metadata, RECIPE_KEY: recipe.to_json()})
+    return path
+
+
+def recipe_of(path: Path) -> Recipe | None:
+    """The recipe inside a LoRA file, None where it has none."""
+    with safe_open(path, "pt") as file:
+        metadata: Mapping[str, str] = file.metadata() or {}
+    return Recipe.from_json(metadata[RECIPE_KEY]) if RECIPE_KEY in metadata else None
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value

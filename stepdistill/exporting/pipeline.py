@@ -1,0 +1,56 @@
+"""A student as a full pipeline folder: its weights merged into a copy of the network, its scheduler inside."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stepdistill.errors import Refusal
+from stepdistill.exporting.lora import alpha_of, lora_tensors, settings_of
+from stepdistill.models.families.base import Checkpoint
+from stepdistill.models.recipe import Recipe
+from stepdistill.models.triple import Triple
+
+
+def write_pipeline(
+    checkpoint: Checkpoint, triple: Triple, role: str, recipe: Recipe, folder: Path, dtype: torch.dtype
+) -> None:
+    """Save the base's pipeline with the student's network and the recipe's scheduler; every other component is kept."""
+    if checkpoint.pipeline is None:
+        raise Refusal("an analytic mixture has no pipeline to export: use a diffusers checkpoint")
+    network = merged_network(triple, role).to(dtype)
+    config = dict(checkpoint.info.scheduler_config)
+    parts = {
+        **checkpoint.pipeline.components,
+        triple.family.network_component: network,
+        "scheduler": recipe.scheduler(config),
+    }
+    extra = {
+        key: value for key, value in checkpoint.pipeline.config.items() if key not in parts and not key.startswith("_")
+    }
+    type(checkpoint.pipeline)(**parts, **_accepted(checkpoint, extra)).save_pretrained(folder)
+
+
+@torch.no_grad()
+def merged_network(triple: Triple, role: str) -> nn.Module:
+    """A copy of the role's network without adapters: W + (alpha / rank) B A in float32 for a LoRA role."""
+    if role in triple.networks:
+        return copy.deepcopy(triple.networks[role])
+    network = triple.plain_copy()
+    matrices, lora = lora_tensors(triple, role, torch.float32), settings_of(triple, role)
+    for key in [key for key in matrices if ".lora_A." in key]:
+        module = key.removesuffix(".lora_A.weight")
+        a, b = matrices[key], matrices[f"{module}.lora_B.weight"]
+        delta = (b.flatten(1) @ a.flatten(1)) * (alpha_of(module, lora) / len(a))
+        weight = network.get_submodule(module).get_parameter("weight")
+        weight.copy_(weight.float() + delta.reshape(weight.shape).to(weight.device))
+    return network
+
+
+def _accepted(checkpoint: Checkpoint, extra: dict[str, object]) -> dict[str, object]:
+    """The pipeline's own settings (`force_zeros_for_empty_prompt`, `requires_safety_checker`) among its config entries."""
+    known = ("force_zeros_for_empty_prompt", "requires_safety_checker", "add_watermarker")
+    return {key: value for key, value in extra.items() if key in known and value is not None}

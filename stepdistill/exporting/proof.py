@@ -1,0 +1,143 @@
+"""The proof of an export: samples of the live generator, which a stock pipeline must reproduce from the files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill.errors import Refusal
+from stepdistill.models.conditioning import ImageSize
+from stepdistill.models.families.base import Checkpoint
+from stepdistill.models.recipe import Recipe
+from stepdistill.models.sampler import sample
+from stepdistill.models.triple import REAL_SCORE, Triple
+
+FILE = "proof.safetensors"
+TOLERANCE = 1e-4
+HALF_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the live generator drew.
+
+    Attributes:
+        prompts, seeds: of the N samples.
+        noise: initial noise, (N, C, h, w).
+        fresh: noise of every later step, (steps - 1, N, C, h, w), as a pipeline draws it from the seeds' generators.
+        latents: final latents, (N, C, h, w).
+        images: (N, 3, H, W) in [0, 1].
+        base_latents: where the untouched base ends up with the same recipe.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    noise: Tensor
+    fresh: Tensor
+    latents: Tensor
+    images: Tensor
+    base_latents: Tensor
+
+    def write(self, folder: Path, recipe: Recipe) -> None:
+        """Write `proof.safetensors`; prompts, seeds and recipe are in its metadata."""
+        tensors = {"noise": self.noise, "fresh": self.fresh, "latents": self.latents, "images": self.images}
+        metadata = {"prompts": json.dumps(self.prompts), "seeds": json.dumps(self.seeds), "recipe": recipe.to_json()}
+        save_file({key: value.float().cpu().contiguous() for key, value in tensors.items()}, folder / FILE, metadata)
+
+
+@torch.no_grad()
+def make_proof(
+    checkpoint: Checkpoint, triple: Triple, role: str, recipe: Recipe, prompts: Sequence[str], seeds: Sequence[int]
+) -> Proof:
+    """Sample the live role with our own sampler, drawing noise in the order of diffusers' pipelines."""
+    size = recipe.resolution
+    shape = checkpoint.info.latent_shape(size)
+    device = next(checkpoint.network.parameters()).device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draws = [
+        torch.stack([torch.randn(shape, generator=g) for g in generators]) for _ in range(recipe.num_inference_steps)
+    ]
+    cond = triple.family.encode(checkpoint, prompts, [ImageSize.plain(*size)] * len(prompts))
+    schedule, transition = triple.schedule, recipe.transition()
+
+    def run(name: str) -> Tensor:
+        denoiser = triple.denoiser(name)
+        return sample(
+            lambda x, t: denoiser.x0(x, t, cond), schedule, draws[0].to(device), recipe.ladder(schedule), transition,
+            lambda index: draws[index + 1].to(device),
+        )  # fmt: skip
+
+    latents = run(role)
+    images = torch.cat([triple.family.decode(checkpoint, latent[None]) for latent in latents])
+    fresh = torch.stack(draws[1:]) if len(draws) > 1 else torch.zeros(0, *draws[0].shape)
+    return Proof(tuple(prompts), tuple(seeds), draws[0], fresh, latents.cpu(), images.cpu(), run(REAL_SCORE).cpu())
+
+
+@torch.no_grad()
+def verify(
+    pipeline: DiffusionPipeline, proof: Proof, recipe: Recipe, tolerance: float, *, untouched: bool = False
+) -> float:
+    """Largest difference between the pipeline's images and the proof's.
+
+    Raises:
+        Refusal: above `tolerance`, or equal to the base although the role was trained.
+    """
+    arguments = recipe.apply(pipeline)
+    generators = [torch.Generator().manual_seed(seed) for seed in proof.seeds]
+    height, width = recipe.resolution
+    drawn = pipeline(
+        list(proof.prompts), generator=generators, output_type="pt", height=height, width=width, **arguments
+    ).images
+    worst = float((drawn.float().cpu() - proof.images.float()).abs().max())
+    if not worst <= tolerance:
+        raise Refusal(
+            f"the exported files do not reproduce the trained generator (largest difference {worst:.2g}, allowed {tolerance:g}): "
+            "nothing was written; please report this"
+        )
+    if not untouched and bool((proof.latents - proof.base_latents).abs().max() < 1e-6):
+        raise Refusal(
+            "the trained generator draws exactly what its base draws, so there is nothing to export: train it first"
+        )
+    return worst
+
+
+def reproduction_script(base: str, format: str, file: str, tolerance: float) -> str:
+    """A script that imports torch, safetensors and diffusers alone and reproduces the proof from the exported files."""
+    load = "pipe = DiffusionPipeline.from_pretrained(here, torch_dtype=torch.float32)"
+    if format != "pipeline":
+        load = (
+            f'pipe = DiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "{base}", torch_dtype=torch.float32)\n'
+            f'pipe.load_lora_weights(here, weight_name="{file}")'
+        )
+    return f'''"""Reproduce proof.safetensors with stock diffusers: python reproduce.py [BASE]"""
+import json, os, sys
+import diffusers, torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+here = os.path.dirname(os.path.abspath(__file__))
+with safe_open(os.path.join(here, "proof.safetensors"), "pt") as proof:
+    recipe, prompts, seeds = (json.loads(proof.metadata()[key]) for key in ("recipe", "prompts", "seeds"))
+    expected = proof.get_tensor("images")
+{load}
+pipe.set_progress_bar_config(disable=True)
+scheduler = getattr(diffusers, recipe["scheduler"]["class_name"])
+pipe.scheduler = scheduler.from_config({{**pipe.scheduler.config, **recipe["scheduler"]["config"]}})
+ladder = {{"timesteps": recipe["timesteps"]}} if recipe["timesteps"] else {{"sigmas": recipe["sigmas"]}}
+height, width = recipe["resolution"]
+images = pipe(
+    prompts, generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="pt",
+    num_inference_steps=recipe["num_inference_steps"], guidance_scale=recipe["guidance_scale"],
+    height=height, width=width, **ladder,
+).images
+difference = float((images.float() - expected).abs().max())
+print(f"largest difference from the trained generator: {{difference:.2e}}")
+sys.exit(difference > {tolerance!r})
+'''

@@ -1,0 +1,161 @@
+"""Exports: what stock diffusers loads draws what the trained generator drew, or nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import stepdistill
+from stepdistill.config import RunConfig, parse
+from stepdistill.errors import Refusal
+from stepdistill.exporting import export_role
+from stepdistill.exporting.artefact import draw, load_artefact
+from stepdistill.models.recipe import Recipe
+from stepdistill.training.run import open_run, train
+
+BLOCKED = "import sys, runpy; sys.modules['stepdistill'] = None; sys.argv = ['reproduce.py']; runpy.run_path({!r}, run_name='__main__')"
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A short run: alpha and ranks of its own for some modules, convolutions and attention."""
+    root, made = tmp_path_factory.mktemp("runs"), {}
+
+    def make(family: str = "sd", variant: str = "default", mode: str = "lora", transition: str = "renoise") -> Path:
+        name = f"{family}-{variant}-{mode}-{transition}"
+        if name not in made:
+            role = {
+                "mode": mode,
+                "rank": 8,
+                "alpha": 4,
+                "rank_pattern": {"to_q": 4},
+                "alpha_pattern": {"to_q": 16, "conv1": 2},
+            }
+            data = {
+                "model": {"path": str(tiny(family, variant))},
+                "method": {"name": "dmd2", "guidance": 2.0, "steps": 2, "ratio": 1, "transition": transition},
+                "roles": {"generator": role, "fake_score": {"mode": mode, "rank": 4}},
+                "optimizers": {"generator": {"lr": 1e-2}, "fake_score": {"lr": 1e-3}},
+                "data": {"prompts": "builtin:general"},
+                "training": {"max_steps": 2, "batch_size": 2, "grid_prompts": 1, "device": "cpu"},
+            }
+            train(parse(RunConfig, data, "test"), root / name)
+            made[name] = root / name
+        return made[name]
+
+    return make
+
+
+def reproduced(folder: Path) -> bool:
+    """Whether reproduce.py agrees, with `stepdistill` not importable."""
+    script = BLOCKED.format(str(folder / "reproduce.py"))
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("form", ["diffusers-lora", "kohya-lora", "pipeline"])
+def test_plain_diffusers_reproduces_the_proof(run: Callable[..., Path], tmp_path: Path, form: str) -> None:
+    folder = stepdistill.export(run(), form, tmp_path / "export")
+    assert reproduced(folder)
+    card = (folder / "README.md").read_text()
+    assert "baked in" in card
+    assert "from_pretrained" in card
+
+
+@pytest.mark.parametrize(("family", "variant"), [("sd", "v"), ("sdxl", "default")])
+@pytest.mark.parametrize("form", ["diffusers-lora", "kohya-lora"])
+def test_other_families(run: Callable[..., Path], tmp_path: Path, family: str, variant: str, form: str) -> None:
+    stepdistill.export(run(family, variant), form, tmp_path / "export")  # verifies itself to 1e-4
+
+
+@pytest.mark.parametrize("variant", ["default", "v"])
+def test_deterministic_students_are_euler_students(run: Callable[..., Path], tmp_path: Path, variant: str) -> None:
+    folder = stepdistill.export(run("sd", variant, transition="deterministic"), "diffusers-lora", tmp_path / "export")
+    recipe = Recipe.read(folder)
+    assert recipe is not None
+    assert recipe.scheduler_class == "EulerDiscreteScheduler"
+
+
+def test_half_precision_file(run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "half", half=True)
+    assert {value.dtype for value in load_file(folder / "pytorch_lora_weights.safetensors").values()} == {torch.float16}
+
+
+def test_full_students_are_pipelines(run: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="--format pipeline"):
+        stepdistill.export(run(mode="full"), "diffusers-lora", tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
+    assert reproduced(stepdistill.export(run(mode="full"), "pipeline", tmp_path / "pipeline"))
+
+
+def test_non_finite_and_untrained_roles_are_refused(run: Callable[..., Path], tmp_path: Path) -> None:
+    session, _ = open_run(run(), "cpu")
+    recipe = session.method.recipe()
+
+    def attempt() -> None:
+        export_role(
+            session.checkpoint, session.triple, "generator", recipe, "diffusers-lora", tmp_path / "out",
+            prompts=["a"], seeds=[0],
+        )  # fmt: skip
+
+    session.triple.reset_role("generator")
+    with pytest.raises(Refusal, match="nothing to export"):
+        attempt()
+    next(iter(session.triple.parameters("generator").values())).data[0] = torch.nan
+    with pytest.raises(Refusal, match="not finite"):
+        attempt()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lora_that_does_not_fit_is_named(run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
+    file = folder / "pytorch_lora_weights.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "lora_A" in key)
+    tensors[key.replace("unet.", "unet.nowhere.")] = tensors.pop(key)
+    (tmp_path / "bad").mkdir()
+    save_file(tensors, tmp_path / "bad" / file.name)
+    with pytest.raises(Refusal, match="LoRA"):
+        load_artefact(str(tiny("sd", "default")), tmp_path / "bad", torch.float32, "cpu")
+    with pytest.raises(Refusal, match="no LoRA"):
+        load_artefact(str(tiny("sd", "default")), tmp_path / "nothing", torch.float32, "cpu")
+
+
+def test_a_second_lora_beside_and_unloading(
+    run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
+
+    def digest(pipe: StableDiffusionPipeline) -> str:
+        state = pipe.unet.state_dict()
+        return hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny("sd", "default"), safety_checker=None)
+    before = digest(pipe)
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="few")
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="style")
+    pipe.set_adapters(["few", "style"], [1.0, 0.5])
+    assert pipe.get_active_adapters() == ["few", "style"]
+    pipe.unload_lora_weights()
+    assert digest(pipe) == before
+
+
+def test_seeds_do_not_depend_on_the_batch_and_calls_are_counted(
+    run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
+    pipe, recipe = load_artefact(str(tiny("sd", "default")), folder, torch.float32, "cpu")
+    rows: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    prompts, seeds = ["a", "b", "c"], [5, 6, 7]
+    whole = torch.cat([torch.from_numpy(part) for part in draw(pipe, prompts, seeds, recipe=recipe, batch_size=3)])
+    assert rows == [3, 3]  # two steps, one call each, guidance off
+    split = torch.cat([torch.from_numpy(part) for part in draw(pipe, prompts, seeds, recipe=recipe, batch_size=2)])
+    assert int((whole.int() - split.int()).abs().max()) <= 1

@@ -1,0 +1,37 @@
+"""The quickstart on a short budget: every file it promises, and a report that holds together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import stepdistill
+from stepdistill.evaluation.fashion import SEEDS_PER_PROMPT, Scorer, evaluation_set
+
+
+def test_a_short_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
+    short = ["training.max_steps=4", "training.batch_size=4", "training.grid_prompts=2", "training.threads=1"]
+    report = stepdistill.quickstart(tmp_path / "out", overrides=short, images=8)
+    folder = tmp_path / "out"
+    record = json.loads((folder / "report.json").read_text())
+    assert [row["name"] for row in record["rows"]] == ["teacher", "base", "base_same_recipe", "student"]
+    assert [row["network_calls"] for row in record["rows"]] == [100, 8, 4, 4]
+    assert all(row["num_images"] == 8 for row in record["rows"])
+    assert record["noise_floor"] > 0
+    for name in ("grid.png", "lora/pytorch_lora_weights.safetensors", "lora/recipe.json", "lora/proof.safetensors"):
+        assert (folder / name).is_file()
+    assert len(list((folder / "images/student").glob("*.png"))) == 8
+    assert "load_lora_weights" in report.text()
+
+
+def test_the_scorer_reads_what_the_prompts_say() -> None:
+    prompts, seeds = evaluation_set(16)
+    assert prompts[0] == prompts[SEEDS_PER_PROMPT - 1] != prompts[SEEDS_PER_PROMPT]
+    assert len(set(seeds)) == 16
+    grey = np.full((16, 32, 32, 3), 127, np.uint8)
+    scores = Scorer().score(grey, prompts)
+    assert scores.diversity == 0  # one picture sixteen times
+    assert scores.saturation == 0
+    assert scores.frechet > 1
