@@ -131,7 +131,13 @@ class NoiseSchedule:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        return self.is_flow or float(torch.cos(self.angles[-1])) < 1e-6
+        return self.angles is None or float(torch.cos(self.angles[-1])) < 1e-6
+
+    def _table(self, device: torch.device) -> Tensor:
+        """Angles of the times -1, 0, ..., N - 1."""
+        if self.angles is None:
+            raise ValueError("a flow schedule has no table of angles")
+        return torch.cat([torch.zeros(1, dtype=torch.float64), self.angles]).to(device)
 
     # ---------------------------------------------------------------- alpha and sigma
 
@@ -140,7 +146,7 @@ class NoiseSchedule:
         t = float64(t)
         if self.is_flow:
             return torch.atan2(t, 1 - t)
-        table = torch.cat([torch.zeros(1, dtype=torch.float64), self.angles]).to(t.device)
+        table = self._table(t.device)
         position = (t + 1).clamp(0, len(table) - 1)
         low = position.floor().clamp(max=len(table) - 2)
         a, b = table[low.long()], table[low.long() + 1]
@@ -151,7 +157,7 @@ class NoiseSchedule:
         angle = float64(angle)
         if self.is_flow:
             return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))
-        table = torch.cat([torch.zeros(1, dtype=torch.float64), self.angles]).to(angle.device)
+        table = self._table(angle.device)
         angle = angle.clamp(max=float(table[-1]))
         high = torch.searchsorted(table, angle.contiguous(), right=True).clamp(1, len(table) - 1)
         a, b = table[high - 1], table[high]

@@ -18,7 +18,7 @@ def frechet_distance(
     """
     mean1, covariance1 = np.asarray(mean1, dtype=np.float64), np.asarray(covariance1, dtype=np.float64)
     mean2, covariance2 = np.asarray(mean2, dtype=np.float64), np.asarray(covariance2, dtype=np.float64)
-    root = _square_root(covariance1)
+    root = _square_root(covariance1.astype(np.float64))
     cross = np.linalg.eigvalsh(root @ covariance2 @ root)
     shift = mean1 - mean2
     trace = np.trace(covariance1) + np.trace(covariance2) - 2.0 * np.sqrt(np.maximum(cross, 0.0)).sum()

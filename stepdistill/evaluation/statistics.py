@@ -53,7 +53,7 @@ class FeatureStatistics:
 
     def save(self, path: str | Path, **extra: NDArray[np.generic]) -> None:
         """Writes ``mean``, ``covariance`` and ``count`` to an npz, with further arrays beside them."""
-        np.savez_compressed(path, mean=self.mean, covariance=self.covariance, count=np.int64(self.count), **extra)
+        np.savez_compressed(path, mean=self.mean, covariance=self.covariance, count=np.int64(self.count), **extra)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:

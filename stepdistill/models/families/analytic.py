@@ -65,8 +65,8 @@ class MixtureNetwork(nn.Module):
         self.mlp.add_module("fc_mid", nn.Linear(width, width))
         self.mlp.add_module("act_mid", nn.SiLU())
         self.mlp.add_module("fc_out", nn.Linear(width, dimension))
-        nn.init.zeros_(self.mlp.fc_out.weight)
-        nn.init.zeros_(self.mlp.fc_out.bias)
+        for parameter in self.mlp[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         x = x_t.flatten(1)
