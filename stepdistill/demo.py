@@ -24,6 +24,7 @@ from PIL import Image
 from stepdistill import api
 from stepdistill.assets import FOLDER, TEACHER, resolve
 from stepdistill.config import load_config
+from stepdistill.errors import Refusal
 from stepdistill.evaluation.fashion import IMAGES, Row, Scorer, evaluation_set
 from stepdistill.exporting import check_output
 from stepdistill.exporting.artefact import draw, load_artefact
@@ -103,7 +104,9 @@ def quickstart(
     check_output(folder)
     config = load_config(FOLDER / "quickstart.yaml", list(overrides))
     guidance = float(config.method_options["guidance"])
-    api.distill(config, folder / "run")
+    outcome = api.distill(config, folder / "run")
+    if not outcome.finished:
+        raise Refusal(f"the quickstart was stopped at iteration {outcome.iteration}: run it again with a new --output")
     api.export(folder / "run", "diffusers-lora", folder / "lora", device="cpu")
 
     scorer = Scorer()

@@ -19,7 +19,8 @@ class FeatureHead(nn.Module):
     def __init__(self, channels: int, size: tuple[int, int], width: int | None = None) -> None:
         super().__init__()
         width = width or channels
-        groups = next(g for g in (32, 16, 8, 4, 2, 1) if width % g == 0)
+        # 32 groups as in DMD2, but at least 8 channels in each: at 1x1 a group of one channel is normalised to nothing
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if g == 1 or (width % g == 0 and width // g >= 8))
         layers: list[nn.Module] = []
         side, inputs = min(size), channels
         while side > 4:
