@@ -502,9 +502,9 @@ def test_needs() -> None:
 
 
 def test_check_refuses_what_is_missing() -> None:
-    with pytest.raises(Refusal, match="data.images is not set"):
+    with pytest.raises(Refusal, match=r"data\.images is not set"):
         DMD2.check(DMD2Config(guidance=1, gan=GAN), vp(), images=False, pairs=True)
-    with pytest.raises(Refusal, match="data.pairs is not set"):
+    with pytest.raises(Refusal, match=r"data\.pairs is not set"):
         DMD.check(DMDConfig(guidance=1), vp(), images=True, pairs=False)
     DMD2.check(DMD2Config(guidance=1, gan=GAN), vp(), images=True, pairs=False)
 
@@ -513,7 +513,7 @@ def test_check_refuses_what_is_missing() -> None:
         def needs(cls, config: DMD2Config) -> Needs:
             return Needs(predictions=(Prediction.V,))
 
-    with pytest.raises(Refusal, match="predicts epsilon.*v_prediction"):
+    with pytest.raises(Refusal, match=r"predicts epsilon.*v_prediction"):
         OnlyV.check(DMD2Config(guidance=1), vp(), images=False, pairs=False)
     OnlyV.check(DMD2Config(guidance=1), vp(Prediction.V), images=False, pairs=False)
     with pytest.raises(Refusal, match="no loss"):
