@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,6 +169,33 @@ def write_json(path: Path, value: object) -> None:
     """Indented JSON with a final newline."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def fit(
+    network: torch.nn.Module,
+    name: str,
+    options: argparse.Namespace,
+    loss_of: Callable[[np.random.Generator, torch.Generator], torch.Tensor],
+    accuracy: Callable[[], dict[str, float]],
+) -> None:
+    """Train a classifier from its last checkpoint to ``options.steps`` and write it to the assets as NAME.safetensors."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
+    checkpoint = options.runs / f"{name}.safetensors"
+    start = load_checkpoint(checkpoint, {name: network}, {"adamw": optimizer})
+    for step in range(start, options.steps):
+        rate = 2e-3 * min(1.0, (step + 1) / 100) * 0.5 * (1.0 + np.cos(np.pi * step / options.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = loss_of(step_rng(options.seed, step), step_torch_rng(options.seed, step))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 400 == 0 or step + 1 == options.steps:
+            network.eval()
+            log.info("step %d loss %.4f held-out %s", step + 1, loss.item(), accuracy())
+            network.train()
+            save_checkpoint(checkpoint, {name: network}, {"adamw": optimizer}, step + 1)
+    save_tensors(ASSETS / f"{name}.safetensors", network.eval().state_dict())
 
 
 def arguments(description: str, *, seed: int) -> argparse.ArgumentParser:

@@ -49,25 +49,12 @@ def main() -> None:
     photographs = common.load_photographs(options.data, common.CRITIC_HALF)
     held_out = common.load_photographs(options.data, common.HELD_OUT)
     critic = Critic()
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.02)
-    checkpoint = options.runs / "critic.safetensors"
-    start = common.load_checkpoint(checkpoint, {"critic": critic}, {"adamw": optimizer})
-    for step in range(start, options.steps):
-        rng = common.step_rng(options.seed, step)
-        rate = 2e-3 * min(1.0, (step + 1) / 100) * 0.5 * (1.0 + np.cos(np.pi * step / options.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+
+    def loss_of(rng: np.random.Generator, torch_rng: torch.Generator) -> torch.Tensor:
         batch = common.render_random(photographs, rng.integers(len(photographs), size=options.batch), rng)
-        loss = critic_loss(critic, batch, common.step_torch_rng(options.seed, step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 400 == 0 or step + 1 == options.steps:
-            critic.eval()
-            common.log.info("step %d loss %.4f held-out %s", step + 1, loss.item(), accuracy(critic, held_out, 5))
-            critic.train()
-            common.save_checkpoint(checkpoint, {"critic": critic}, {"adamw": optimizer}, step + 1)
-    common.save_tensors(common.ASSETS / "critic.safetensors", critic.eval().state_dict())
+        return critic_loss(critic, batch, torch_rng)
+
+    common.fit(critic, "critic", options, loss_of, lambda: accuracy(critic, held_out, 5))
 
 
 if __name__ == "__main__":

@@ -51,27 +51,14 @@ def main() -> None:
     photographs = common.load_photographs(options.data, common.JUDGE_HALF)
     held_out = common.load_photographs(options.data, common.HELD_OUT)
     judge = Judge()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
-    checkpoint = options.runs / "judge.safetensors"
-    start = common.load_checkpoint(checkpoint, {"judge": judge}, {"adamw": optimizer})
-    for step in range(start, options.steps):
-        rng = common.step_rng(options.seed, step)
-        rate = 2e-3 * min(1.0, (step + 1) / 100) * 0.5 * (1.0 + np.cos(np.pi * step / options.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+
+    def loss_of(rng: np.random.Generator, torch_rng: torch.Generator) -> torch.Tensor:
         # The judge knows the held-out pairs: it must be a fair judge of composition.
         rows = rng.integers(len(photographs), size=options.batch)
         batch = common.render_random(photographs, rows, rng, held_out_pairs=True)
-        loss = judge_loss(judge, batch, common.step_torch_rng(options.seed, step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 400 == 0 or step + 1 == options.steps:
-            judge.eval()
-            common.log.info("step %d loss %.4f held-out %s", step + 1, loss.item(), accuracy(judge, held_out, 5))
-            judge.train()
-            common.save_checkpoint(checkpoint, {"judge": judge}, {"adamw": optimizer}, step + 1)
-    common.save_tensors(common.ASSETS / "judge.safetensors", judge.eval().state_dict())
+        return judge_loss(judge, batch, torch_rng)
+
+    common.fit(judge, "judge", options, loss_of, lambda: accuracy(judge, held_out, 5))
 
 
 if __name__ == "__main__":
