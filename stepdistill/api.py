@@ -10,7 +10,6 @@ import logging
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from stepdistill.assets import resolve
 from stepdistill.config import RunConfig
@@ -22,7 +21,7 @@ from stepdistill.exporting.card import push_to_hub as push
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.training.collect import CollectConfig, collect
-from stepdistill.training.grids import tile
+from stepdistill.training.grids import as_floats, save_images, tile
 from stepdistill.training.run import Outcome, describe, open_run, train
 from stepdistill.training.session import DTYPES, best_device, prepare
 
@@ -30,6 +29,8 @@ __all__ = ["CollectConfig", "collect", "distill", "dry_run", "export", "load_tea
 
 logger = logging.getLogger(__name__)
 PROOF_IMAGES = 2
+GRID_LIMIT = 256
+"""Images that a grid shows at most."""
 
 
 def distill(config: RunConfig, output: str | Path | None = None, resume: str | None = None) -> Outcome:
@@ -67,7 +68,8 @@ def export(
         Refusal: not a run, a non-empty output folder, non-finite weights, or a failed proof.
     """
     check_output(Path(output))
-    session, iteration = open_run(run, device)
+    # a half-precision base is widened: the proof is exact, and the LoRA's float32 weights are the same on either
+    session, iteration = open_run(run, device, full_precision=True)
     plan = session.plan
     logger.info("exporting the %s of iteration %d", session.student.replace("_", " "), iteration)
     prompts = [plan.prompts[i % len(plan.prompts)] for i in range(PROOF_IMAGES)]
@@ -129,24 +131,16 @@ def sample(
         pipeline, texts, [seed + i for i in range(len(texts))], recipe=recipe, steps=steps, guidance=guidance,
         negative_prompt=negative_prompt, size=size, scheduler=scheduler, batch_size=batch_size,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
-    rows: list[torch.Tensor] = []
+    shown: list[torch.Tensor] = []
     for batch in images:
-        for image in batch:
-            paths.append(folder / f"{len(paths):05d}.png")
-            Image.fromarray(image).save(paths[-1])
-        if len(paths) <= GRID_LIMIT:
-            rows.append(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255)
-    drawn = torch.cat(rows)
+        shown.append(as_floats(batch[: max(0, GRID_LIMIT - len(paths))]))
+        paths += save_images(batch, folder, len(paths))
+    drawn = torch.cat(shown)
     columns = num_images if num_images > 1 else min(8, len(drawn))
     tile(list(drawn.split(columns))).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     return paths
-
-
-GRID_LIMIT = 256
-"""Images that a grid shows at most."""
 
 
 def _dtype(name: str) -> torch.dtype:

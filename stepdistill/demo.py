@@ -11,14 +11,13 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from numpy.typing import NDArray
 from PIL import Image
 
 from stepdistill import api
@@ -26,10 +25,11 @@ from stepdistill.assets import FOLDER, TEACHER, resolve
 from stepdistill.config import load_config
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.fashion import IMAGES, Row, Scorer, evaluation_set
-from stepdistill.exporting import check_output
+from stepdistill.exporting import FILES, check_output
 from stepdistill.exporting.artefact import draw, load_artefact
+from stepdistill.exporting.card import usage
 from stepdistill.models.recipe import Recipe
-from stepdistill.training.grids import tile
+from stepdistill.training.grids import as_floats, save_images, tile
 
 logger = logging.getLogger(__name__)
 TEACHER_STEPS, BATCH = 50, 64
@@ -65,7 +65,11 @@ class Report:
             f"{row.diversity:>9.3f} {row.saturation:>10.3f} {row.seconds_per_image:>8.4f}"
             for row in self.rows
         ]
-        recipe = Recipe.read(self.folder / "lora")
+        lora = self.folder / "lora"
+        recipe = Recipe.read(lora)
+        if recipe is None:
+            raise Refusal(f"{str(lora)!r} holds no recipe: run the quickstart again")
+        recipe = replace(recipe, base=resolve(recipe.base))
         return "\n".join(
             [
                 head,
@@ -73,14 +77,9 @@ class Report:
                 f"n = {self.rows[-1].num_images} images a row; noise floor of the Frechet distance {self.noise_floor:.3f}; "
                 f"{self.seconds_total:.0f} s in all",
                 "",
-                f"pictures: {self.folder / 'grid.png'}    the LoRA, and reproduce.py that loads it: {self.folder / 'lora'}",
+                f"pictures: {self.folder / 'grid.png'}    the LoRA, and reproduce.py that loads it: {lora}",
                 "",
-                "from diffusers import StableDiffusionPipeline, LCMScheduler",
-                f'pipe = StableDiffusionPipeline.from_pretrained("{resolve(TEACHER)}", safety_checker=None)',
-                f'pipe.load_lora_weights("{self.folder / "lora"}")',
-                "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)",
-                f'pipe("a photo of a red ankle boot on a blue background", num_inference_steps={len(recipe.timesteps) if recipe else 4}, '
-                f"timesteps={list(recipe.timesteps) if recipe else []}, guidance_scale=1.0).images[0]",
+                usage("StableDiffusionPipeline", recipe, "diffusers-lora", FILES["diffusers-lora"], lora),
             ]
         )
 
@@ -143,15 +142,9 @@ class Bench:
         begun = time.perf_counter()
         drawn = np.concatenate(list(draw(self.pipeline, self.prompts, self.seeds, batch_size=BATCH, **arguments)))
         seconds = time.perf_counter() - begun
-        self._keep(name, drawn)
+        save_images(drawn, self.folder / name)
         scores = self.scorer.score(drawn, self.prompts)
         return Row.of(name, total_steps, network_calls, scores, seconds / len(drawn))
-
-    def _keep(self, name: str, images: NDArray[np.uint8]) -> None:
-        folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(images):
-            Image.fromarray(image).save(folder / f"{index:05d}.png")
 
 
 def teacher_row(bench: Bench, guidance: float) -> Row:
@@ -184,5 +177,5 @@ def draw_grid(
     rows = [np.concatenate(list(teacher))]
     for name in ("base", "base_same_recipe", "student"):
         rows.append(np.stack([np.asarray(Image.open(folder / "images" / name / f"{i:05d}.png")) for i in chosen]))
-    picture = tile([torch.from_numpy(row.copy()).permute(0, 3, 1, 2).float() / 255 for row in rows])
+    picture = tile([as_floats(row) for row in rows])
     picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(folder / "grid.png")

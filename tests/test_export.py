@@ -83,6 +83,21 @@ def test_deterministic_students_are_euler_students(run: Callable[..., Path], tmp
     assert recipe.scheduler_class == "EulerDiscreteScheduler"
 
 
+def test_a_run_on_a_bf16_base_is_proved_in_float32(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The precision of most configs: the proof must hold to 1e-4, not to what bf16 rounds away."""
+    data = {
+        "model": {"path": str(tiny("sd", "default")), "dtype": "bfloat16"},
+        "method": {"name": "dmd2", "guidance": 2.0, "steps": 2, "ratio": 1},
+        "optimizers": {"generator": {"lr": 1e-2}, "fake_score": {"lr": 1e-3}},
+        "data": {"prompts": "builtin:general"},
+        "training": {"max_steps": 2, "batch_size": 2, "grid_prompts": 1, "device": "cpu"},
+    }
+    train(parse(RunConfig, data, "test"), tmp_path / "run")
+    folder = stepdistill.export(tmp_path / "run", "diffusers-lora", tmp_path / "export")
+    assert reproduced(folder)
+    assert "sys.exit(difference > 0.0001)" in (folder / "reproduce.py").read_text()
+
+
 def test_half_precision_file(run: Callable[..., Path], tmp_path: Path) -> None:
     folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "half", half=True)
     assert {value.dtype for value in load_file(folder / "pytorch_lora_weights.safetensors").values()} == {torch.float16}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +103,3 @@ class Scorer:
     def floor(self, images: int) -> float:
         """Fréchet distance that two sets of this size of one distribution have on average."""
         return noise_floor(self.reference.covariance, images, self.reference.count)
-
-    @cached_property
-    def dimension(self) -> int:
-        return len(self.reference.mean)

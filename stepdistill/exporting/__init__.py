@@ -73,10 +73,9 @@ def export_role(
         proof.write(aside, recipe)
         exported = str(aside) if format == "pipeline" else base
         pipeline, _ = load_artefact(exported, None if format == "pipeline" else aside, torch.float32, "cpu")
-        # half-precision files, and a base in half precision, are compared at the precision they have
-        exact = not half and next(triple.base.parameters()).dtype in (torch.float32, torch.float64)
-        verify(pipeline, proof, recipe, TOLERANCE if exact else HALF_TOLERANCE)
-        script = reproduction_script(base, format, FILES[format], TOLERANCE if exact else HALF_TOLERANCE)
+        tolerance = HALF_TOLERANCE if half else TOLERANCE
+        verify(pipeline, proof, recipe, tolerance)
+        script = reproduction_script(base, format, FILES[format], tolerance)
         (aside / "reproduce.py").write_text(script)
         write_card(
             checkpoint.info, triple.family.pipeline_name, recipe, format, FILES[format], folder, aside / "README.md"

@@ -111,10 +111,8 @@ def draw(
     arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
     if size is not None:
         arguments |= {"height": size[0], "width": size[1]}
-    if negative_prompt is not None:
-        if arguments["guidance_scale"] <= 1:
-            logger.warning("the negative prompt has no effect: guidance is off (w = %g)", arguments["guidance_scale"])
-        arguments["negative_prompt"] = negative_prompt
+    if negative_prompt is not None and arguments["guidance_scale"] <= 1:
+        logger.warning("the negative prompt has no effect: guidance is off (w = %g)", arguments["guidance_scale"])
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
         count = len(prompts[rows])
@@ -158,15 +156,9 @@ def _arguments(
 
 
 def _orphans(keys: Sequence[str], loaded: dict[str, torch.nn.Parameter], name: str) -> list[str]:
-    """Keys of a file whose module has no adapter, compared with separators flattened (kohya writes underscores)."""
-    known = {key.replace(f".{name}.", ".").replace(".", "_") for key in loaded}
-    orphans = []
-    for key in keys:
-        flat = key.removeprefix("lora_").partition("_" if key.startswith("lora_") else ".")[2]
-        flat = flat.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.").replace(".", "_")
-        if not key.endswith(".alpha") and flat not in known:
-            orphans.append(repr(key))
-    return orphans
+    """Keys `COMPONENT.MODULE.lora_A.weight` of a file whose module has no adapter."""
+    known = {key.replace(f".{name}.", ".") for key in loaded}
+    return [key for key in keys if key.partition(".")[2] not in known]
 
 
 def _first(error: Exception) -> str:

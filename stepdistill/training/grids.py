@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -60,6 +61,20 @@ class Grid:
     def _decoded(self, latents: Tensor) -> Tensor:
         rows = [self.session.plan.family.decode(self.session.checkpoint, latent[None]) for latent in latents]
         return torch.cat(rows).float().cpu()
+
+
+def save_images(images: NDArray[np.uint8], folder: Path, start: int = 0) -> list[Path]:
+    """Write uint8 images (N, H, W, 3) as START.png, START + 1.png, ... and return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{start + index:05d}.png" for index in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+def as_floats(images: NDArray[np.uint8]) -> Tensor:
+    """uint8 (N, H, W, 3) -> (N, 3, H, W) in [0, 1], as `tile` takes them."""
+    return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 255
 
 
 def tile(rows: list[Tensor], gap: int = 2) -> Image.Image:

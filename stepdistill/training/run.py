@@ -88,8 +88,10 @@ def train(config: RunConfig, output: str | Path | None = None, resume: str | Non
     return Outcome(folder, finished, trainer.counters.iteration)
 
 
-def open_run(folder: str | Path, device: str | None = None) -> tuple[Session, int]:
+def open_run(folder: str | Path, device: str | None = None, *, full_precision: bool = False) -> tuple[Session, int]:
     """A finished or interrupted run with the weights of its newest checkpoint, and that checkpoint's iteration.
+
+    full_precision: load a half-precision base in float32.
 
     Raises:
         Refusal: not a run, or no complete checkpoint in it.
@@ -100,7 +102,10 @@ def open_run(folder: str | Path, device: str | None = None) -> tuple[Session, in
     newest = checkpoints.latest(path / "checkpoints")
     if newest is None:
         raise Refusal(f"the run {str(path)!r} has no complete checkpoint yet: let it reach training.save_every")
-    session = open_session(prepare(load_config(path / CONFIG)), device)
+    config = load_config(path / CONFIG)
+    if full_precision and config.model.dtype in ("bfloat16", "float16"):
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
+    session = open_session(prepare(config), device)
     saved = checkpoints.read(newest)
     for role in session.triple.layouts:
         session.triple.load_state(role, saved.tensors[role])
