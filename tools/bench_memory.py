@@ -6,9 +6,10 @@
 The iteration is the package's own: DMD2 on a Triple, RoleOptimizer, the family's checkpointing, batch 1, a guided
 teacher, a GAN head on the fake score's mid block, the moments of both AdamWs in place from the start. The peak is VmHWM
 of a process that does nothing else. `shared` holds generator and fake score as LoRAs on the frozen bf16 base;
-`three-copies` as full float32 networks beside it. Three copies that would pass `--limit` are computed: the sizes of
-their tensors, plus the activations of a shared run (too few, if anything). `--model sd15-half` has half the channels, so
-that three copies can be measured and the sum checked; `tiny` is for tests.
+`three-copies` as full networks beside it, in float32 or, with `--copies bfloat16`, with weights, moments and gradients
+in bf16 (less than a careful run takes: the comparison least kind to the shared layout). Three copies that would pass
+`--limit` are computed: the sizes of their tensors, plus the activations of a shared run (too few, if anything).
+`--model sd15-half` has half the channels, so that three copies can be measured and the sum checked; `tiny` is for tests.
 
 Two things are arranged so that the number says what a run needs and not what this machine lacks: MALLOC_MMAP_THRESHOLD_
 gives freed blocks back at once, so that no heap fragmentation is counted; and where the CPU has no bf16 instructions,
@@ -53,8 +54,8 @@ from stepdistill.training.optimizers import RoleOptimizer
 GB = 1e9
 CONFIGS = Path(families.__file__).parent / "configs"
 ROLES = (GENERATOR, FAKE_SCORE)
-BYTES_OF_COPIES = 2 + 2 * 4 + 2 * 8 + 4
-"""Per parameter: the bf16 base, two float32 networks, their moments, the gradients of one."""
+COPIES: Mapping[str, tuple[torch.dtype, int]] = {"float32": (torch.float32, 4), "bfloat16": (torch.bfloat16, 2)}
+"""Dtype of the full networks of three copies, and its bytes."""
 MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "sd15": ("sd", "sd15", {}),
     "sdxl": ("sdxl", "sdxl", {}),
@@ -66,13 +67,14 @@ MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is measured; `rank` and `targets` (a preset of the family) are None in three copies."""
+    """What is measured; `rank` and `targets` (a preset of the family) are None in three copies, `copies` in the shared layout."""
 
     model: str
     resolution: int
     layout: str
     rank: int | None
     targets: str | None
+    copies: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,9 @@ def build(case: Case) -> Run:
     side = latent[1] // 2 ** (len(channels) - 1)
     setting = Setting(schedule, latent, channels[-1], (side, side), (case.resolution, case.resolution), case.model)
     method = DMD2(DMD2Config(guidance=7.0, gan={"weight": 5e-3}), setting)  # type: ignore[arg-type]
+    if case.copies is not None:
+        for copy in triple.networks.values():
+            copy.to(COPIES[case.copies][0])
     method.prepare(triple)
     config = OptimizerConfig(lr=1e-5)
     optimizers = {role: RoleOptimizer(triple.parameters(role), config) for role in ROLES}
@@ -253,11 +258,16 @@ def compute(case: Case, shared: Report) -> Report:
     """Three copies from the sizes of their tensors; baseline, head and activations as measured in the shared layout."""
     if (case.model, case.resolution) != (shared.model, shared.resolution):
         raise SystemExit(f"the shared report is of {shared.model} at {shared.resolution}: give one of the same case")
-    weights, head = network_size(case.model) * 4 / GB, shared.parts["heads"]
+    weights, head = network_size(case.model) * COPIES[case.copies or "float32"][1] / GB, shared.parts["heads"]
     parts = {key: shared.parts[key] for key in ("baseline", "base", "heads", "activations")}
     parts |= {"roles": 2 * weights, "optimizers": 2 * 2 * weights + 2 * head, "gradients": weights + head}
     parts = {key: round(value, 4) for key, value in parts.items()}
     return Report(**asdict(case), peak_gb=round(sum(parts.values()), 4), parts=parts, bf16=shared.bf16, computed=True)
+
+
+def bytes_of_copies(copies: str) -> int:
+    """Per parameter: the bf16 base, two full networks, two moments of each, the gradients of one."""
+    return 2 + (2 + 4 + 1) * COPIES[copies][1]
 
 
 def network_size(model: str) -> int:
@@ -280,6 +290,9 @@ def main() -> None:
     parser.add_argument("--layout", choices=("shared", "three-copies"), default="shared")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--targets", default="attention", help="LoRA targets: a preset of the family")
+    parser.add_argument(
+        "--copies", choices=sorted(COPIES), default="float32", help="dtype of the three copies' networks"
+    )
     parser.add_argument("--limit", type=float, default=16.0, help="GB from which three copies are computed instead")
     parser.add_argument("--shared", type=Path, help="report of the shared layout, for three copies that are computed")
     parser.add_argument("--json", type=Path, help="where the report goes; printed in any case")
@@ -291,10 +304,10 @@ def main() -> None:
     shared = Case(
         model=options.model, resolution=options.resolution, layout="shared", rank=options.rank, targets=options.targets
     )
-    copies = replace(shared, layout="three-copies", rank=None, targets=None)
+    copies = replace(shared, layout="three-copies", rank=None, targets=None, copies=options.copies)
     if options.layout == "shared":
         report = measured(shared)
-    elif network_size(options.model) * BYTES_OF_COPIES < options.limit * GB:
+    elif network_size(options.model) * bytes_of_copies(options.copies) < options.limit * GB:
         report = measured(copies)
     else:
         known = Report(**json.loads(options.shared.read_text())) if options.shared is not None else measured(shared)
