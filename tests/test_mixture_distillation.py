@@ -18,7 +18,7 @@ from stepdistill.methods.base import Progress
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
-ITERATIONS, BATCH, DIMENSION, CLASSES = 1800, 256, 2, 4
+ITERATIONS, BATCH, RATE, DIMENSION, CLASSES = 1800, 256, 3e-3, 2, 4
 
 
 class WholeBatchDraws(Draws):
@@ -36,7 +36,7 @@ class WholeBatchDraws(Draws):
 def train(triple: Triple, method: DMD2, seed: int) -> None:
     """Alternating Adam, the rate falling to nothing in the second half."""
     optimizers = {
-        role: torch.optim.Adam(triple.parameters(role).values(), lr=3e-3, betas=(0.0, 0.999))
+        role: torch.optim.Adam(triple.parameters(role).values(), lr=RATE, betas=(0.0, 0.999))
         for role in (GENERATOR, FAKE_SCORE)
     }
     batch = batch_of(BATCH, CLASSES)
@@ -49,7 +49,7 @@ def train(triple: Triple, method: DMD2, seed: int) -> None:
                 optimizers[role].zero_grad()
                 method.loss(role, rollout, triple, progress, draws).total.backward()
             for group in optimizers[role].param_groups:
-                group["lr"] = 3e-3 * min(1.0, 2.0 * (1.0 - iteration / ITERATIONS))
+                group["lr"] = RATE * min(1.0, 2.0 * (1.0 - iteration / ITERATIONS))
             optimizers[role].step()
 
 
