@@ -54,8 +54,8 @@ from stepdistill.training.optimizers import RoleOptimizer
 GB = 1e9
 CONFIGS = Path(families.__file__).parent / "configs"
 ROLES = (GENERATOR, FAKE_SCORE)
-COPIES: Mapping[str, tuple[torch.dtype, int]] = {"float32": (torch.float32, 4), "bfloat16": (torch.bfloat16, 2)}
-"""Dtype of the full networks of three copies, and its bytes."""
+COPIES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Dtype of the full networks of three copies."""
 MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "sd15": ("sd", "sd15", {}),
     "sdxl": ("sdxl", "sdxl", {}),
@@ -185,7 +185,7 @@ def build(case: Case) -> Run:
     method = DMD2(DMD2Config(guidance=7.0, gan={"weight": 5e-3}), setting)  # type: ignore[arg-type]
     if case.copies is not None:
         for copy in triple.networks.values():
-            copy.to(COPIES[case.copies][0])
+            copy.to(COPIES[case.copies])
     method.prepare(triple)
     config = OptimizerConfig(lr=1e-5)
     optimizers = {role: RoleOptimizer(triple.parameters(role), config) for role in ROLES}
@@ -258,7 +258,7 @@ def compute(case: Case, shared: Report) -> Report:
     """Three copies from the sizes of their tensors; baseline, head and activations as measured in the shared layout."""
     if (case.model, case.resolution) != (shared.model, shared.resolution):
         raise SystemExit(f"the shared report is of {shared.model} at {shared.resolution}: give one of the same case")
-    weights, head = network_size(case.model) * COPIES[case.copies or "float32"][1] / GB, shared.parts["heads"]
+    weights, head = network_size(case.model) * COPIES[case.copies or "float32"].itemsize / GB, shared.parts["heads"]
     parts = {key: shared.parts[key] for key in ("baseline", "base", "heads", "activations")}
     parts |= {"roles": 2 * weights, "optimizers": 2 * 2 * weights + 2 * head, "gradients": weights + head}
     parts = {key: round(value, 4) for key, value in parts.items()}
@@ -267,7 +267,7 @@ def compute(case: Case, shared: Report) -> Report:
 
 def bytes_of_copies(copies: str) -> int:
     """Per parameter: the bf16 base, two full networks, two moments of each, the gradients of one."""
-    return 2 + (2 + 4 + 1) * COPIES[copies][1]
+    return 2 + (2 + 4 + 1) * COPIES[copies].itemsize
 
 
 def network_size(model: str) -> int:
