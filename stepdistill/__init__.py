@@ -21,6 +21,9 @@ _PUBLIC = {
     "export": "api",
     "sample": "api",
     "load_teacher": "api",
+    "evaluate": "evaluating",
+    "evaluate_images": "evaluating",
+    "compare": "evaluating",
     "quickstart": "demo",
 }
 
@@ -29,10 +32,11 @@ if TYPE_CHECKING:
     from stepdistill.config import RunConfig, load_config
     from stepdistill.demo import quickstart
     from stepdistill.errors import Refusal
+    from stepdistill.evaluating import compare, evaluate, evaluate_images
 
 __all__ = [
-    "CollectConfig", "Refusal", "RunConfig", "collect", "distill", "dry_run", "export", "load_config", "load_teacher",
-    "quickstart", "sample",
+    "CollectConfig", "Refusal", "RunConfig", "collect", "compare", "distill", "dry_run", "evaluate", "evaluate_images",
+    "export", "load_config", "load_teacher", "quickstart", "sample",
 ]  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def dry_run(config: RunConfig) -> list[str]:
 
 def load_teacher(model: str, dtype: str = "float32", device: str | None = None) -> Checkpoint:
     """Load a checkpoint: diffusers folder, hub id, single `.safetensors` file, or `builtin:teacher`. Raises Refusal."""
-    return load_checkpoint(inspect_checkpoint(resolve(model)), _dtype(dtype), device or best_device())
+    return load_checkpoint(inspect_checkpoint(resolve(model)), dtype_of(dtype), device or best_device())
 
 
 def export(
@@ -124,7 +124,7 @@ def sample(
     listed = [prompt] if prompt is not None else list(read_prompts(str(prompts)).texts)
     texts = [text for text in listed for _ in range(num_images)]
     pipeline, recipe = load_artefact(
-        resolve(model), Path(lora) if lora is not None else None, _dtype(dtype), device or best_device()
+        resolve(model), Path(lora) if lora is not None else None, dtype_of(dtype), device or best_device()
     )
     size = (height, width) if height is not None and width is not None else None
     images = draw(
@@ -143,7 +143,7 @@ def sample(
     return paths
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise Refusal(f"the dtype {name!r} is not known: use one of {', '.join(DTYPES)}")
     return DTYPES[name]

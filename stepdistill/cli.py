@@ -32,6 +32,13 @@ class Format(str, Enum):
 class Listing(str, Enum):
     methods = "methods"
     families = "families"
+    protocols = "protocols"
+
+
+class Resize(str, Enum):
+    clean = "clean"
+    legacy_pytorch = "legacy_pytorch"
+    legacy_tensorflow = "legacy_tensorflow"
 
 
 Output = Annotated[Path, typer.Option("--output", help="Folder to write; must be new or empty.")]
@@ -139,13 +146,114 @@ def export(
     typer.echo(f"verified: {api.export(run, format.value, output, half=half, push_to_hub=push_to_hub)}")
 
 
+@app.command()
+def evaluate(
+    output: Output,
+    model: Annotated[str | None, typer.Argument(help="Model as for 'sample', or the folder of a run.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Exported LoRA folder or file.")] = None,
+    protocol: Annotated[str, typer.Option(help="Protocol name, or a YAML file.")] = "prompts",
+    steps: Annotated[str | None, typer.Option(help="Step counts, as 1,2,4; the recipe's own by default.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale w; 1 is off.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, euler, dpm++2m, lcm, tcd or unipc.")] = None,
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="Draw the base too, at this many steps.")] = None,
+    teacher_guidance: Annotated[float | None, typer.Option(help="Guidance scale w of the teacher.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompt file, or builtin:NAME.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Folder of images, or statistics (.npz).")] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=2, help="Fewer than the protocol's; renames the numbers.")
+    ] = None,
+    seeds_per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt; diversity needs two.")] = 1,
+    images: Annotated[Path | None, typer.Option(help="Measure this folder (or .npz) instead of a model.")] = None,
+    features: Annotated[str | None, typer.Option(help="NAME[:WEIGHTS] of the feature network.")] = None,
+    resize: Annotated[Resize | None, typer.Option(help="How images reach the Inception's 299 pixels.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="fid,fd_infinity,kid,prdc,cmmd,...")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP checkpoint for the CLIP score.")] = None,
+    clip_convention: Annotated[
+        str, typer.Option(help="hessel, gigagan, torchmetrics or raw; several with commas.")
+    ] = "gigagan",
+    rewards: Annotated[str | None, typer.Option(help="pickscore,hps,imagereward,aesthetic:CLIP,HEAD")] = None,
+    recursive: Annotated[bool, typer.Option(help="Search sub-folders of --images and --reference.")] = False,
+    allow_lossy: Annotated[bool, typer.Option(help="Take JPEG and WebP files.")] = False,
+    width: Annotated[int | None, typer.Option(min=8)] = None,
+    height: Annotated[int | None, typer.Option(min=8)] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cuda, cpu or mps.")] = None,
+    download: Annotated[bool, typer.Option(help="Allow fetching weights that are not on this machine.")] = False,
+) -> None:
+    """Measure a model by a named protocol, or two image folders against each other: report.json, .md and .html."""
+    from stepdistill import evaluating
+    from stepdistill.evaluation.report import markdown
+
+    chosen = [name.strip() for name in (metrics or "").split(",") if name.strip()]
+    if images is not None:
+        if model is not None or reference is None:
+            raise Refusal(
+                "--images measures a folder against --reference and takes no model: give both, and nothing to draw"
+            )
+        report = evaluating.evaluate_images(
+            images, reference, output, features=features or "inception", resize=(resize or Resize.clean).value,
+            metrics=chosen or ["fid"], recursive=recursive, allow_lossy=allow_lossy, device=device, download=download,
+        )  # fmt: skip
+    elif model is None:
+        raise Refusal("there is nothing to measure: give a model or a run, or --images DIR")
+    elif (width is None) != (height is None):
+        raise Refusal("--width and --height go together: give both or neither")
+    else:
+        report = evaluating.evaluate(
+            model, output, protocol=protocol, lora=lora, steps=_counts(steps), guidance=guidance, scheduler=scheduler,
+            teacher_steps=teacher_steps, teacher_guidance=teacher_guidance, prompts=prompts, reference=reference,
+            num_images=num_images, seeds_per_prompt=seeds_per_prompt, features=features,
+            resize=resize.value if resize else None, metrics=chosen, clip=clip,
+            clip_conventions=clip_convention.split(","), rewards=_specs(rewards),
+            size=(height, width) if height is not None and width is not None else None,
+            batch_size=batch_size, dtype=dtype, device=device, download=download,
+        )  # fmt: skip
+    typer.echo(markdown(report) + f"\nreport.json, report.md and report.html in {output}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="report.json of an evaluation, or its folder.")],
+    second: Annotated[Path, typer.Argument(help="The other one.")],
+) -> None:
+    """Two reports in one table; refused where their protocols differ."""
+    from stepdistill import evaluating
+
+    typer.echo(evaluating.compare(first, second))
+
+
 @app.command("list")
 def listing(what: Annotated[Listing, typer.Argument(help="What to list.")]) -> None:
     """Names that configs may use."""
     from stepdistill.registry import family_names, method_names
 
-    for name in method_names() if what is Listing.methods else family_names():
+    if what is Listing.protocols:
+        from stepdistill.evaluation.protocols import protocol_names
+
+        typer.echo("\n".join(protocol_names()))
+        return
+    names = {Listing.methods: method_names, Listing.families: family_names}
+    for name in names[what]():
         typer.echo(name)
+
+
+def _counts(text: str | None) -> list[int]:
+    words = [word.strip() for word in (text or "").split(",") if word.strip()]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise Refusal(f"--steps is {text!r}, but a list of step counts is wanted: write, say, 1,2,4")
+    return [int(word) for word in words]
+
+
+def _specs(text: str | None) -> list[str]:
+    """Reward names; a comma inside `aesthetic:CLIP,HEAD` belongs to it."""
+    found: list[str] = []
+    for word in (text or "").split(","):
+        if found and found[-1].startswith("aesthetic:") and "," not in found[-1]:
+            found[-1] += f",{word}"
+        elif word.strip():
+            found.append(word.strip())
+    return found
 
 
 def main() -> None:

@@ -93,14 +93,15 @@ def quickstart(
         output: must be new or empty.
         remeasure: draw the teacher's row afresh; otherwise it is the shipped one, where `images` is the default.
         overrides: changes to the packaged config, as `--set` takes them.
-        images: number of images a row; a multiple of 4.
+        images: number of images a row; a multiple of 12.
 
     Raises:
-        Refusal: the output folder is not empty.
+        Refusal: the output folder is not empty, or `images` is no multiple of 12.
     """
     started = time.perf_counter()
     folder = Path(output)
     check_output(folder)
+    prompts, seeds = evaluation_set(images)
     config = load_config(FOLDER / "quickstart.yaml", list(overrides))
     guidance = float(config.method_options["guidance"])
     outcome = api.distill(config, folder / "run")
@@ -109,7 +110,6 @@ def quickstart(
     api.export(folder / "run", "diffusers-lora", folder / "lora", device="cpu")
 
     scorer = Scorer()
-    prompts, seeds = evaluation_set(images)
     pipeline, _ = load_artefact(resolve(TEACHER), None, torch.float32, "cpu")
     bench = Bench(pipeline, prompts, seeds, scorer, folder / "images")
     student, recipe = load_artefact(resolve(TEACHER), folder / "lora", torch.float32, "cpu")

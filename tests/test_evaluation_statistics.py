@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepdistill.evaluation.diversity import pairwise_diversity, precision_recall, saturation
+from stepdistill.evaluation.diversity import pairwise_diversity, saturation
 from stepdistill.evaluation.frechet import frechet_distance, noise_floor
+from stepdistill.evaluation.manifold import manifold
 from stepdistill.evaluation.statistics import FeatureStatistics
 
 
@@ -71,10 +72,10 @@ def test_diversity_of_copies_and_of_opposites() -> None:
 
 def test_precision_and_recall_extremes() -> None:
     x = np.random.default_rng(3).normal(size=(200, 3))
-    same, far = precision_recall(x, x), precision_recall(x, x + 100.0)
+    same, far = manifold(x, x), manifold(x, x + 100.0)
     assert (same.precision, same.recall) == (1.0, 1.0)
     assert (far.precision, far.recall) == (0.0, 0.0)
-    collapsed = precision_recall(x[:1] + 1e-3 * x, x)
+    collapsed = manifold(x[:1] + 1e-3 * x, x)
     assert collapsed.precision > 0.9
     assert collapsed.recall < 0.1
 

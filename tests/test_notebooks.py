@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SHORT = ["training.max_steps=2", "training.batch_size=4", "training.grid_prompts=2", "training.threads=1"]
-PARAMETERS = {"quickstart.ipynb": {"OVERRIDES": SHORT, "IMAGES": 8}}
+PARAMETERS = {"quickstart.ipynb": {"OVERRIDES": SHORT, "IMAGES": 12}}
 
 
 def test_every_notebook_has_its_short_parameters() -> None:

@@ -1,19 +1,9 @@
-"""How much a set of images varies: pairwise distances, precision and recall, saturation."""
+"""How much a set of images varies: pairwise distances of one prompt's images, and drift of colour, light and sharpness."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class PrecisionRecall:
-    """Share of samples inside the reference's manifold, and of the reference inside the samples' manifold."""
-
-    precision: float
-    recall: float
 
 
 def pairwise_diversity(groups: NDArray[np.floating], centre: NDArray[np.floating]) -> float:
@@ -31,30 +21,24 @@ def pairwise_diversity(groups: NDArray[np.floating], centre: NDArray[np.floating
     return float(np.mean(1.0 - off_diagonal / (images * (images - 1))))
 
 
-def precision_recall(
-    samples: NDArray[np.floating], reference: NDArray[np.floating], neighbours: int = 3
-) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) of ``samples`` (N, D) against ``reference`` (M, D)."""
-    distances = pairwise_distances(samples, reference)
-    sample_radii = np.sort(pairwise_distances(samples, samples), axis=1)[:, neighbours]
-    reference_radii = np.sort(pairwise_distances(reference, reference), axis=1)[:, neighbours]
-    return PrecisionRecall(
-        precision=float((distances <= reference_radii[None, :]).any(axis=1).mean()),
-        recall=float((distances <= sample_radii[:, None]).any(axis=0).mean()),
-    )
-
-
-def pairwise_distances(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Euclidean distances (N, M) between the rows of ``first`` (N, D) and of ``second`` (M, D)."""
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    squared = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None, :] - 2.0 * a @ b.T
-    if first is second:
-        np.fill_diagonal(squared, 0.0)  # cancellation must not put a point away from itself
-    return np.sqrt(np.maximum(squared, 0.0))
-
-
 def saturation(images: NDArray[np.uint8]) -> float:
     """Mean HSV saturation (max - min) / max over all pixels of uint8 RGB images (N, H, W, 3); black counts as 0."""
     x = images.astype(np.float32)
     highest = x.max(axis=-1)
     return float(np.mean((highest - x.min(axis=-1)) / np.maximum(highest, 1.0)))
+
+
+def brightness(images: NDArray[np.uint8]) -> float:
+    """Mean luma (Rec. 601) in [0, 1] of uint8 RGB images (N, H, W, 3)."""
+    return float((images.astype(np.float32) @ _LUMA).mean() / 255.0)
+
+
+def sharpness(images: NDArray[np.uint8]) -> float:
+    """Root mean square of the luma's 4-neighbour Laplacian, in [0, 8]: falls with blur, rises with noise and halos."""
+    luma = images.astype(np.float32) @ _LUMA / 255.0
+    inner = luma[:, 1:-1, 1:-1]
+    laplacian = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4.0 * inner
+    return float(np.sqrt(np.square(laplacian).mean()))
+
+
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stepdistill.errors import Refusal
 
 
 class FeatureStatistics:
@@ -15,6 +19,7 @@ class FeatureStatistics:
         self.count = 0
         self.mean = np.zeros(dimension)
         self._scatter = np.zeros((dimension, dimension))
+        self._foreign = False
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> FeatureStatistics:
@@ -26,12 +31,15 @@ class FeatureStatistics:
     @property
     def covariance(self) -> NDArray[np.float64]:
         """The unbiased covariance (D, D)."""
+        if self._foreign:
+            return self._scatter
         if self.count < 2:
             raise ValueError(f"a covariance needs two feature vectors or more; {self.count} came in")
         return self._scatter / (self.count - 1)
 
     def update(self, features: NDArray[np.floating]) -> None:
         """Takes in ``features`` (N, D)."""
+        self._own()
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features of shape {features.shape} came in; (N, {len(self.mean)}) are wanted")
         if len(features) == 0:
@@ -42,8 +50,14 @@ class FeatureStatistics:
 
     def merge(self, other: FeatureStatistics) -> None:
         """Takes in all that ``other`` has seen."""
+        self._own()
+        other._own()
         if other.count > 0:
             self._combine(other.count, other.mean, other._scatter)
+
+    def _own(self) -> None:
+        if self._foreign:
+            raise ValueError("statistics without a count, from another library's file, cannot be added to")
 
     def _combine(self, count: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> None:
         total, shift = self.count + count, mean - self.mean
@@ -51,16 +65,51 @@ class FeatureStatistics:
         self.mean = self.mean + shift * (count / total)
         self.count = total
 
-    def save(self, path: str | Path, **extra: NDArray[np.generic]) -> None:
-        """Writes ``mean``, ``covariance`` and ``count`` to an npz, with further arrays beside them."""
-        np.savez_compressed(path, mean=self.mean, covariance=self.covariance, count=np.int64(self.count), **extra)  # type: ignore[arg-type]
+    def save(self, path: str | Path, record: dict[str, str] | None = None, **extra: NDArray[np.generic]) -> None:
+        """Writes an npz with `mu`, `sigma` (as clean-fid and pytorch-fid read), `count`, `record` and further arrays."""
+        text = np.array(json.dumps(record or {}, sort_keys=True))
+        np.savez_compressed(path, mu=self.mean, sigma=self.covariance, count=np.int64(self.count), record=text, **extra)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
-        """What :meth:`save` wrote."""
-        with np.load(path, allow_pickle=False) as data:
-            statistics = cls(len(data["mean"]))
-            statistics.count = int(data["count"])
-            statistics.mean = data["mean"]
-            statistics._scatter = data["covariance"] * (statistics.count - 1)
+        """What :meth:`save`, clean-fid or pytorch-fid wrote; theirs say no count, which is then 0.
+
+        Raises:
+            Refusal: missing, not an npz, without `mu` and `sigma`, or of shapes that do not fit.
+        """
+        mean, covariance, count, _ = _read(Path(path))
+        statistics = cls(len(mean))
+        statistics.count, statistics.mean = count, mean
+        # without a count the covariance is held as that of two vectors; such statistics cannot be merged
+        statistics._scatter = covariance * (max(count, 2) - 1)
+        statistics._foreign = count == 0
         return statistics
+
+
+def read_record(path: str | Path) -> dict[str, str]:
+    """What a statistics file says about where it came from; empty for other libraries' files. Raises as `load`."""
+    return _read(Path(path))[3]
+
+
+def _read(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64], int, dict[str, str]]:
+    if not path.is_file():
+        raise Refusal(f"there are no statistics {str(path)!r}: check the path")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise Refusal(
+            f"the statistics {str(path)!r} cannot be read ({error}): give an .npz with 'mu' and 'sigma'"
+        ) from None
+    if not {"mu", "sigma"} <= set(arrays):
+        raise Refusal(
+            f"{str(path)!r} holds {sorted(arrays) or 'one bare array'} and 'mu' and 'sigma' are wanted: save them with "
+            "clean-fid, pytorch-fid or stepdistill"
+        )
+    mean, covariance = np.asarray(arrays["mu"], dtype=np.float64), np.asarray(arrays["sigma"], dtype=np.float64)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise Refusal(
+            f"{str(path)!r} has mu of shape {mean.shape} and sigma of {covariance.shape}: they do not fit each other"
+        )
+    record = json.loads(str(arrays["record"])) if "record" in arrays else {}
+    return mean, covariance, int(arrays["count"]) if "count" in arrays else 0, record

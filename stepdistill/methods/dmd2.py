@@ -39,6 +39,11 @@ class DMD2Config(Settings):
     fake_space: Literal["native", "x0"] = "native"
     gan: parts.GanConfig = parts.GanConfig()
     simulate: bool = Field(True, description="train on the student's own rollouts; false noises real images")
+    exits: parts.Exits = Field(
+        "batch",
+        description="the step that is trained: one for the whole batch, as published, or drawn for each sample, which gives "
+        "the fake score all steps' samples at every update",
+    )
     transition: Literal["renoise", "deterministic"] = "renoise"
 
 
@@ -72,7 +77,14 @@ class DMD2(Method[DMD2Config]):
         graph = GENERATOR in self.updates(progress)
         if self.config.simulate:
             x_t, t, x0 = parts.roll_out(
-                triple.generator, batch, self.ladder, self.transition, self.setting.latent_shape, draws, graph=graph
+                triple.generator,
+                batch,
+                self.ladder,
+                self.transition,
+                self.setting.latent_shape,
+                draws,
+                graph=graph,
+                exits=self.config.exits,
             )
         else:
             x_t, t, x0 = parts.noised_images(triple.generator, batch, self.ladder, draws, graph=graph)

@@ -22,10 +22,11 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss
 from stepdistill.models.recipe import SCHEDULERS, Recipe
-from stepdistill.models.sampler import walk
+from stepdistill.models.sampler import advance
 from stepdistill.models.triple import FAKE_SCORE, Triple
 
 DmWeight = Literal["code", "paper", "exact_kl"]
+Exits = Literal["batch", "sample"]
 HEAD = "discriminator"
 
 
@@ -153,28 +154,39 @@ def roll_out(
     draws: Draws,
     *,
     graph: bool,
+    exits: Exits = "batch",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward simulation with one exit step for the whole global batch (DMD2, section 4.5): (x_t, t, x0 at t).
+    """Backward simulation (DMD2, section 4.5): (x_t, t, x0 at t). Steps before the exit run without graph.
 
-    Steps before the exit run without graph; the exit call keeps one if `graph`.
+    The exit call keeps a graph if `graph`. Samples that have left the walk cost nothing more; the number of calls is the
+    same on every process all the same, since a sharded network needs everyone at each of them.
     """
     draws = draws.for_role("rollout")
-    exit_step = draws.batch_integer("exit", len(ladder))
-    noise = draws.normal("noise", shape)
-    x_t = noise
-    if exit_step:
+    if exits == "batch":
+        calls = draws.batch_integer("exit", len(ladder))
+        exit_step = torch.full((len(batch),), calls)
+    else:
+        calls = len(ladder) - 1
+        exit_step = (draws.uniform("exit") * len(ladder)).long()
+    x_t = draws.normal("noise", shape)
+    exit_step = exit_step.to(x_t.device)
+    for index in range(calls):
+        walking = torch.nonzero(exit_step > index)[:, 0]
+        rows = walking if len(walking) else exit_step.new_zeros(1)
+        cond = batch.cond[rows]
         with torch.no_grad():
-            steps = walk(
-                lambda x, t: generator.x0(x, t, batch.cond),
+            step = advance(
+                lambda x, t, cond=cond: generator.x0(x, t, cond),  # type: ignore[misc]
                 generator.schedule,
-                noise,
-                ladder[: exit_step + 1],
+                x_t[rows],
+                ladder[index],
+                ladder[index + 1],
                 transition,
-                lambda index: draws.normal(f"fresh{index}", shape),
+                lambda index=index, rows=rows: draws.normal(f"fresh{index}", shape)[rows],  # type: ignore[misc]
             )
-            for _, step in zip(range(exit_step), steps, strict=False):
-                x_t = step.x_s
-    t = torch.full((len(batch),), ladder[exit_step], dtype=torch.float64, device=x_t.device)
+        if len(walking):
+            x_t = x_t.index_copy(0, rows, step.x_s)
+    t = torch.tensor(ladder, dtype=torch.float64, device=x_t.device)[exit_step]
     with torch.set_grad_enabled(graph):
         return x_t, t, generator.x0(x_t, t, batch.cond)
 

@@ -48,12 +48,26 @@ def walk(
     x = noise
     for index, t in enumerate(ladder):
         s = ladder[index + 1] if index + 1 < len(ladder) else transition.final_time(schedule)
-        x0 = predict(x, t)
-        gaussian = transition(schedule, x, x0, t, s)
-        # diffusers' samplers draw no noise where none is used; drawing in their order keeps seeds interchangeable
-        x_s = gaussian.mean if gaussian.deterministic else gaussian.sample(fresh(index))
-        yield Step(t, s, x, x0, gaussian, x_s)
-        x = x_s
+        step = advance(predict, schedule, x, t, s, transition, lambda index=index: fresh(index))  # type: ignore[misc]
+        yield step
+        x = step.x_s
+
+
+def advance(
+    predict: Predict,
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    t: float,
+    s: float,
+    transition: Transition,
+    fresh: Callable[[], Tensor],
+) -> Step:
+    """One network call and one transition, t -> s."""
+    x0 = predict(x_t, t)
+    gaussian = transition(schedule, x_t, x0, t, s)
+    # diffusers' samplers draw no noise where none is used; drawing in their order keeps seeds interchangeable
+    x_s = gaussian.mean if gaussian.deterministic else gaussian.sample(fresh())
+    return Step(t, s, x_t, x0, gaussian, x_s)
 
 
 @torch.no_grad()

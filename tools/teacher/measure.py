@@ -21,9 +21,10 @@ from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 
 from stepdistill.data import fashion
-from stepdistill.evaluation.diversity import pairwise_distances, pairwise_diversity, precision_recall, saturation
-from stepdistill.evaluation.frechet import frechet_distance
+from stepdistill.evaluation.diversity import pairwise_diversity, saturation
+from stepdistill.evaluation.frechet import frechet_of_features
 from stepdistill.evaluation.judge import Judge
+from stepdistill.evaluation.manifold import manifold, pairwise_distances
 from stepdistill.evaluation.statistics import FeatureStatistics
 
 STEPS = 50
@@ -58,8 +59,7 @@ class Measurement:
 
 def distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
     """The Fréchet distance of two feature sets."""
-    a, b = FeatureStatistics.of(first), FeatureStatistics.of(second)
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    return frechet_of_features(first, second)
 
 
 def accuracy(judge: Judge, images: NDArray[np.uint8], said: list[fashion.Attributes]) -> Accuracy:
@@ -186,8 +186,8 @@ def measure(options: argparse.Namespace, judge: Judge, photographs: common.Photo
     equal_floor = distance(real[: options.images], real[half : half + options.images])
     real_accuracy = accuracy(judge, batch.images, real_said)
     kept = min(KEPT_FEATURES, options.images)
-    quality = precision_recall(features[:kept], real[:kept])
-    quality_real = precision_recall(real[half : half + kept], real[:kept])
+    quality = manifold(features[:kept], real[:kept])
+    quality_real = manifold(real[half : half + kept], real[:kept])
     grouped = [prompt for prompt in prompts[:100] for _ in range(GROUP)]
     groups = judge.features(sample(pipeline, grouped, scale, options.seed + 1_000_000)).reshape(100, GROUP, -1)
     training = common.load_photographs(options.data, common.TRAINING)

@@ -1,0 +1,178 @@
+"""`stepdistill evaluate` and `compare` as functions: models, LoRAs, runs and folders of images, by a named protocol.
+
+report = stepdistill.evaluate("builtin:teacher", "out", protocol="fashion", lora="lora", teacher_steps=50, teacher_guidance=2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
+
+from stepdistill.api import dtype_of, export
+from stepdistill.assets import resolve
+from stepdistill.config import load_config
+from stepdistill.errors import Refusal
+from stepdistill.evaluation.features import load_extractor
+from stepdistill.evaluation.inception import file_hash
+from stepdistill.evaluation.protocols import PromptConfig, Protocol, expand, load_protocol, prompt_set
+from stepdistill.evaluation.report import Report
+from stepdistill.evaluation.report import compare as compare_reports
+from stepdistill.evaluation.resize import ResizeMode
+from stepdistill.evaluation.runner import Sampler, TextScores, describe, evaluate_folders, evaluate_samplers
+from stepdistill.evaluation.text import ClipScorer, load_reward
+from stepdistill.exporting import check_output
+from stepdistill.exporting.artefact import draw, load_artefact, lora_file
+from stepdistill.models.recipe import Recipe
+from stepdistill.training.session import best_device
+
+
+def evaluate(
+    model: str,
+    output: str | Path,
+    *,
+    protocol: str = "prompts",
+    lora: str | Path | None = None,
+    steps: Sequence[int] = (),
+    guidance: float | None = None,
+    scheduler: str | None = None,
+    teacher_steps: int | None = None,
+    teacher_guidance: float | None = None,
+    prompts: str | None = None,
+    reference: str | Path | None = None,
+    num_images: int | None = None,
+    seeds_per_prompt: int = 1,
+    features: str | None = None,
+    resize: ResizeMode | None = None,
+    metrics: Sequence[str] = (),
+    clip: str | None = None,
+    clip_conventions: Sequence[str] = ("gigagan",),
+    rewards: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+    batch_size: int = 8,
+    dtype: str = "float32",
+    device: str | None = None,
+    download: bool = False,
+) -> Report:
+    """Measure a model, a LoRA or a run at several step counts, on the same prompts and seeds, by a named protocol.
+
+    Args:
+        model: as for `sample`, or the folder of a run, whose student is measured.
+        protocol: a shipped name (`stepdistill list protocols`), or a YAML file.
+        steps: step counts to draw at; the recipe's own, or 50, by default.
+        teacher_steps, teacher_guidance: draw the base without the LoRA too, with DDIM at this scale w.
+        features, resize, metrics: instead of the protocol's, which makes it another protocol.
+        download: allow fetching weights that are not on this machine.
+
+    Raises:
+        Refusal: missing prompts, reference or weights, or an output folder that holds something else.
+    """
+    plan = _changed(load_protocol(protocol), features, resize, metrics)
+    wanted = prompt_set(plan, prompts, num_images, seeds_per_prompt)
+    place = torch.device(device or best_device())
+    extractor = load_extractor(plan.features, resize=plan.resize, device=place, download=download)
+    scores = TextScores(
+        ClipScorer(clip, place, download=download) if clip is not None else None,
+        clip_conventions,
+        [load_reward(spec, place, download=download) for spec in rewards],
+    )
+    with TemporaryDirectory() as scratch:
+        base, adapter, stats = _student_of(model, Path(lora) if lora is not None else None, Path(scratch) / "student")
+        pipeline, recipe = load_artefact(resolve(base), adapter, dtype_of(dtype), place)
+
+        def sampler(
+            name: str, pipe: DiffusionPipeline, count: int, w: float, own: Recipe | None, solver: str | None
+        ) -> Sampler:
+            def drawn(texts: Sequence[str], seeds: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+                return draw(
+                    pipe, texts, seeds, recipe=own, steps=count, guidance=w, size=size, scheduler=solver,
+                    batch_size=batch_size, quantize=plan.quantize,
+                )  # fmt: skip
+
+            weights = file_hash(lora_file(adapter))[:12] if own is not None and adapter is not None else None
+            told = describe(
+                {"model": base, "lora": weights, "solver": solver, "w": f"{w:g}", "dtype": dtype, "size": size}
+            )
+            return Sampler(name, count, count * (2 if w > 1 else 1), w, told, drawn)
+
+        own_w = guidance if guidance is not None else (recipe.guidance_scale if recipe else 7.5)
+        own_steps = list(steps) or [recipe.num_inference_steps if recipe else 50]
+        label = "student" if recipe is not None else "model"
+        samplers = [sampler(f"{label}-{n}", pipeline, n, own_w, recipe, scheduler) for n in own_steps]
+        if teacher_steps is not None:
+            teacher = (
+                pipeline
+                if adapter is None and recipe is None
+                else load_artefact(resolve(base), None, dtype_of(dtype), place)[0]
+            )
+            w = teacher_guidance if teacher_guidance is not None else (recipe.baked_guidance if recipe else own_w)
+            samplers.insert(0, sampler("teacher", teacher, teacher_steps, w, None, "ddim"))
+        return evaluate_samplers(
+            samplers, protocol, plan, wanted, extractor, reference, Path(output), metrics=plan.metrics, text=scores,
+            batch_size=batch_size, stats=stats,
+        )  # fmt: skip
+
+
+def evaluate_images(
+    images: str | Path,
+    reference: str | Path,
+    output: str | Path,
+    *,
+    features: str = "inception",
+    resize: ResizeMode = "clean",
+    metrics: Sequence[str] = ("fid",),
+    recursive: bool = False,
+    allow_lossy: bool = False,
+    device: str | None = None,
+    download: bool = False,
+) -> Report:
+    """Measure two image folders, or statistics files, against each other; no model. Raises Refusal."""
+    check_output(Path(output))
+    plan = Protocol(
+        description="two sets of images",
+        prompts=PromptConfig(),
+        features=features,
+        resize=resize,
+        metrics=tuple(expand(metrics)),
+    )
+    extractor = load_extractor(features, resize=resize, device=device or best_device(), download=download)
+    return evaluate_folders(
+        images, reference, plan, extractor, Path(output), recursive=recursive, allow_lossy=allow_lossy
+    )
+
+
+def compare(first: str | Path, second: str | Path) -> str:
+    """Two reports in one table. Raises Refusal where their protocols differ."""
+    return compare_reports(
+        Report.read(first),
+        Report.read(second),
+        (Path(first).parent.name or str(first), Path(second).parent.name or str(second)),
+    )
+
+
+def _changed(plan: Protocol, features: str | None, resize: ResizeMode | None, metrics: Sequence[str]) -> Protocol:
+    changes: dict[str, object] = {
+        "features": features or plan.features,
+        "resize": resize or plan.resize,
+        "metrics": tuple(expand(metrics)) or plan.metrics,
+    }
+    return plan.model_copy(update=changes)
+
+
+def _student_of(model: str, lora: Path | None, scratch: Path) -> tuple[str, Path | None, Path | None]:
+    """(base, LoRA folder, stats.jsonl) of what is to be measured; a run's student is exported, proof and all, first."""
+    run = Path(model)
+    if not (run / "config.yaml").is_file():
+        return model, lora, None
+    if lora is not None:
+        raise Refusal(f"{model!r} is a run, which has its own student: leave --lora out")
+    config = load_config(run / "config.yaml")
+    layout = config.roles.generator.mode
+    export(run, "diffusers-lora" if layout == "lora" else "pipeline", scratch)
+    stats = run / "stats.jsonl"
+    return (config.model.path, scratch, stats) if layout == "lora" else (str(scratch), None, stats)

@@ -1,0 +1,163 @@
+"""Images on their way to a feature network: files, value ranges, crops and sizes.
+
+Everything downstream takes uint8 (H, W, 3). Each step that changes a Fréchet distance by itself (JPEG, transparency,
+rounding, cropping) is asked for by name and stands in the protocol record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from stepdistill.errors import Refusal
+
+Picture = NDArray[np.uint8]
+"""One image (H, W, 3)."""
+
+LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+LOSSY = (".jpg", ".jpeg", ".webp")
+Quantize = Literal["round", "floor"]
+ValueRange = tuple[float, float]
+
+
+def list_images(folder: str | Path, *, recursive: bool = False, allow_lossy: bool = False) -> list[Path]:
+    """The image files of a folder, sorted by name.
+
+    Args:
+        recursive: look into sub-folders too.
+        allow_lossy: take JPEG and WebP, whose artefacts move the Fréchet distance.
+
+    Raises:
+        Refusal: not a folder, no image in it, or lossy files that were not allowed.
+    """
+    path = Path(folder)
+    if path.is_file():
+        raise Refusal(f"{str(path)!r} is a file and a folder of images is wanted: give the folder that holds it")
+    if not path.is_dir():
+        raise Refusal(f"there is no folder {str(path)!r}: check the path")
+    files = sorted(p for p in (path.rglob("*") if recursive else path.iterdir()) if p.is_file())
+    lossless = [p for p in files if p.suffix.lower() in LOSSLESS]
+    lossy = [p for p in files if p.suffix.lower() in LOSSY]
+    if lossy and not allow_lossy:
+        raise Refusal(
+            f"{len(lossy)} files in {str(path)!r} are JPEG or WebP (first: {lossy[0].name!r}), whose compression moves the "
+            "Fréchet distance: give PNG files, or allow lossy ones explicitly"
+        )
+    chosen = sorted(lossless + lossy)
+    if not chosen:
+        found = sorted({p.suffix.lower() or "(none)" for p in files})
+        folders = (
+            "" if recursive or not any(p.is_dir() for p in path.iterdir()) else "; its sub-folders were not searched"
+        )
+        raise Refusal(
+            f"no image in {str(path)!r} (suffixes found: {', '.join(found) or 'no file at all'}{folders}): give a folder of PNG files"
+        )
+    return chosen
+
+
+def read_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Picture:
+    """Any image file as RGB: greys are tripled, transparency is laid on `background`.
+
+    Raises:
+        Refusal: the file is corrupt, or holds more than 8 bits a channel.
+    """
+    image: Image.Image
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = opened.copy()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise Refusal(f"the image {str(path)!r} cannot be read ({error}): remove it or write it again") from None
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise Refusal(f"the image {str(path)!r} has more than 8 bits a channel ({image.mode}): convert it to 8-bit RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer)
+    return np.asarray(image.convert("RGB"))
+
+
+def as_uint8(
+    images: torch.Tensor | NDArray[np.generic],
+    value_range: ValueRange | None = None,
+    quantize: Quantize = "round",
+    tolerance: float = 1e-3,
+) -> NDArray[np.uint8]:
+    """A batch as uint8 (N, H, W, 3); the range is never guessed.
+
+    Args:
+        images: uint8, or floats in `value_range`; (N, 3, H, W) or (N, H, W, 3).
+        value_range: (0, 1) or (-1, 1) for floats, None for uint8.
+        quantize: to the nearest level, or floor as DMD2's and AGD's scripts do.
+        tolerance: overshoot, as a share of the range, that is clamped rather than refused.
+
+    Raises:
+        ValueError: shape, type or range is another than said.
+    """
+    array = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    if array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
+        raise ValueError(f"images have the shape {array.shape}; (N, 3, H, W) or (N, H, W, 3) is wanted")
+    array = array if array.shape[3] == 3 else array.transpose(0, 2, 3, 1)
+    if array.dtype == np.uint8:
+        if value_range is not None:
+            raise ValueError(f"images are uint8, yet a value range {value_range} was given: leave it out")
+        return np.ascontiguousarray(array)
+    found = f"images are {array.dtype} in [{array.min():.4g}, {array.max():.4g}]"
+    if not np.issubdtype(array.dtype, np.floating) or value_range is None:
+        raise ValueError(f"{found}; give uint8, or floats with value_range=(0, 1) or (-1, 1)")
+    low, high = value_range
+    slack = tolerance * (high - low)
+    if not (array.min() >= low - slack and array.max() <= high + slack):
+        raise ValueError(f"{found}; the range was said to be [{low:g}, {high:g}]: clamp them or state the true range")
+    levels = np.clip((array.astype(np.float64) - low) / (high - low), 0.0, 1.0) * 255.0
+    return (np.floor(levels) if quantize == "floor" else np.round(levels)).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class PixelChain:
+    """What happens to an image before the network's own preprocessing.
+
+    Attributes:
+        crop: "square" to the short side, "patch" to `size` x `size` of the full resolution (smaller images pass), "none".
+        size: side after Lanczos resampling; for "patch" the side of the patch; None leaves it.
+    """
+
+    crop: Literal["none", "square", "patch"] = "none"
+    size: int | None = None
+
+    def __call__(self, image: Picture) -> Picture:
+        height, width = image.shape[:2]
+        if self.crop == "none" and self.size is None:
+            return image
+        if self.crop == "patch":
+            side = self.size or min(height, width)
+            return image if min(height, width) < side else _centre(image, side, side)
+        if self.crop == "square":
+            image = _centre(image, min(height, width), min(height, width))
+        if self.size is not None and image.shape[:2] != (self.size, self.size):
+            picture = Image.fromarray(image).resize((self.size, self.size), Image.Resampling.LANCZOS)
+            image = np.asarray(picture)
+        return image
+
+
+def _centre(image: Picture, height: int, width: int) -> Picture:
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return np.ascontiguousarray(image[top : top + height, left : left + width])
+
+
+def shard(count: int, rank: int, world: int) -> range:
+    """Global indices of a rank: rank, rank + world, ...; no padding, so no image counts twice."""
+    return range(rank, count, world)
+
+
+def read_all(paths: Sequence[Path], chain: PixelChain | None = None) -> Iterator[Picture]:
+    """The images of `paths`, one by one, through `chain`."""
+    for path in paths:
+        image = read_image(path)
+        yield image if chain is None else chain(image)

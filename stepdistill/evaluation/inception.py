@@ -1,0 +1,150 @@
+"""The 2015 TensorFlow Inception in PyTorch: its 2048 features are what "FID" means. Not torchvision's inception_v3.
+
+The blocks are torch-fidelity's; the weights are the user's file, in any of three formats that all hold the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from stepdistill.errors import Refusal
+
+URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+HASH_PREFIX = "6726825d"
+"""First digits of the SHA-256 of torch-fidelity's and pytorch-fid's file, which is one and the same."""
+NAMES = (
+    "weights-inception-2015-12-05-6726825d.pth",
+    "pt_inception-2015-12-05-6726825d.pth",
+    "inception-2015-12-05.pt",
+    "inception-2015-12-05.safetensors",
+)
+
+
+def inception_layers() -> nn.Sequential:
+    """The network up to pool3: normalised (B, 3, 299, 299) -> (B, 2048). Keys are pytorch-fid's.
+
+    Raises:
+        Refusal: torch-fidelity is not installed.
+    """
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as blocks
+    except ImportError:
+        raise Refusal("the Inception network needs torch-fidelity: pip install 'stepdistill[evaluation]'") from None
+    layers: list[tuple[str, nn.Module]] = [
+        ("Conv2d_1a_3x3", blocks.BasicConv2d(3, 32, kernel_size=3, stride=2)),
+        ("Conv2d_2a_3x3", blocks.BasicConv2d(32, 32, kernel_size=3)),
+        ("Conv2d_2b_3x3", blocks.BasicConv2d(32, 64, kernel_size=3, padding=1)),
+        ("MaxPool_1", nn.MaxPool2d(3, 2)),
+        ("Conv2d_3b_1x1", blocks.BasicConv2d(64, 80, kernel_size=1)),
+        ("Conv2d_4a_3x3", blocks.BasicConv2d(80, 192, kernel_size=3)),
+        ("MaxPool_2", nn.MaxPool2d(3, 2)),
+        ("Mixed_5b", blocks.InceptionA(192, pool_features=32)),
+        ("Mixed_5c", blocks.InceptionA(256, pool_features=64)),
+        ("Mixed_5d", blocks.InceptionA(288, pool_features=64)),
+        ("Mixed_6a", blocks.InceptionB(288)),
+        ("Mixed_6b", blocks.InceptionC(768, channels_7x7=128)),
+        ("Mixed_6c", blocks.InceptionC(768, channels_7x7=160)),
+        ("Mixed_6d", blocks.InceptionC(768, channels_7x7=160)),
+        ("Mixed_6e", blocks.InceptionC(768, channels_7x7=192)),
+        ("Mixed_7a", blocks.InceptionD(768)),
+        ("Mixed_7b", blocks.InceptionE_1(1280)),
+        ("Mixed_7c", blocks.InceptionE_2(2048)),
+        ("AvgPool", nn.AdaptiveAvgPool2d(1)),
+        ("flatten", nn.Flatten()),
+    ]
+    network = nn.Sequential()
+    for name, layer in layers:
+        network.add_module(name, layer)
+    return network
+
+
+def load_inception(path: Path) -> nn.Module:
+    """The network with the weights of a file: torch-fidelity's or pytorch-fid's .pth, .safetensors, or NVIDIA's TorchScript.
+
+    Raises:
+        Refusal: missing, truncated, or not these weights.
+    """
+    if not path.is_file():
+        raise Refusal(f"there is no Inception weight file {str(path)!r}: give {NAMES[0]} or {NAMES[2]}")
+    try:
+        if _is_torchscript(path):
+            module: nn.Module = torch.jit.load(path, map_location="cpu").eval().layers  # type: ignore[no-untyped-call]
+            return module
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Refusal:
+        raise
+    except Exception as error:
+        # a truncated download ends here, with a different exception from every torch version
+        raise Refusal(
+            f"the Inception weights {str(path)!r} cannot be read ({type(error).__name__}; a truncated download?): fetch them again"
+        ) from None
+    network = inception_layers()
+    state = {key: value for key, value in state.items() if not key.startswith(("fc.", "AuxLogits."))}
+    wanted = {key for key in network.state_dict() if not key.endswith("num_batches_tracked")}
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    if set(state) != wanted:
+        odd = sorted(set(state) ^ wanted)[0]
+        raise Refusal(
+            f"{str(path)!r} does not hold the 2015 Inception (first key that differs: {odd!r}): give torch-fidelity's or "
+            "pytorch-fid's weight file, not torchvision's"
+        )
+    network.load_state_dict(state, strict=False)
+    return network.eval().requires_grad_(False)
+
+
+def find_inception(cache: Path, *, download: bool) -> Path:
+    """The weight file in the user's caches, or a checked download.
+
+    Args:
+        cache: folder looked into first, and downloaded into.
+        download: False never touches the network.
+
+    Raises:
+        Refusal: not there, and not downloaded.
+    """
+    for folder in (cache, Path(torch.hub.get_dir()) / "checkpoints"):
+        for name in NAMES:
+            if (folder / name).is_file():
+                return folder / name
+    if not download:
+        raise Refusal(
+            f"the Inception weights are in neither {str(cache)!r} nor torch's hub cache, and downloading is off: put {NAMES[0]!r} "
+            "there, or give its path as inception:PATH"
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / NAMES[0]
+    try:
+        # writes to a temporary file, checks the SHA-256 prefix and renames
+        torch.hub.download_url_to_file(URL, str(target), hash_prefix=HASH_PREFIX, progress=True)
+    except (OSError, RuntimeError) as error:
+        raise Refusal(
+            f"the Inception weights could not be fetched ({error}): put {NAMES[0]!r} into {str(cache)!r} by hand"
+        ) from None
+    return target
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_torchscript(path: Path) -> bool:
+    """TorchScript archives carry code beside the tensors; plain `torch.save` archives do not."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())

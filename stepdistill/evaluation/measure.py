@@ -1,0 +1,248 @@
+"""One pass over images, on any number of processes: feature statistics, and features where a metric needs them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+
+from stepdistill.errors import Refusal
+from stepdistill.evaluation import diversity, kernels
+from stepdistill.evaluation.features import FeatureExtractor
+from stepdistill.evaluation.frechet import frechet_between, frechet_infinity, frechet_of_features, noise_floor
+from stepdistill.evaluation.images import Picture, PixelChain, list_images, read_all, shard
+from stepdistill.evaluation.inception import file_hash
+from stepdistill.evaluation.manifold import manifold
+from stepdistill.evaluation.protocols import Metric
+from stepdistill.evaluation.statistics import FeatureStatistics, read_record
+
+KEEP_FEATURES: frozenset[Metric] = frozenset(
+    {"fd_infinity", "kid", "precision", "recall", "density", "coverage", "cmmd", "diversity", "prompt_accuracy"}
+)
+"""Metrics that need every feature vector; the others run on statistics alone, whose size does not grow."""
+_DRIFT_FUNCTIONS = {
+    "saturation": diversity.saturation,
+    "brightness": diversity.brightness,
+    "sharpness": diversity.sharpness,
+}
+
+
+@dataclass
+class Measured:
+    """What is known of a set of images.
+
+    Attributes:
+        statistics: mean and covariance of the features.
+        features: (N, D) in the order of the images; None on the streaming path.
+        drift: sums over images of saturation, brightness and squared sharpness.
+        identity: tells one reference set from another: hash of the statistics file, or of names and sizes in a folder.
+    """
+
+    statistics: FeatureStatistics
+    features: NDArray[np.float32] | None = None
+    drift: dict[str, float] = field(default_factory=dict)
+    identity: str = ""
+
+    @property
+    def count(self) -> int:
+        return self.statistics.count
+
+
+def measure_images(
+    images: Iterable[Picture], extractor: FeatureExtractor, *, keep: bool, drift: bool = True
+) -> Measured:
+    """One process's pass. Memory does not grow with the number of images unless `keep`.
+
+    Raises:
+        Refusal: no image at all.
+    """
+    sums = dict.fromkeys(_DRIFT_FUNCTIONS, 0.0)
+
+    def watched() -> Iterable[Picture]:
+        for image in images:
+            if drift:
+                for name, function in _DRIFT_FUNCTIONS.items():
+                    value = function(image[None])
+                    sums[name] += value * value if name == "sharpness" else value
+            yield image
+
+    statistics: FeatureStatistics | None = None
+    kept = []
+    for features in extractor.stream(watched()):
+        statistics = statistics or FeatureStatistics(features.shape[1])
+        statistics.update(features)
+        if keep:
+            kept.append(features)
+    if statistics is None:
+        raise Refusal("there is no image to measure: give at least two")
+    return Measured(statistics, np.concatenate(kept) if keep else None, sums if drift else {})
+
+
+def measure_shard(
+    paths: Sequence[Path], extractor: FeatureExtractor, *, keep: bool, chain: PixelChain | None = None
+) -> Measured:
+    """The files of a set, shared out over all processes without duplicates; every process gets the whole answer.
+
+    Raises:
+        Refusal: fewer images than two or than processes, or a corrupt one.
+    """
+    state = PartialState()
+    if len(paths) < max(2, state.num_processes):
+        raise Refusal(f"{len(paths)} images came in and at least {max(2, state.num_processes)} are needed: give more")
+    indices = shard(len(paths), state.process_index, state.num_processes)
+    own = measure_images(read_all([paths[i] for i in indices], chain), extractor, keep=keep)
+    return merge(own, len(paths))
+
+
+def merge(own: Measured, total: int) -> Measured:
+    """All processes' shards as one, features back in global order. A collective: every process must call it.
+
+    Raises:
+        RuntimeError: the shards do not add up to `total`.
+    """
+    state = PartialState()
+    parts: list[Measured] = gather_object([own])
+    statistics = FeatureStatistics(len(own.statistics.mean))
+    for part in parts:
+        statistics.merge(part.statistics)
+    if statistics.count != total:
+        raise RuntimeError(f"{statistics.count} images were measured and {total} were shared out")
+    features = None
+    if own.features is not None:
+        features = np.empty((total, own.features.shape[1]), dtype=np.float32)
+        for rank, part in enumerate(parts):
+            features[shard(total, rank, state.num_processes)] = part.features
+    drift = {name: sum(part.drift[name] for part in parts) for name in own.drift}
+    return Measured(statistics, features, drift)
+
+
+def read_reference(
+    source: str | Path,
+    extractor: FeatureExtractor,
+    *,
+    keep: bool,
+    chain: PixelChain | None = None,
+    recursive: bool = False,
+    lossy: bool = False,
+) -> Measured:
+    """A reference set: a folder of images, or statistics in an .npz of ours, clean-fid's or pytorch-fid's.
+
+    Raises:
+        Refusal: statistics of another network than the one that measures, or features that they do not hold.
+    """
+    path = Path(source)
+    if path.suffix in (".npz", ".npy"):
+        statistics = FeatureStatistics.load(path)
+        record = read_record(path)
+        for key, now in (("weights", extractor.record.weights), ("preprocessing", extractor.record.preprocessing)):
+            if key in record and record[key] != now:
+                raise Refusal(
+                    f"the statistics {str(path)!r} were made with {key} {record[key][:24]!r} and the features now have "
+                    f"{now[:24]!r}: measure the reference again, or choose its network"
+                )
+        with np.load(path, allow_pickle=False) as data:
+            features = data["features"].astype(np.float32) if "features" in data else None
+        return Measured(statistics, features if keep else None, {}, file_hash(path))
+    paths = list_images(path, recursive=recursive, allow_lossy=lossy)
+    listing = "\n".join(f"{file.relative_to(path).as_posix()} {file.stat().st_size}" for file in paths)
+    measured = measure_shard(paths, extractor, keep=keep, chain=chain)
+    return replace(measured, identity=hashlib.sha256(listing.encode()).hexdigest())
+
+
+# ---------------------------------------------------------------- metrics
+
+
+@dataclass(frozen=True)
+class Values:
+    """Metrics by name, and the noise floor of the Fréchet distance, None where the reference has no count."""
+
+    metrics: dict[str, float]
+    noise_floor: float | None = None
+
+
+def compute(
+    measured: Measured,
+    reference: Measured,
+    metrics: Sequence[Metric],
+    rng: np.random.Generator,
+    prompts: Sequence[str] = (),
+) -> Values:
+    """The asked metrics of a set against a reference. `prompt_accuracy` is not among them: it needs the images.
+
+    Raises:
+        Refusal: features of another size, or a metric that needs feature vectors where the reference has statistics only.
+    """
+    mine, theirs = measured.statistics, reference.statistics
+    if len(mine.mean) != len(theirs.mean):
+        raise Refusal(
+            f"the images have {len(mine.mean)} features and the reference {len(theirs.mean)}: measure both with one network"
+        )
+    pairwise = {"kid", "precision", "recall", "density", "coverage", "cmmd"} & set(metrics)
+    if pairwise and reference.features is None:
+        raise Refusal(
+            f"{', '.join(sorted(pairwise))} need the reference's feature vectors and it holds mean and covariance only: "
+            "give the folder of images, or leave them out"
+        )
+    found: dict[str, float] = {}
+    features = measured.features
+    if "fid" in metrics:
+        small = features is not None and reference.features is not None and reference.count == len(reference.features)
+        if small and min(mine.count, theirs.count) <= len(mine.mean):
+            found["fid"] = frechet_of_features(features, reference.features)  # type: ignore[arg-type]
+        else:
+            found["fid"] = frechet_between(mine, theirs)
+    if features is not None:
+        found |= _with_features(features, reference, metrics, rng, prompts)
+    for name in ("saturation", "brightness", "sharpness"):
+        if name in metrics and name in measured.drift:
+            mean = measured.drift[name] / measured.count
+            found[name] = float(np.sqrt(mean)) if name == "sharpness" else mean
+    floor = noise_floor(theirs.covariance, mine.count, theirs.count) if theirs.count > 0 else None
+    return Values(found, floor)
+
+
+def _with_features(
+    features: NDArray[np.float32],
+    reference: Measured,
+    metrics: Sequence[Metric],
+    rng: np.random.Generator,
+    prompts: Sequence[str],
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    other = reference.features
+    if "fd_infinity" in metrics:
+        extrapolated = frechet_infinity(features, reference.statistics, rng)
+        if extrapolated.value is not None:
+            found["fd_infinity"] = extrapolated.value
+    if "kid" in metrics and other is not None:
+        kid = kernels.kernel_distance(features, other, rng)
+        found |= {"kid": 1000.0 * kid.mean, "kid_std": 1000.0 * kid.std}
+    wanted = {"precision", "recall", "density", "coverage"} & set(metrics)
+    if wanted and other is not None:
+        count = min(len(features), len(other))  # equal numbers on both sides
+        found |= {
+            name: value for name, value in vars(manifold(features[:count], other[:count])).items() if name in wanted
+        }
+    if "cmmd" in metrics and other is not None:
+        found["cmmd"] = kernels.clip_mmd(features, other)
+    if "diversity" in metrics and (groups := _groups(features, prompts)) is not None:
+        found["diversity"] = diversity.pairwise_diversity(groups, reference.statistics.mean)
+    return found
+
+
+def _groups(features: NDArray[np.float32], prompts: Sequence[str]) -> NDArray[np.float32] | None:
+    """(P, K, D): the prompts with more than one image, K the least number among them; None without any."""
+    by_prompt: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_prompt.setdefault(prompt, []).append(index)
+    shared = [rows for rows in by_prompt.values() if len(rows) > 1]
+    if not shared:
+        return None
+    fewest = min(len(rows) for rows in shared)
+    return np.stack([features[rows[:fewest]] for rows in shared])

@@ -1,0 +1,157 @@
+"""A protocol is everything about a measurement except the model: prompts, reference, pixels, network, counts.
+
+They are data (`assets/protocols/*.yaml`), so that a number can name the one it was taken by. Every report carries the
+resolved record, and two numbers with different records are never put side by side.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from stepdistill.assets import FOLDER
+from stepdistill.config import Settings, read_settings
+from stepdistill.data.prompts import PromptList, read_prompts
+from stepdistill.errors import Refusal
+from stepdistill.evaluation.fashion import evaluation_set
+from stepdistill.evaluation.images import PixelChain, Quantize
+from stepdistill.evaluation.resize import ResizeMode
+
+PROTOCOLS = FOLDER / "protocols"
+SEED = 1_000_000
+"""Image i of a protocol has the seed SEED + i, whatever process draws it."""
+
+Metric = Literal[
+    "fid", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "cmmd", "prompt_accuracy", "diversity",
+    "saturation", "brightness", "sharpness",
+]  # fmt: skip
+GROUPS: dict[str, tuple[Metric, ...]] = {"prdc": ("precision", "recall", "density", "coverage")}
+"""Names that stand for several metrics."""
+
+
+class ChainConfig(Settings):
+    crop: Literal["none", "square", "patch"] = "none"
+    size: int | None = Field(None, gt=0)
+
+    def chain(self) -> PixelChain:
+        return PixelChain(self.crop, self.size)
+
+
+class PromptConfig(Settings):
+    count: int | None = Field(None, gt=0, description="images of the full protocol; None takes one for each prompt")
+    builtin: Literal["fashion"] | None = None
+    hint: str = ""
+
+
+class ReferenceConfig(Settings):
+    kind: Literal["images", "teacher", "builtin"] = "images"
+    builtin: str | None = None
+    count: int | None = Field(None, gt=0)
+    lossy: bool = Field(False, description="the reference's originals are JPEG; samples never may be")
+    hint: str = ""
+
+
+class Protocol(Settings):
+    description: str
+    prompts: PromptConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    chain: ChainConfig = ChainConfig()
+    quantize: Quantize = "round"
+    features: str = "inception"
+    resize: ResizeMode = "clean"
+    metrics: tuple[Metric, ...] = ("fid",)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What is drawn: prompt and seed of each image by global index, and the hash of the full list."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def protocol_names() -> list[str]:
+    """Names of the shipped protocols."""
+    return sorted(path.stem for path in PROTOCOLS.glob("*.yaml"))
+
+
+def load_protocol(name: str) -> Protocol:
+    """A shipped protocol, or one of your own as a YAML file.
+
+    Raises:
+        Refusal: unknown name, or a file that is no protocol.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PROTOCOLS / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, protocol_names(), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}" if near else f"known are {', '.join(protocol_names())}"
+        raise Refusal(f"the protocol {name!r} is not known: {hint}")
+    return read_settings(Protocol, path)
+
+
+def prompt_set(protocol: Protocol, source: str | None, images: int | None, seeds_per_prompt: int = 1) -> PromptSet:
+    """The prompts and seeds of a protocol.
+
+    Args:
+        source: the user's prompt file; not for protocols that bring their own.
+        images: fewer than the protocol asks, which renames its numbers.
+        seeds_per_prompt: images of each prompt, for protocols without a count of their own.
+
+    Raises:
+        Refusal: no prompts, or fewer than wanted.
+    """
+    if protocol.prompts.builtin is not None:
+        if source is not None:
+            raise Refusal(f"the protocol brings its own prompts ({protocol.prompts.builtin}): leave --prompts out")
+        texts, seeds = evaluation_set(images or protocol.prompts.count or 0)
+        return PromptSet(tuple(texts), tuple(seeds), text_hash(texts))
+    if source is None:
+        raise Refusal(f"the protocol needs a prompt file: give --prompts FILE with {protocol.prompts.hint}")
+    listed: PromptList = read_prompts(source)
+    expanded = [text for text in listed.texts for _ in range(seeds_per_prompt)]
+    wanted = images or protocol.prompts.count or len(expanded)
+    if len(expanded) < wanted:
+        raise Refusal(
+            f"{source!r} gives {len(expanded)} images and {wanted} are wanted ({protocol.prompts.hint}): "
+            f"give the full list, or --num-images {len(expanded)}, which renames the numbers"
+        )
+    return PromptSet(tuple(expanded[:wanted]), tuple(SEED + i for i in range(wanted)), listed.sha256)
+
+
+def text_hash(texts: Sequence[str]) -> str:
+    """SHA-256 of a list of texts, in hex."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def expand(names: Sequence[str]) -> list[Metric]:
+    """Metric names with groups resolved, in order, each once.
+
+    Raises:
+        Refusal: unknown name.
+    """
+    known: tuple[Metric, ...] = Metric.__args__  # type: ignore[attr-defined]
+    found: list[Metric] = []
+    for name in names:
+        if name not in known and name not in GROUPS:
+            near = difflib.get_close_matches(name, [*known, *GROUPS], n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}" if near else f"known are {', '.join([*known, *GROUPS])}"
+            raise Refusal(f"the metric {name!r} is not known: {hint}")
+        for metric in GROUPS.get(name, tuple(m for m in known if m == name)):
+            if metric not in found:
+                found.append(metric)
+    return found
+
+
+def qualified(metric: str, images: int, wanted: int | None) -> str:
+    """`fid` at the protocol's own count, `fid@N` at another."""
+    return metric if wanted is None or images == wanted else f"{metric}@{images}"

@@ -1,0 +1,325 @@
+"""Evaluating samplers: draw what is missing, measure, report. Runs on any number of processes and goes on where it stopped.
+
+OUTPUT/images/<row>/00000.png ...   by global index; what is there already is kept
+       evaluation.json              the record of the protocol, which a continued run must match
+       report.json  report.md  report.html
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm.auto import tqdm
+
+from stepdistill.assets import FOLDER
+from stepdistill.errors import Refusal
+from stepdistill.evaluation.fashion import attribute_accuracy
+from stepdistill.evaluation.features import FeatureExtractor
+from stepdistill.evaluation.images import PixelChain, read_image, shard
+from stepdistill.evaluation.judge import Judge
+from stepdistill.evaluation.measure import KEEP_FEATURES, Measured, compute, measure_shard, read_reference
+from stepdistill.evaluation.page import html_page
+from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, qualified, text_hash
+from stepdistill.evaluation.report import Record, Report, ReportRow, write_report
+from stepdistill.evaluation.text import ClipScorer, Reward, Unavailable, Values, clip_score, win_rate
+
+logger = logging.getLogger(__name__)
+Draw = Callable[[Sequence[str], Sequence[int]], Iterator[NDArray[np.uint8]]]
+"""(prompts, seeds) -> batches of uint8 images (B, H, W, 3), in order."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model at one setting. The row named "teacher" is what others are compared with."""
+
+    name: str
+    steps: int
+    network_calls: int
+    guidance: float
+    description: str
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """What is measured on pictures and prompts beside the features: CLIP scores by convention, and rewards."""
+
+    clip: ClipScorer | None = None
+    conventions: Sequence[str] = ()
+    rewards: Sequence[Reward | Unavailable] = ()
+
+
+def evaluate_samplers(
+    samplers: Sequence[Sampler],
+    name: str,
+    protocol: Protocol,
+    prompts: PromptSet,
+    extractor: FeatureExtractor,
+    reference: str | Path | None,
+    output: Path,
+    *,
+    metrics: Sequence[Metric],
+    text: TextScores | None = None,
+    batch_size: int = 8,
+    stats: Path | None = None,
+) -> Report:
+    """Rows for all samplers at equal prompts and seeds.
+
+    Args:
+        reference: folder or statistics; None takes the protocol's own, or the teacher's images.
+        stats: `stats.jsonl` of the training run, for the page.
+
+    Raises:
+        Refusal: no reference, a folder that holds another evaluation, or fewer images than two.
+    """
+    text = text or TextScores()
+    chain = protocol.chain.chain()
+    keep = bool(KEEP_FEATURES & set(metrics))
+    _check_reference(protocol, reference, samplers)
+    state = PartialState()
+    drawn: dict[str, list[Path]] = {}
+    seconds: dict[str, float | None] = {}
+    marker = {"protocol": name, "prompts": prompts.sha256, "images": len(prompts), "quantize": protocol.quantize}
+    _claim(output, marker, [(s.name, s.description) for s in samplers])
+    for sampler in samplers:
+        drawn[sampler.name], seconds[sampler.name] = draw_missing(
+            sampler, prompts, output / "images" / sampler.name, batch_size
+        )
+    measured = {s.name: measure_shard(drawn[s.name], extractor, keep=keep, chain=chain) for s in samplers}
+    truth = _reference(protocol, reference, extractor, samplers, prompts, measured, keep, chain)
+    scores: dict[str, dict[str, Values]] = {}
+    rows = []
+    floor: float | None = None
+    for sampler in samplers:
+        own = measured[sampler.name]
+        values = compute(
+            own, truth, [m for m in metrics if not _trivial(m, own, truth)], np.random.default_rng(0), prompts.prompts
+        )
+        floor = floor if values.noise_floor is None else values.noise_floor
+        found = {qualified(key, len(prompts), protocol.prompts.count): value for key, value in values.metrics.items()}
+        more, scores[sampler.name] = _on_pictures(drawn[sampler.name], prompts, metrics, text)
+        rows.append(
+            ReportRow(
+                sampler.name, sampler.steps, sampler.network_calls, sampler.guidance, sampler.description, len(prompts),
+                seconds[sampler.name], {**found, **more},
+            )
+        )  # fmt: skip
+    record = make_record(name, protocol, prompts, extractor, truth, str(reference or protocol.reference.kind))
+    notes = tuple(f"{r.name}: not available ({r.reason})" for r in text.rewards if isinstance(r, Unavailable))
+    report = Report(record, tuple(rows), floor, _wins(scores, prompts), notes)
+    if state.is_main_process:
+        write_report(report, output, html_page(report, drawn, stats))
+    state.wait_for_everyone()
+    return report
+
+
+def draw_missing(
+    sampler: Sampler, prompts: PromptSet, folder: Path, batch_size: int
+) -> tuple[list[Path], float | None]:
+    """Draw this process's share of the images that are not in `folder` yet; returns all paths and seconds an image."""
+    state = PartialState()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:05d}.png" for i in range(len(prompts))]
+    missing = [i for i in shard(len(prompts), state.process_index, state.num_processes) if not paths[i].is_file()]
+    began = time.perf_counter()
+    images = (
+        sampler.draw([prompts.prompts[i] for i in missing], [prompts.seeds[i] for i in missing])
+        if missing
+        else iter(())
+    )
+    with tqdm(
+        total=len(missing), desc=sampler.name, unit="img", disable=not state.is_main_process or not missing
+    ) as bar:
+        waiting = iter(missing)
+        for batch in images:
+            for image, index in zip(batch, islice(waiting, len(batch)), strict=True):
+                temporary = paths[index].with_suffix(".tmp")
+                Image.fromarray(image).save(temporary, format="PNG")
+                os.replace(temporary, paths[index])
+            bar.update(len(batch))
+    spent = (time.perf_counter() - began, len(missing))
+    state.wait_for_everyone()
+    total = [part for part in gather_object([spent]) if part[1] > 0]
+    if not total:
+        return paths, None
+    return paths, max(part[0] for part in total) / sum(part[1] for part in total)
+
+
+def evaluate_folders(
+    images: str | Path,
+    reference: str | Path,
+    protocol: Protocol,
+    extractor: FeatureExtractor,
+    output: Path,
+    *,
+    recursive: bool = False,
+    allow_lossy: bool = False,
+) -> Report:
+    """A report of two sets of images (or of statistics), no model involved.
+
+    Raises:
+        Refusal: a folder without images, statistics of another network, a metric that needs more than they hold.
+    """
+    metrics = protocol.metrics
+    keep = bool(KEEP_FEATURES & set(metrics))
+    chain = protocol.chain.chain()
+    if odd := {"prompt_accuracy", "diversity"} & set(metrics):
+        raise Refusal(f"{', '.join(sorted(odd))} need prompts, which a folder does not tell: leave them out")
+    sets = [
+        read_reference(source, extractor, keep=keep, chain=chain, recursive=recursive, lossy=allow_lossy)
+        for source in (images, reference)
+    ]
+    own, truth = sets
+    record = make_record("folders", protocol, None, extractor, truth, str(reference))
+    values = compute(own, truth, metrics, np.random.default_rng(0))
+    row = ReportRow(Path(images).name, 0, 0, 1.0, "images from a folder", own.count, None, values.metrics)
+    report = Report(record, (row,), values.noise_floor)
+    if PartialState().is_main_process:
+        write_report(report, output, html_page(report, {}))
+    return report
+
+
+def make_record(
+    name: str,
+    protocol: Protocol,
+    prompts: PromptSet | None,
+    extractor: FeatureExtractor,
+    reference: Measured,
+    source: str,
+) -> Record:
+    """The resolved protocol of a measurement."""
+    return Record(
+        protocol=name,
+        prompts_sha256=prompts.sha256 if prompts else "",
+        images=len(prompts) if prompts else 0,
+        seeds="1000000 + global index" if prompts else "",
+        reference=Path(source).name,
+        reference_sha256=reference.identity,
+        reference_count=reference.count,
+        chain=f"crop {protocol.chain.crop}, size {protocol.chain.size or 'as is'}",
+        quantize=protocol.quantize,
+        features=extractor.record.name,
+        features_weights=extractor.record.weights,
+        features_preprocessing=extractor.record.preprocessing,
+        version=version("stepdistill"),
+    )
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _check_reference(protocol: Protocol, reference: str | Path | None, samplers: Sequence[Sampler]) -> None:
+    """Before anything is drawn."""
+    if reference is not None or protocol.reference.kind == "builtin":
+        return
+    if protocol.reference.kind == "images":
+        raise Refusal(f"the protocol needs a reference: give --reference with {protocol.reference.hint}")
+    if not any(sampler.name == "teacher" for sampler in samplers):
+        raise Refusal(
+            "the reference is the teacher and no teacher is drawn: give --teacher-steps N, or --reference DIR"
+        )
+
+
+def _reference(
+    protocol: Protocol,
+    source: str | Path | None,
+    extractor: FeatureExtractor,
+    samplers: Sequence[Sampler],
+    prompts: PromptSet,
+    measured: dict[str, Measured],
+    keep: bool,
+    chain: PixelChain,
+) -> Measured:
+    if source is None and protocol.reference.kind == "teacher":
+        teacher = next(sampler for sampler in samplers if sampler.name == "teacher")
+        return replace(measured["teacher"], identity=text_hash([teacher.description, prompts.sha256]))
+    place = source if source is not None else FOLDER / str(protocol.reference.builtin)
+    reference = read_reference(place, extractor, keep=keep, chain=chain, lossy=protocol.reference.lossy)
+    wanted = protocol.reference.count
+    if wanted is not None and 0 < reference.count != wanted:
+        raise Refusal(
+            f"the reference {str(place)!r} has {reference.count} images and the protocol wants {wanted}: give {protocol.reference.hint}"
+        )
+    return reference
+
+
+def _trivial(metric: Metric, own: Measured, truth: Measured) -> bool:
+    """The teacher against itself says nothing."""
+    return own.statistics is truth.statistics and metric not in ("diversity", "saturation", "brightness", "sharpness")
+
+
+def _on_pictures(
+    paths: Sequence[Path], prompts: PromptSet, metrics: Sequence[Metric], text: TextScores
+) -> tuple[dict[str, float], dict[str, Values]]:
+    """Scores that read the pictures themselves: (means by name, values an image by name)."""
+    rewards = [reward for reward in text.rewards if not isinstance(reward, Unavailable)]
+    if "prompt_accuracy" not in metrics and text.clip is None and not rewards:
+        return {}, {}
+    images = [read_image(path) for path in paths]
+    means: dict[str, float] = {}
+    values: dict[str, Values] = {}
+    if "prompt_accuracy" in metrics:
+        judge = Judge.load(FOLDER / "judge.safetensors")
+        means["prompt_accuracy"] = attribute_accuracy(judge, np.stack(images), prompts.prompts)
+    if text.clip is not None:
+        for convention in text.conventions:
+            score = clip_score(text.clip, images, prompts.prompts, convention)
+            means[score.name], values[score.name] = score.mean, score.values
+    for reward in rewards:
+        values[reward.name] = reward.score(images, prompts.prompts)
+        means[reward.name] = float(values[reward.name].mean())
+    return means, values
+
+
+def _wins(scores: dict[str, dict[str, Values]], prompts: PromptSet) -> dict[str, dict[str, tuple[float, float, float]]]:
+    teacher = scores.get("teacher")
+    if teacher is None:
+        return {}
+    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for row, own in scores.items():
+        for name, values in own.items():
+            if row != "teacher":
+                won = win_rate(values, teacher[name], prompts.prompts, np.random.default_rng(0))
+                found.setdefault(name, {})[row] = (won.rate, won.low, won.high)
+    return found
+
+
+def _claim(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str, str]]) -> None:
+    """Mark a folder as this evaluation's, or refuse one that holds something else."""
+    state = PartialState()
+    file = output / "evaluation.json"
+    content = {**marker, "samplers": {name: description for name, description in samplers}}
+    if file.is_file():
+        before = json.loads(file.read_text())
+        drawn = {name: text for name, text in before.pop("samplers").items() if name in dict(samplers)}
+        changed = next((k for k in marker if before.get(k) != marker[k]), None)
+        if changed is not None or any(dict(samplers)[name] != text for name, text in drawn.items()):
+            raise Refusal(
+                f"the output folder {str(output)!r} holds an evaluation of another {changed or 'model'}: choose another --output"
+            )
+        content["samplers"] = {**drawn, **dict(samplers)}
+    elif output.exists() and any(output.iterdir()):
+        raise Refusal(f"the output folder {str(output)!r} holds something else: choose another --output")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=2))
+    state.wait_for_everyone()
+
+
+def describe(values: dict[str, object]) -> str:
+    """Arguments of a sampler as one line, for reports and for telling one model from another."""
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
