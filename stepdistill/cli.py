@@ -174,6 +174,9 @@ def evaluate(
     rewards: Annotated[str | None, typer.Option(help="pickscore,hps,imagereward,aesthetic:CLIP,HEAD")] = None,
     recursive: Annotated[bool, typer.Option(help="Search sub-folders of --images and --reference.")] = False,
     allow_lossy: Annotated[bool, typer.Option(help="Take JPEG and WebP files.")] = False,
+    save_statistics: Annotated[
+        Path | None, typer.Option(help="With --images: write their statistics to this .npz.")
+    ] = None,
     width: Annotated[int | None, typer.Option(min=8)] = None,
     height: Annotated[int | None, typer.Option(min=8)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -193,7 +196,8 @@ def evaluate(
             )
         report = evaluating.evaluate_images(
             images, reference, output, features=features or "inception", resize=(resize or Resize.clean).value,
-            metrics=chosen or ["fid"], recursive=recursive, allow_lossy=allow_lossy, device=device, download=download,
+            metrics=chosen or ["fid"], recursive=recursive, allow_lossy=allow_lossy, save_statistics=save_statistics,
+            device=device, download=download,
         )  # fmt: skip
     elif model is None:
         raise Refusal("there is nothing to measure: give a model or a run, or --images DIR")

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
@@ -18,13 +19,14 @@ from stepdistill.api import dtype_of, export
 from stepdistill.assets import resolve
 from stepdistill.config import load_config
 from stepdistill.errors import Refusal
+from stepdistill.evaluation.drawing import Sampler, describe
 from stepdistill.evaluation.features import load_extractor
 from stepdistill.evaluation.inception import file_hash
 from stepdistill.evaluation.protocols import PromptConfig, Protocol, expand, load_protocol, prompt_set
 from stepdistill.evaluation.report import Report
 from stepdistill.evaluation.report import compare as compare_reports
 from stepdistill.evaluation.resize import ResizeMode
-from stepdistill.evaluation.runner import Sampler, TextScores, describe, evaluate_folders, evaluate_samplers
+from stepdistill.evaluation.runner import TextScores, evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting import check_output
 from stepdistill.exporting.artefact import draw, load_artefact, lora_file
@@ -74,7 +76,7 @@ def evaluate(
     """
     plan = _changed(load_protocol(protocol), features, resize, metrics)
     wanted = prompt_set(plan, prompts, num_images, seeds_per_prompt)
-    place = torch.device(device or best_device())
+    place = _place(device)
     extractor = load_extractor(plan.features, resize=plan.resize, device=place, download=download)
     scores = TextScores(
         ClipScorer(clip, place, download=download) if clip is not None else None,
@@ -128,10 +130,18 @@ def evaluate_images(
     metrics: Sequence[str] = ("fid",),
     recursive: bool = False,
     allow_lossy: bool = False,
+    save_statistics: str | Path | None = None,
     device: str | None = None,
     download: bool = False,
 ) -> Report:
-    """Measure two image folders, or statistics files, against each other; no model. Raises Refusal."""
+    """Measure two image folders, or statistics files, against each other; no model.
+
+    Args:
+        save_statistics: write what was measured of `images` to this .npz, a reference for later, here or in clean-fid.
+
+    Raises:
+        Refusal: no images, wrong weights, an output folder that holds something.
+    """
     check_output(Path(output))
     plan = Protocol(
         description="two sets of images",
@@ -140,10 +150,11 @@ def evaluate_images(
         resize=resize,
         metrics=tuple(expand(metrics)),
     )
-    extractor = load_extractor(features, resize=resize, device=device or best_device(), download=download)
+    extractor = load_extractor(features, resize=resize, device=_place(device), download=download)
     return evaluate_folders(
-        images, reference, plan, extractor, Path(output), recursive=recursive, allow_lossy=allow_lossy
-    )
+        images, reference, plan, extractor, Path(output), recursive=recursive, allow_lossy=allow_lossy,
+        save_statistics=Path(save_statistics) if save_statistics is not None else None,
+    )  # fmt: skip
 
 
 def compare(first: str | Path, second: str | Path) -> str:
@@ -153,6 +164,12 @@ def compare(first: str | Path, second: str | Path) -> str:
         Report.read(second),
         (Path(first).parent.name or str(first), Path(second).parent.name or str(second)),
     )
+
+
+def _place(device: str | None) -> torch.device:
+    """Where this process computes: as told, or its own card among several processes'."""
+    state = PartialState(cpu=device == "cpu")
+    return state.device if device is None and state.num_processes > 1 else torch.device(device or best_device())
 
 
 def _changed(plan: Protocol, features: str | None, resize: ResizeMode | None, metrics: Sequence[str]) -> Protocol:

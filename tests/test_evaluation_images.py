@@ -46,7 +46,11 @@ def test_floor_is_what_scripts_that_truncate_do() -> None:
 @pytest.mark.parametrize(
     ("images", "value_range", "words"),
     [
-        (np.full((1, 4, 4, 3), 1.01), (0, 1), r"float64 in \[1.01, 1.01\].*said to be \[0, 1\]"),  # wraps to 1 elsewhere
+        (
+            np.full((1, 4, 4, 3), 1.01),
+            (0, 1),
+            r"float64 in \[1.01, 1.01\].*said to be \[0, 1\]",
+        ),  # wraps to 1 elsewhere
         (np.full((1, 4, 4, 3), -0.5), (0, 1), "said to be"),
         (np.full((1, 4, 4, 3), 0.5), None, r"value_range=\(0, 1\)"),
         (np.full((1, 4, 4, 3), np.nan), (0, 1), "nan"),
@@ -64,7 +68,10 @@ def test_a_wrong_range_is_refused_with_type_and_extremes(
 
 
 def test_a_decoders_overshoot_is_clamped_never_wrapped() -> None:
-    assert as_uint8(np.array([-0.0005, 1.0005]).reshape(1, 1, 2, 1).repeat(3, 3), (0, 1)).ravel().tolist() == [0] * 3 + [255] * 3
+    assert (
+        as_uint8(np.array([-0.0005, 1.0005]).reshape(1, 1, 2, 1).repeat(3, 3), (0, 1)).ravel().tolist()
+        == [0] * 3 + [255] * 3
+    )
 
 
 # ---------------------------------------------------------------- files

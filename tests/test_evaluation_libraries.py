@@ -84,7 +84,9 @@ def torchscript(weights: Path, folder: Path) -> Path:
     return path
 
 
-def ours(folders: tuple[Path, Path], weights: Path, mode: ResizeMode, output: Path, metrics: tuple[str, ...] = ("fid",)) -> dict[str, float]:
+def ours(
+    folders: tuple[Path, Path], weights: Path, mode: ResizeMode, output: Path, metrics: tuple[str, ...] = ("fid",)
+) -> dict[str, float]:
     report = stepdistill.evaluate_images(
         *folders, output, features=f"inception:{weights}", resize=mode, metrics=metrics, device="cpu"
     )

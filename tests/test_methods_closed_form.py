@@ -32,6 +32,7 @@ from stepdistill.config import RunConfig, parse
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
@@ -201,6 +202,7 @@ METHODS: dict[str, Callable[[NoiseSchedule], Method[Any]]] = {
     ),
     "dmd2-on-images": lambda s: DMD2(DMD2Config(guidance=2.0, simulate=False, fake_space="x0"), setting(s, 2)),
     "dmd2-euler": lambda s: DMD2(DMD2Config(guidance=2.0, transition="deterministic"), setting(s, 2)),
+    "dmd2-exits": lambda s: DMD2(DMD2Config(guidance=2.0, exits="sample"), setting(s, 2)),
 }
 
 
@@ -322,6 +324,38 @@ def logits(triple: Triple, features: str, x: Tensor, cond: Conditioning, purpose
     t = parts.LevelConfig(low=0.0, high=1.0).levels().times(schedule, stream.uniform(f"{purpose}.t"))
     x_t = schedule.add_noise(x, stream.normal(f"{purpose}.eps", (2, 1, 1)), t)
     return triple.head(FAKE_SCORE, parts.HEAD)(triple.denoiser(features).features(x_t, t, cond))  # type: ignore[no-any-return]
+
+
+SHAPE = (2, 1, 1)
+
+
+@pytest.mark.parametrize("exits", ["batch", "sample"])
+def test_each_sample_leaves_the_rollout_at_its_own_exit(exits: parts.Exits) -> None:
+    """x_t at every exit is the state of the full walk there, and the network is called as often on every process."""
+    schedule = vp()
+    _, triple = ready("dmd2", schedule)
+    ladder, transition = few_step_ladder(schedule, 4), Transition(TransitionKind.RENOISE)
+    batch = full_batch()
+    for step in range(4):
+        stream = draws(step=step)
+        x_t, t, x0 = parts.roll_out(
+            triple.generator, batch, ladder, transition, SHAPE, stream, graph=False, exits=exits
+        )
+        roll = stream.for_role("rollout")
+        states = list(
+            walk(
+                lambda x, t: triple.generator.x0(x, t, batch.cond), schedule, roll.normal("noise", SHAPE), ladder, transition,
+                lambda index, roll=roll: roll.normal(f"fresh{index}", SHAPE),
+            )
+        )  # fmt: skip
+        found = [ladder.index(float(time)) for time in t]
+        if exits == "batch":
+            assert found == [roll.batch_integer("exit", 4)] * 4
+        else:
+            assert found == (roll.uniform("exit") * 4).long().tolist()
+        for row, exit_step in enumerate(found):
+            close(x_t[row], states[exit_step].x_t[row], 1e-9)
+            close(x0[row], states[exit_step].x0[row], 1e-9)
 
 
 @pytest.mark.parametrize("name", ["dmd2-gan", "dmd2-frozen-features"])

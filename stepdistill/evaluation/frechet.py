@@ -92,6 +92,22 @@ def frechet_infinity(
     return Extrapolation(float(intercept) if r_squared >= 0.9 else None, r_squared)
 
 
+def frechet_error(
+    features: NDArray[np.floating], reference: FeatureStatistics, rng: np.random.Generator, subsets: int = 20
+) -> float:
+    """Standard error of the distance of `features` (N, D) from `reference`, as far as the samples' choice goes.
+
+    The spread over random halves drawn without replacement: with m = N / 2 the larger variance of a half and the finite
+    population correction cancel, sigma / sqrt(m) sqrt(1 - m / N) = sigma / sqrt(N). A bootstrap would count images twice
+    and move the distance itself.
+    """
+    halves = [
+        FeatureStatistics.of(features[rng.permutation(len(features))[: len(features) // 2]]) for _ in range(subsets)
+    ]
+    distances = [frechet_distance(h.mean, h.covariance, reference.mean, reference.covariance) for h in halves]
+    return float(np.std(distances, ddof=1))
+
+
 def noise_floor(covariance: NDArray[np.floating], count1: int, count2: int) -> float:
     """First-order expectation of the distance between two samples of N(mu, C), ``count1`` and ``count2`` large.
 

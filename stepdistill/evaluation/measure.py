@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from stepdistill.errors import Refusal
 from stepdistill.evaluation import diversity, kernels
 from stepdistill.evaluation.features import FeatureExtractor
-from stepdistill.evaluation.frechet import frechet_between, frechet_infinity, frechet_of_features, noise_floor
+from stepdistill.evaluation.frechet import (
+    frechet_between,
+    frechet_error,
+    frechet_infinity,
+    frechet_of_features,
+    noise_floor,
+)
 from stepdistill.evaluation.images import Picture, PixelChain, list_images, read_all, shard
 from stepdistill.evaluation.inception import file_hash
 from stepdistill.evaluation.manifold import manifold
@@ -23,7 +29,18 @@ from stepdistill.evaluation.protocols import Metric
 from stepdistill.evaluation.statistics import FeatureStatistics, read_record
 
 KEEP_FEATURES: frozenset[Metric] = frozenset(
-    {"fd_infinity", "kid", "precision", "recall", "density", "coverage", "cmmd", "diversity", "prompt_accuracy"}
+    {
+        "fd_infinity",
+        "fid_error",
+        "kid",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "cmmd",
+        "diversity",
+        "prompt_accuracy",
+    }
 )
 """Metrics that need every feature vector; the others run on statistics alone, whose size does not grow."""
 _DRIFT_FUNCTIONS = {
@@ -220,6 +237,8 @@ def _with_features(
         extrapolated = frechet_infinity(features, reference.statistics, rng)
         if extrapolated.value is not None:
             found["fd_infinity"] = extrapolated.value
+    if "fid_error" in metrics and len(features) > 3:
+        found["fid_error"] = frechet_error(features, reference.statistics, rng)
     if "kid" in metrics and other is not None:
         kid = kernels.kernel_distance(features, other, rng)
         found |= {"kid": 1000.0 * kid.mean, "kid_std": 1000.0 * kid.std}

@@ -28,7 +28,7 @@ SEED = 1_000_000
 """Image i of a protocol has the seed SEED + i, whatever process draws it."""
 
 Metric = Literal[
-    "fid", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "cmmd", "prompt_accuracy", "diversity",
+    "fid", "fid_error", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "cmmd", "prompt_accuracy", "diversity",
     "saturation", "brightness", "sharpness",
 ]  # fmt: skip
 GROUPS: dict[str, tuple[Metric, ...]] = {"prdc": ("precision", "recall", "density", "coverage")}

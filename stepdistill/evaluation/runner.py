@@ -7,28 +7,21 @@ OUTPUT/images/<row>/00000.png ...   by global index; what is there already is ke
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from numpy.typing import NDArray
-from PIL import Image
-from tqdm.auto import tqdm
 
 from stepdistill.assets import FOLDER
 from stepdistill.errors import Refusal
+from stepdistill.evaluation.drawing import Sampler, claim, draw_missing
 from stepdistill.evaluation.fashion import attribute_accuracy
 from stepdistill.evaluation.features import FeatureExtractor
-from stepdistill.evaluation.images import PixelChain, read_image, shard
+from stepdistill.evaluation.images import PixelChain, read_image
 from stepdistill.evaluation.judge import Judge
 from stepdistill.evaluation.measure import KEEP_FEATURES, Measured, compute, measure_shard, read_reference
 from stepdistill.evaluation.page import html_page
@@ -37,20 +30,6 @@ from stepdistill.evaluation.report import Record, Report, ReportRow, write_repor
 from stepdistill.evaluation.text import ClipScorer, Reward, Unavailable, Values, clip_score, win_rate
 
 logger = logging.getLogger(__name__)
-Draw = Callable[[Sequence[str], Sequence[int]], Iterator[NDArray[np.uint8]]]
-"""(prompts, seeds) -> batches of uint8 images (B, H, W, 3), in order."""
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A model at one setting. The row named "teacher" is what others are compared with."""
-
-    name: str
-    steps: int
-    network_calls: int
-    guidance: float
-    description: str
-    draw: Draw
 
 
 @dataclass(frozen=True)
@@ -93,7 +72,7 @@ def evaluate_samplers(
     drawn: dict[str, list[Path]] = {}
     seconds: dict[str, float | None] = {}
     marker = {"protocol": name, "prompts": prompts.sha256, "images": len(prompts), "quantize": protocol.quantize}
-    _claim(output, marker, [(s.name, s.description) for s in samplers])
+    claim(output, marker, [(s.name, s.description) for s in samplers])
     for sampler in samplers:
         drawn[sampler.name], seconds[sampler.name] = draw_missing(
             sampler, prompts, output / "images" / sampler.name, batch_size
@@ -126,38 +105,6 @@ def evaluate_samplers(
     return report
 
 
-def draw_missing(
-    sampler: Sampler, prompts: PromptSet, folder: Path, batch_size: int
-) -> tuple[list[Path], float | None]:
-    """Draw this process's share of the images that are not in `folder` yet; returns all paths and seconds an image."""
-    state = PartialState()
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:05d}.png" for i in range(len(prompts))]
-    missing = [i for i in shard(len(prompts), state.process_index, state.num_processes) if not paths[i].is_file()]
-    began = time.perf_counter()
-    images = (
-        sampler.draw([prompts.prompts[i] for i in missing], [prompts.seeds[i] for i in missing])
-        if missing
-        else iter(())
-    )
-    with tqdm(
-        total=len(missing), desc=sampler.name, unit="img", disable=not state.is_main_process or not missing
-    ) as bar:
-        waiting = iter(missing)
-        for batch in images:
-            for image, index in zip(batch, islice(waiting, len(batch)), strict=True):
-                temporary = paths[index].with_suffix(".tmp")
-                Image.fromarray(image).save(temporary, format="PNG")
-                os.replace(temporary, paths[index])
-            bar.update(len(batch))
-    spent = (time.perf_counter() - began, len(missing))
-    state.wait_for_everyone()
-    total = [part for part in gather_object([spent]) if part[1] > 0]
-    if not total:
-        return paths, None
-    return paths, max(part[0] for part in total) / sum(part[1] for part in total)
-
-
 def evaluate_folders(
     images: str | Path,
     reference: str | Path,
@@ -167,6 +114,7 @@ def evaluate_folders(
     *,
     recursive: bool = False,
     allow_lossy: bool = False,
+    save_statistics: Path | None = None,
 ) -> Report:
     """A report of two sets of images (or of statistics), no model involved.
 
@@ -188,6 +136,11 @@ def evaluate_folders(
     row = ReportRow(Path(images).name, 0, 0, 1.0, "images from a folder", own.count, None, values.metrics)
     report = Report(record, (row,), values.noise_floor)
     if PartialState().is_main_process:
+        if save_statistics is not None:
+            made_with = {"weights": extractor.record.weights, "preprocessing": extractor.record.preprocessing}
+            save_statistics.parent.mkdir(parents=True, exist_ok=True)
+            kept = {} if own.features is None else {"features": own.features}
+            own.statistics.save(save_statistics, made_with, **kept)
         write_report(report, output, html_page(report, {}))
     return report
 
@@ -295,31 +248,3 @@ def _wins(scores: dict[str, dict[str, Values]], prompts: PromptSet) -> dict[str,
                 won = win_rate(values, teacher[name], prompts.prompts, np.random.default_rng(0))
                 found.setdefault(name, {})[row] = (won.rate, won.low, won.high)
     return found
-
-
-def _claim(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str, str]]) -> None:
-    """Mark a folder as this evaluation's, or refuse one that holds something else."""
-    state = PartialState()
-    file = output / "evaluation.json"
-    content = {**marker, "samplers": {name: description for name, description in samplers}}
-    if file.is_file():
-        before = json.loads(file.read_text())
-        drawn = {name: text for name, text in before.pop("samplers").items() if name in dict(samplers)}
-        changed = next((k for k in marker if before.get(k) != marker[k]), None)
-        if changed is not None or any(dict(samplers)[name] != text for name, text in drawn.items()):
-            raise Refusal(
-                f"the output folder {str(output)!r} holds an evaluation of another {changed or 'model'}: choose another --output"
-            )
-        content["samplers"] = {**drawn, **dict(samplers)}
-    elif output.exists() and any(output.iterdir()):
-        raise Refusal(f"the output folder {str(output)!r} holds something else: choose another --output")
-    state.wait_for_everyone()
-    if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=2))
-    state.wait_for_everyone()
-
-
-def describe(values: dict[str, object]) -> str:
-    """Arguments of a sampler as one line, for reports and for telling one model from another."""
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)

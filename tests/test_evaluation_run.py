@@ -1,0 +1,183 @@
+"""`stepdistill evaluate` and `compare`: rows, records, resumption, several processes, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stepdistill
+from stepdistill.errors import Refusal
+from stepdistill.evaluation.protocols import load_protocol, prompt_set, protocol_names, qualified
+from stepdistill.evaluation.report import Report
+
+
+def evaluate(output: Path, **changes: object) -> Report:
+    arguments: dict = {
+        "protocol": "fashion", "steps": [1, 2], "guidance": 1.5, "scheduler": "ddim", "num_images": 24, "device": "cpu",
+        "batch_size": 24,
+    }  # fmt: skip
+    return stepdistill.evaluate("builtin:teacher", output, **(arguments | changes))
+
+
+def test_rows_records_and_pages(tmp_path: Path) -> None:
+    report = evaluate(tmp_path / "out", teacher_steps=3, teacher_guidance=2.0)
+    assert [(row.name, row.steps, row.network_calls, row.guidance) for row in report.rows] == [
+        ("teacher", 3, 6, 2.0), ("model-1", 1, 2, 1.5), ("model-2", 2, 4, 1.5),
+    ]  # fmt: skip
+    assert {"fid@24", "prompt_accuracy", "diversity@24", "saturation@24"} <= set(report.row("teacher").metrics)
+    assert report.row("model-2").metrics["fid@24"] < report.row("model-1").metrics["fid@24"]
+    written = json.loads((tmp_path / "out/report.json").read_text())
+    assert written["protocol"]["features"] == "judge"
+    assert written["protocol"]["images"] == 24
+    assert Report.read(tmp_path / "out") == report
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 1 + 3 * 8  # the curves, and a row of pictures for each sampler
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)  # nothing to fetch
+    assert "| teacher | 3 | 6 | 2 |" in (tmp_path / "out/report.md").read_text()
+
+
+def test_a_stopped_evaluation_goes_on_and_another_model_is_kept_out(tmp_path: Path) -> None:
+    first = evaluate(tmp_path / "out")
+    gone = tmp_path / "out/images/model-2/00007.png"
+    before = gone.read_bytes()
+    gone.unlink()
+    kept = tmp_path / "out/images/model-2/00008.png"
+    stamp = kept.stat().st_mtime_ns
+    second = evaluate(tmp_path / "out", batch_size=5)
+    assert kept.stat().st_mtime_ns == stamp
+    assert gone.read_bytes() == before  # alone in its batch now, and still the same picture
+    assert second.row("model-2").metrics == first.row("model-2").metrics
+    with pytest.raises(Refusal, match="an evaluation with different models"):
+        evaluate(tmp_path / "out", guidance=3.0)
+    with pytest.raises(Refusal, match="an evaluation with different prompts"):
+        evaluate(tmp_path / "out", num_images=36)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").write_text("x")
+    with pytest.raises(Refusal, match="something else"):
+        evaluate(tmp_path / "other")
+
+
+def test_reports_are_compared_only_under_one_protocol(tmp_path: Path) -> None:
+    evaluate(tmp_path / "a", steps=[1])
+    evaluate(tmp_path / "b", steps=[2])
+    both = stepdistill.compare(tmp_path / "a", tmp_path / "b/report.json")
+    assert "model-1" in both
+    assert "model-2" in both
+    evaluate(tmp_path / "c", steps=[1], metrics=["fid"], features="random")
+    with pytest.raises(Refusal, match=r"protocols differ \(.*features: 'judge' and 'random'"):
+        stepdistill.compare(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(Refusal, match="no report"):
+        stepdistill.compare(tmp_path / "a", tmp_path / "absent")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/report.json").write_text("{}")
+    with pytest.raises(Refusal, match="not a report"):
+        stepdistill.compare(tmp_path / "a", tmp_path / "d")
+
+
+def test_the_teacher_is_the_reference_of_the_prompts_protocol(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red bag\na blue coat\na white dress\na green shirt\n")
+    common = {
+        "protocol": "prompts",
+        "prompts": str(prompts),
+        "features": "random",
+        "num_images": None,
+        "seeds_per_prompt": 3,
+    }
+    report = evaluate(tmp_path / "out", teacher_steps=4, metrics=["fid", "diversity"], **common)
+    assert "fid" not in report.row("teacher").metrics
+    assert report.row("model-1").metrics["fid"] > 0
+    assert report.row("teacher").metrics["diversity"] > 0
+    with pytest.raises(Refusal, match="--teacher-steps"):
+        evaluate(tmp_path / "none", **common)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_is_measured_by_its_own_recipe(tmp_path: Path) -> None:
+    short = [
+        "training.max_steps=2", "training.batch_size=2", "training.grid_prompts=1", "training.threads=1", "training.log_every=1",
+    ]  # fmt: skip
+    config = stepdistill.load_config(Path(__file__).parents[1] / "configs/quickstart.yaml", short)
+    stepdistill.distill(config, tmp_path / "run")
+    report = stepdistill.evaluate(
+        str(tmp_path / "run"), tmp_path / "out", protocol="fashion", num_images=12, device="cpu"
+    )
+    (row,) = report.rows
+    assert (row.name, row.steps, row.network_calls, row.guidance) == ("student-4", 4, 4, 1.0)
+    assert "<h2>Training</h2>" in (tmp_path / "out/report.html").read_text()
+    with pytest.raises(Refusal, match="leave --lora out"):
+        stepdistill.evaluate(str(tmp_path / "run"), tmp_path / "x", protocol="fashion", lora="lora")
+
+
+def test_fewer_images_rename_the_number() -> None:
+    """Reports of 'FID on COCO' with 259 images: the count belongs to the name."""
+    assert qualified("fid", 30_000, 30_000) == "fid"
+    assert qualified("fid", 259, 30_000) == "fid@259"
+    assert qualified("fid", 259, None) == "fid"
+
+
+@pytest.mark.parametrize("name", protocol_names())
+def test_every_protocol_loads_and_says_what_it_lacks(name: str, tmp_path: Path) -> None:
+    protocol = load_protocol(name)
+    assert protocol.description
+    if protocol.prompts.builtin is not None:
+        assert len(prompt_set(protocol, None, None)) == protocol.prompts.count
+        with pytest.raises(Refusal, match="leave --prompts out"):
+            prompt_set(protocol, "x.txt", None)
+        return
+    with pytest.raises(Refusal, match="give --prompts FILE with"):
+        prompt_set(protocol, None, None)
+    few = tmp_path / "few.txt"
+    few.write_text("one\ntwo\nthree\n")
+    if protocol.prompts.count is not None:
+        with pytest.raises(Refusal, match=f"gives 3 images and {protocol.prompts.count} are wanted.*--num-images 3"):
+            prompt_set(protocol, str(few), None)
+    chosen = prompt_set(protocol, str(few), 2)
+    assert chosen.prompts == ("one", "two")
+    assert chosen.seeds == (1_000_000, 1_000_001)
+
+
+def test_an_unknown_protocol_names_the_nearest() -> None:
+    with pytest.raises(Refusal, match="did you mean 'mjhq-30k'"):
+        load_protocol("mjhq30k")
+
+
+def test_the_reference_must_have_the_protocols_count(tmp_path: Path) -> None:
+    from PIL import Image
+
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (i, i, i)).save(reference / f"{i}.png")
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a\nb\nc\nd\n")
+    with pytest.raises(Refusal, match="has 3 images and the protocol wants 5000"):
+        evaluate(
+            tmp_path / "out", protocol="coco2017-5k", prompts=str(prompts), num_images=4, features="random", metrics=["fid"],
+            reference=reference, steps=[1],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_work_and_agree(processes: int, tmp_path: Path) -> None:
+    """accelerate 575, torchmetrics 2684: padded tails counted twice; a hang where one process computes alone."""
+    alone = evaluate(tmp_path / "one", steps=[1], num_images=36, batch_size=7)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "stepdistill.cli",
+        "evaluate", "builtin:teacher", "--protocol", "fashion", "--steps", "1", "--guidance", "1.5", "--scheduler", "ddim",
+        "--num-images", "36", "--batch-size", "5", "--device", "cpu", "--output", str(tmp_path / "many"),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    many = Report.read(tmp_path / "many")
+    assert many.record == alone.record
+    for name, value in alone.rows[0].metrics.items():
+        assert many.rows[0].metrics[name] == pytest.approx(value, rel=1e-6), name
+    assert len(list((tmp_path / "many/images/model-1").glob("*.png"))) == 36
