@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -24,6 +25,7 @@ from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.grids import as_floats, save_images, tile
 from stepdistill.training.run import Outcome, describe, open_run, train
 from stepdistill.training.session import DTYPES, best_device, prepare
+from stepdistill.watching import StudentWatch
 
 __all__ = ["CollectConfig", "collect", "distill", "dry_run", "export", "load_teacher", "sample"]
 
@@ -34,8 +36,11 @@ GRID_LIMIT = 256
 
 
 def distill(config: RunConfig, output: str | Path | None = None, resume: str | None = None) -> Outcome:
-    """Train a student. See `stepdistill.training.run.train`."""
-    return train(config, output, resume)
+    """Train a student, measured as it trains where the config says so. See `stepdistill.training.run.train`."""
+    if config.evaluation is None:
+        return train(config, output, resume)
+    section = config.evaluation
+    return train(config, output, resume, lambda session, folder: StudentWatch(session, folder, section))
 
 
 def dry_run(config: RunConfig) -> list[str]:
@@ -56,6 +61,7 @@ def export(
     half: bool = False,
     push_to_hub: str | None = None,
     device: str | None = None,
+    checkpoint: Literal["latest", "best"] = "latest",
 ) -> Path:
     """Write a run's student and prove that stock diffusers reproduces it; nothing is left where the proof fails.
 
@@ -63,13 +69,14 @@ def export(
         format: diffusers-lora, kohya-lora or pipeline.
         half: store float16.
         push_to_hub: hub repository to upload the folder to.
+        checkpoint: the newest, or the one that evaluation during training liked best.
 
     Raises:
         Refusal: not a run, a non-empty output folder, non-finite weights, or a failed proof.
     """
     check_output(Path(output))
     # a half-precision base is widened: the proof is exact, and the LoRA's float32 weights are the same on either
-    session, iteration = open_run(run, device, full_precision=True)
+    session, iteration = open_run(run, device, full_precision=True, checkpoint=checkpoint)
     plan = session.plan
     logger.info("exporting the %s of iteration %d", session.student.replace("_", " "), iteration)
     prompts = [plan.prompts[i % len(plan.prompts)] for i in range(PROOF_IMAGES)]

@@ -139,11 +139,15 @@ def export(
     format: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.diffusers_lora,
     half: Annotated[bool, typer.Option(help="Store float16.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload to this hub repository afterwards.")] = None,
+    best: Annotated[bool, typer.Option(help="The checkpoint that evaluation liked best, not the newest.")] = False,
 ) -> None:
     """Write the student as a LoRA or a pipeline, and prove that stock diffusers reproduces it."""
     from stepdistill import api
 
-    typer.echo(f"verified: {api.export(run, format.value, output, half=half, push_to_hub=push_to_hub)}")
+    folder = api.export(
+        run, format.value, output, half=half, push_to_hub=push_to_hub, checkpoint="best" if best else "latest"
+    )
+    typer.echo(f"verified: {folder}")
 
 
 @app.command()

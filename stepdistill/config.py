@@ -104,6 +104,19 @@ class TrainingConfig(Settings):
     max_bad_steps: int = Field(10, gt=0, description="non-finite steps in a row that stop the run")
 
 
+class EvaluationConfig(Settings):
+    """Measuring the student while it trains; see `stepdistill evaluate` for protocols."""
+
+    every: int = Field(gt=0, description="iterations between evaluations")
+    protocol: str = "prompts"
+    prompts: str | None = Field(None, description="prompt file, for protocols that bring none")
+    reference: str | None = Field(None, description="folder of images, or statistics, for protocols that bring none")
+    images: int | None = Field(None, ge=2, description="fewer than the protocol's own number")
+    features: str | None = Field(None, description="NAME[:WEIGHTS] instead of the protocol's network")
+    metrics: list[str] = Field(default_factory=lambda: ["fid"])
+    best: str = Field("fid", description="metric that decides which checkpoint is kept as checkpoints/best")
+
+
 class RunConfig(Settings):
     """One training run, as a YAML file."""
 
@@ -113,6 +126,7 @@ class RunConfig(Settings):
     optimizers: OptimizerConfigs = OptimizerConfigs()
     data: DataConfig = DataConfig()
     training: TrainingConfig
+    evaluation: EvaluationConfig | None = None
     output: str = "runs/run"
     init: str | None = Field(None, description="earlier run whose trained roles this one starts from (staged training)")
 

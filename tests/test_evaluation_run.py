@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import stepdistill
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.protocols import load_protocol, prompt_set, protocol_names, qualified
 from stepdistill.evaluation.report import Report
+from stepdistill.training import checkpoint as checkpoints
 
 
 def evaluate(output: Path, **changes: object) -> Report:
@@ -113,6 +115,40 @@ def test_a_run_is_measured_by_its_own_recipe(tmp_path: Path) -> None:
     assert "<h2>Training</h2>" in (tmp_path / "out/report.html").read_text()
     with pytest.raises(Refusal, match="leave --lora out"):
         stepdistill.evaluate(str(tmp_path / "run"), tmp_path / "x", protocol="fashion", lora="lora")
+
+
+def test_training_is_watched_and_the_best_checkpoint_survives(tmp_path: Path) -> None:
+    """Raw and averaged weights by one protocol; pruning spares the best; a resumed run knows it; nothing else changes."""
+    short = [
+        "training.max_steps=4", "training.batch_size=2", "training.grid_prompts=1", "training.threads=1", "training.keep=1",
+        "training.log_every=1", "training.save_every=1", "method.ratio=1",
+    ]  # fmt: skip
+    watched = ["evaluation={every: 2, protocol: fashion, images: 12, metrics: [fid, saturation]}"]
+    quickstart = Path(__file__).parents[1] / "configs/quickstart.yaml"
+    stepdistill.distill(stepdistill.load_config(quickstart, short), tmp_path / "plain")
+    stepdistill.distill(stepdistill.load_config(quickstart, short + watched), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/evaluation.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [2, 4]
+    names = {
+        "evaluation/generator/fid",
+        "evaluation/generator_ema/fid",
+        "evaluation/generator/saturation",
+        "evaluation/generator_ema/saturation",
+    }
+    assert set(lines[0]) == {"iteration"} | names
+    best = json.loads((tmp_path / "run/best.json").read_text())
+    assert best["value"] == min(line["evaluation/generator_ema/fid"] for line in lines)
+    kept = checkpoints.read(tmp_path / "run/checkpoints/best")
+    assert kept.counters["iteration"] == best["iteration"]
+    newest = [checkpoints.read(tmp_path / name / "checkpoints/step-00000004") for name in ("plain", "run")]
+    for name, tensor in newest[0].tensors["generator"].items():
+        assert torch.equal(tensor, newest[1].tensors["generator"][name])
+    stepdistill.export(tmp_path / "run", "diffusers-lora", tmp_path / "lora", checkpoint="best", device="cpu")
+    with pytest.raises(Refusal, match="no best checkpoint"):
+        stepdistill.export(tmp_path / "plain", "diffusers-lora", tmp_path / "other", checkpoint="best")
+    worse = ["evaluation={every: 2, protocol: fashion, metrics: [kid], best: fid}"]
+    with pytest.raises(Refusal, match=r"evaluation.best is 'fid'"):
+        stepdistill.distill(stepdistill.load_config(quickstart, short + worse), tmp_path / "wrong")
 
 
 def test_fewer_images_rename_the_number() -> None:

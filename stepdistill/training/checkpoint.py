@@ -4,6 +4,7 @@ checkpoints/step-00000500/generator.safetensors            roles, heads included
                           optimizer.generator.safetensors  moments by parameter name
                           rng.safetensors, method.safetensors
                           state.json                       counters, and size and hash of every other file
+            best/                                          a copy of the one that evaluation liked best
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from stepdistill.errors import Refusal
 
 logger = logging.getLogger(__name__)
 PREFIX = "step-"
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,20 @@ def latest(folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def keep_best(folder: Path, step: int) -> Path:
+    """Make `best` the checkpoint of that step, as hard links where the disk has them: pruning leaves it alone."""
+    target, aside = folder / BEST, folder / f".{BEST}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        shutil.copytree(folder / f"{PREFIX}{step:08d}", aside, copy_function=os.link)
+    except (OSError, shutil.Error):
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(folder / f"{PREFIX}{step:08d}", aside)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+    return target
 
 
 def steps(folder: Path) -> list[int]:

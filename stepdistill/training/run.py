@@ -4,12 +4,14 @@ RUN/config.yaml      the resolved config
     stats.jsonl      what was computed, one line per `log_every`
     speed.jsonl      what the machine took for it
     grids/           teacher above student
+    evaluation.jsonl, best.json    where the config has an `evaluation` section
     checkpoints/     see checkpoint.py
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from stepdistill.errors import Refusal
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.session import Plan, Session, open_session, prepare
 from stepdistill.training.trainer import Trainer
+from stepdistill.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
@@ -43,13 +46,19 @@ class Outcome:
     iteration: int
 
 
-def train(config: RunConfig, output: str | Path | None = None, resume: str | None = None) -> Outcome:
+def train(
+    config: RunConfig,
+    output: str | Path | None = None,
+    resume: str | None = None,
+    watcher: Callable[[Session, Path], Watch] | None = None,
+) -> Outcome:
     """Run a config into a folder, or continue it.
 
     Args:
         config: as loaded by `load_config`.
         output: the run's folder; `config.output` by default.
         resume: "latest", or the path of a checkpoint of this run.
+        watcher: makes what measures the student as training goes.
 
     Raises:
         Refusal: anything that cannot work, before any weight is loaded.
@@ -66,7 +75,7 @@ def train(config: RunConfig, output: str | Path | None = None, resume: str | Non
         project_dir=str(folder),
     )
     session = open_session(plan, accelerator.device)
-    trainer = Trainer(session, folder, accelerator)
+    trainer = Trainer(session, folder, accelerator, watcher(session, folder) if watcher is not None else None)
     if checkpoint is not None:
         trainer.load(checkpoint)
         logger.info("resumed at iteration %d from %s", trainer.counters.iteration, checkpoint)
@@ -88,10 +97,13 @@ def train(config: RunConfig, output: str | Path | None = None, resume: str | Non
     return Outcome(folder, finished, trainer.counters.iteration)
 
 
-def open_run(folder: str | Path, device: str | None = None, *, full_precision: bool = False) -> tuple[Session, int]:
-    """A finished or interrupted run with the weights of its newest checkpoint, and that checkpoint's iteration.
+def open_run(
+    folder: str | Path, device: str | None = None, *, full_precision: bool = False, checkpoint: str = "latest"
+) -> tuple[Session, int]:
+    """A finished or interrupted run with the weights of a checkpoint, and that checkpoint's iteration.
 
     full_precision: load a half-precision base in float32.
+    checkpoint: "latest", or "best" where the run was evaluated.
 
     Raises:
         Refusal: not a run, or no complete checkpoint in it.
@@ -99,9 +111,14 @@ def open_run(folder: str | Path, device: str | None = None, *, full_precision: b
     path = Path(folder)
     if not (path / CONFIG).is_file():
         raise Refusal(f"{str(path)!r} is not a run (it has no {CONFIG}): give the output folder of 'stepdistill train'")
-    newest = checkpoints.latest(path / "checkpoints")
+    best = path / "checkpoints" / checkpoints.BEST
+    newest = checkpoints.latest(path / "checkpoints") if checkpoint == "latest" else best
     if newest is None:
         raise Refusal(f"the run {str(path)!r} has no complete checkpoint yet: let it reach training.save_every")
+    if not newest.is_dir():
+        raise Refusal(
+            f"the run {str(path)!r} has no best checkpoint: set evaluation.every in its config, or take the latest"
+        )
     config = load_config(path / CONFIG)
     if full_precision and config.model.dtype in ("bfloat16", "float16"):
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})

@@ -25,6 +25,7 @@ from stepdistill.training.grids import Grid
 from stepdistill.training.optimizers import RoleOptimizer
 from stepdistill.training.session import EMA, Session
 from stepdistill.training.tracking import Tracker
+from stepdistill.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,11 @@ class Trainer:
         session: what to train.
         folder: the run's; checkpoints, logs and grids go there.
         accelerator: device, processes and trackers.
+        watch: measures the student as training goes.
     """
 
-    def __init__(self, session: Session, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(self, session: Session, folder: Path, accelerator: Accelerator, watch: Watch | None = None) -> None:
+        self.watch = watch
         self.session, self.folder, self.accelerator = session, folder, accelerator
         self.config = session.plan.config.training
         self.triple, self.method = session.triple, session.method
@@ -88,6 +91,8 @@ class Trainer:
                     saved = self._save_and_go_on(saved)
                 if grid is not None and config.grid_every and done % config.grid_every == 0:
                     grid.draw(done)
+                if self.watch is not None and done % self.watch.every == 0:
+                    saved = self._look(self.watch, tracker, saved)
         if saved != self.counters.iteration:
             self.save()
         if grid is not None and self.counters.iteration == config.max_steps:
@@ -238,6 +243,16 @@ class Trainer:
             optimizer.load_state_dict(saved.tensors[f"optimizer.{role}"])
         self.method.load_state_dict(saved.tensors["method"])
         _set_global_rng(saved.tensors["rng"])
+
+    def _look(self, watch: Watch, tracker: Tracker, saved: int) -> int:
+        """Let the watcher measure; the best student's checkpoint is kept beside the newest ones."""
+        seen = watch(self.counters.iteration)
+        tracker.log(self.counters.iteration, dict(seen.values))
+        if seen.best:
+            saved = saved if saved == self.counters.iteration else self._save_and_go_on(saved)
+            if saved == self.counters.iteration and self.accelerator.is_main_process:
+                checkpoints.keep_best(self.folder / "checkpoints", saved)
+        return saved
 
     def _save_and_go_on(self, before: int) -> int:
         try:
