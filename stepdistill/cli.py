@@ -176,6 +176,7 @@ def evaluate(
         str, typer.Option(help="hessel, gigagan, torchmetrics or raw; several with commas.")
     ] = "gigagan",
     rewards: Annotated[str | None, typer.Option(help="pickscore,hps,imagereward,aesthetic:CLIP,HEAD")] = None,
+    lpips: Annotated[str | None, typer.Option(help="Pairwise LPIPS under alex, vgg or squeeze.")] = None,
     recursive: Annotated[bool, typer.Option(help="Search sub-folders of --images and --reference.")] = False,
     allow_lossy: Annotated[bool, typer.Option(help="Take JPEG and WebP files.")] = False,
     save_statistics: Annotated[
@@ -213,7 +214,7 @@ def evaluate(
             teacher_steps=teacher_steps, teacher_guidance=teacher_guidance, prompts=prompts, reference=reference,
             num_images=num_images, seeds_per_prompt=seeds_per_prompt, features=features,
             resize=resize.value if resize else None, metrics=chosen, clip=clip,
-            clip_conventions=clip_convention.split(","), rewards=_specs(rewards),
+            clip_conventions=clip_convention.split(","), rewards=_specs(rewards), lpips=lpips,
             size=(height, width) if height is not None and width is not None else None,
             batch_size=batch_size, dtype=dtype, device=device, download=download,
         )  # fmt: skip

@@ -22,11 +22,12 @@ from stepdistill.errors import Refusal
 from stepdistill.evaluation.drawing import Sampler, describe
 from stepdistill.evaluation.features import load_extractor
 from stepdistill.evaluation.inception import file_hash
+from stepdistill.evaluation.perceptual import Lpips
 from stepdistill.evaluation.protocols import PromptConfig, Protocol, expand, load_protocol, prompt_set
 from stepdistill.evaluation.report import Report
 from stepdistill.evaluation.report import compare as compare_reports
 from stepdistill.evaluation.resize import ResizeMode
-from stepdistill.evaluation.runner import TextScores, evaluate_folders, evaluate_samplers
+from stepdistill.evaluation.runner import PictureScores, evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting import check_output
 from stepdistill.exporting.artefact import draw, load_artefact, lora_file
@@ -55,6 +56,7 @@ def evaluate(
     clip: str | None = None,
     clip_conventions: Sequence[str] = ("gigagan",),
     rewards: Sequence[str] = (),
+    lpips: str | None = None,
     size: tuple[int, int] | None = None,
     batch_size: int = 8,
     dtype: str = "float32",
@@ -69,6 +71,7 @@ def evaluate(
         steps: step counts to draw at; the recipe's own, or 50, by default.
         teacher_steps, teacher_guidance: draw the base without the LoRA too, with DDIM at this scale w.
         features, resize, metrics: instead of the protocol's, which makes it another protocol.
+        lpips: backbone (alex, vgg, squeeze) of the pairwise LPIPS of one prompt's images.
         download: allow fetching weights that are not on this machine.
 
     Raises:
@@ -78,10 +81,11 @@ def evaluate(
     wanted = prompt_set(plan, prompts, num_images, seeds_per_prompt)
     place = _place(device)
     extractor = load_extractor(plan.features, resize=plan.resize, device=place, download=download)
-    scores = TextScores(
+    scores = PictureScores(
         ClipScorer(clip, place, download=download) if clip is not None else None,
         clip_conventions,
         [load_reward(spec, place, download=download) for spec in rewards],
+        Lpips(lpips, place, download=download) if lpips is not None else None,
     )
     with TemporaryDirectory() as scratch:
         base, adapter, stats = _student_of(model, Path(lora) if lora is not None else None, Path(scratch) / "student")
@@ -115,7 +119,7 @@ def evaluate(
             w = teacher_guidance if teacher_guidance is not None else (recipe.baked_guidance if recipe else own_w)
             samplers.insert(0, sampler("teacher", teacher, teacher_steps, w, None, "ddim"))
         return evaluate_samplers(
-            samplers, protocol, plan, wanted, extractor, reference, Path(output), metrics=plan.metrics, text=scores,
+            samplers, protocol, plan, wanted, extractor, reference, Path(output), metrics=plan.metrics, beside=scores,
             batch_size=batch_size, stats=stats,
         )  # fmt: skip
 

@@ -179,6 +179,31 @@ def test_every_protocol_loads_and_says_what_it_lacks(name: str, tmp_path: Path) 
     assert chosen.seeds == (1_000_000, 1_000_001)
 
 
+def test_a_protocol_and_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CONTRIBUTING.md says: a YAML file, and a function in a module."""
+    (tmp_path / "corners.py").write_text(
+        "import torch\n"
+        "from stepdistill.evaluation.features import FeatureExtractor, FeatureRecord\n"
+        "def make():\n"
+        "    prepare = lambda image: torch.from_numpy(image[:2, :2].copy()).permute(2, 0, 1).float()\n"
+        "    return FeatureExtractor(FeatureRecord('corners', '-', '2 x 2 corner'), prepare, lambda x: x.flatten(1))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a red bag\na blue coat\na white dress\na green shirt\n")
+    (tmp_path / "mine.yaml").write_text(
+        "description: my own\nprompts: {}\nreference: {kind: teacher}\nfeatures: corners:make\nmetrics: [fid, brightness]\n"
+    )
+    report = evaluate(
+        tmp_path / "out", protocol=str(tmp_path / "mine.yaml"), prompts=str(tmp_path / "prompts.txt"), num_images=None,
+        teacher_steps=2, steps=[1],
+    )  # fmt: skip
+    assert report.record.features == "corners"
+    assert set(report.row("model-1").metrics) == {"fid", "brightness"}
+    (tmp_path / "wrong.yaml").write_text("description: x\nprompts: {}\nmetric: [fid]\n")
+    with pytest.raises(Refusal, match="unknown key 'metric': did you mean 'metrics'"):
+        load_protocol(str(tmp_path / "wrong.yaml"))
+
+
 def test_an_unknown_protocol_names_the_nearest() -> None:
     with pytest.raises(Refusal, match="did you mean 'mjhq-30k'"):
         load_protocol("mjhq30k")

@@ -13,6 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizerFas
 from stepdistill.assets import FOLDER
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.features import CLIP_DEVIATION, CLIP_MEAN, as_tensor, load_extractor, standardised
+from stepdistill.evaluation.perceptual import Lpips
 from stepdistill.evaluation.text import Aesthetic, ClipScorer, PickScore, Unavailable, clip_score, load_reward, win_rate
 
 LENGTH = 77
@@ -133,6 +134,31 @@ def test_an_absent_reward_is_reported_with_its_reason(monkeypatch: pytest.Monkey
         assert found.reason
     with pytest.raises(Refusal, match="'pickscor' is not known"):
         load_reward("pickscor")
+
+
+def test_lpips_says_its_range_and_is_absent_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nerfstudio 1424: LPIPS fed [0, 1] where [-1, 1] is wanted is another number."""
+    from torchvision.models import squeezenet1_1
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(Refusal, match=r"squeezenet1_1-b8a52dc0\.pth.*downloading is off"):
+        Lpips("squeeze")
+    with pytest.raises(Refusal, match="alex, vgg, squeeze"):
+        Lpips("resnet")
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(squeezenet1_1().state_dict(), tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth")
+    lpips = Lpips("squeeze")
+    a, b = (torch.from_numpy(np.stack(images(2))).permute(0, 3, 1, 2).float() / 255, torch.full((2, 3, 40, 40), 0.5))
+    right = lpips.mean(a, b, value_range=(0, 1))
+    assert lpips.mean(2 * a - 1, 2 * b - 1, value_range=(-1, 1)) == pytest.approx(right, rel=1e-5)
+    assert lpips.mean(a, b, value_range=(-1, 1)) != pytest.approx(right, rel=0.05)
+    with pytest.raises(ValueError, match=r"said to lie in \[0, 1\]"):
+        lpips.mean(255 * a, b, value_range=(0, 1))
+    pictures = images(4)
+    assert lpips.diversity(pictures, ["a", "b", "c", "d"]) is None
+    assert lpips.diversity([pictures[0]] * 3, ["a"] * 3) == pytest.approx(0.0, abs=1e-6)
+    assert lpips.diversity(pictures, ["a", "a", "b", "b"]) > 0.0
 
 
 def test_win_rate_is_paired_by_prompt_and_ties_count_half() -> None:

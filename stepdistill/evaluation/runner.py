@@ -25,6 +25,7 @@ from stepdistill.evaluation.images import PixelChain, read_image
 from stepdistill.evaluation.judge import Judge
 from stepdistill.evaluation.measure import KEEP_FEATURES, Measured, compute, measure_shard, read_reference
 from stepdistill.evaluation.page import html_page
+from stepdistill.evaluation.perceptual import Lpips
 from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, qualified, text_hash
 from stepdistill.evaluation.report import Record, Report, ReportRow, write_report
 from stepdistill.evaluation.text import ClipScorer, Reward, Unavailable, Values, clip_score, win_rate
@@ -33,12 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TextScores:
-    """What is measured on pictures and prompts beside the features: CLIP scores by convention, and rewards."""
+class PictureScores:
+    """What is measured on pictures and prompts beside the features: CLIP scores by convention, rewards, LPIPS."""
 
     clip: ClipScorer | None = None
     conventions: Sequence[str] = ()
     rewards: Sequence[Reward | Unavailable] = ()
+    lpips: Lpips | None = None
 
 
 def evaluate_samplers(
@@ -51,7 +53,7 @@ def evaluate_samplers(
     output: Path,
     *,
     metrics: Sequence[Metric],
-    text: TextScores | None = None,
+    beside: PictureScores | None = None,
     batch_size: int = 8,
     stats: Path | None = None,
 ) -> Report:
@@ -64,7 +66,7 @@ def evaluate_samplers(
     Raises:
         Refusal: no reference, a folder that holds another evaluation, or fewer images than two.
     """
-    text = text or TextScores()
+    beside = beside or PictureScores()
     chain = protocol.chain.chain()
     keep = bool(KEEP_FEATURES & set(metrics))
     _check_reference(protocol, reference, samplers)
@@ -89,7 +91,7 @@ def evaluate_samplers(
         )
         floor = floor if values.noise_floor is None else values.noise_floor
         found = {qualified(key, len(prompts), protocol.prompts.count): value for key, value in values.metrics.items()}
-        more, scores[sampler.name] = _on_pictures(drawn[sampler.name], prompts, metrics, text)
+        more, scores[sampler.name] = _on_pictures(drawn[sampler.name], prompts, metrics, beside)
         rows.append(
             ReportRow(
                 sampler.name, sampler.steps, sampler.network_calls, sampler.guidance, sampler.description, len(prompts),
@@ -97,7 +99,7 @@ def evaluate_samplers(
             )
         )  # fmt: skip
     record = make_record(name, protocol, prompts, extractor, truth, str(reference or protocol.reference.kind))
-    notes = tuple(f"{r.name}: not available ({r.reason})" for r in text.rewards if isinstance(r, Unavailable))
+    notes = tuple(f"{r.name}: not available ({r.reason})" for r in beside.rewards if isinstance(r, Unavailable))
     report = Report(record, tuple(rows), floor, _wins(scores, prompts), notes)
     if state.is_main_process:
         write_report(report, output, html_page(report, drawn, stats))
@@ -215,11 +217,11 @@ def _trivial(metric: Metric, own: Measured, truth: Measured) -> bool:
 
 
 def _on_pictures(
-    paths: Sequence[Path], prompts: PromptSet, metrics: Sequence[Metric], text: TextScores
+    paths: Sequence[Path], prompts: PromptSet, metrics: Sequence[Metric], beside: PictureScores
 ) -> tuple[dict[str, float], dict[str, Values]]:
     """Scores that read the pictures themselves: (means by name, values an image by name)."""
-    rewards = [reward for reward in text.rewards if not isinstance(reward, Unavailable)]
-    if "prompt_accuracy" not in metrics and text.clip is None and not rewards:
+    rewards = [reward for reward in beside.rewards if not isinstance(reward, Unavailable)]
+    if "prompt_accuracy" not in metrics and beside.clip is None and not rewards and beside.lpips is None:
         return {}, {}
     images = [read_image(path) for path in paths]
     means: dict[str, float] = {}
@@ -227,10 +229,12 @@ def _on_pictures(
     if "prompt_accuracy" in metrics:
         judge = Judge.load(FOLDER / "judge.safetensors")
         means["prompt_accuracy"] = attribute_accuracy(judge, np.stack(images), prompts.prompts)
-    if text.clip is not None:
-        for convention in text.conventions:
-            score = clip_score(text.clip, images, prompts.prompts, convention)
+    if beside.clip is not None:
+        for convention in beside.conventions:
+            score = clip_score(beside.clip, images, prompts.prompts, convention)
             means[score.name], values[score.name] = score.mean, score.values
+    if beside.lpips is not None and (spread := beside.lpips.diversity(images, prompts.prompts)) is not None:
+        means[f"diversity[{beside.lpips.name}]"] = spread
     for reward in rewards:
         values[reward.name] = reward.score(images, prompts.prompts)
         means[reward.name] = float(values[reward.name].mean())
