@@ -182,6 +182,7 @@ def evaluate(
     save_statistics: Annotated[
         Path | None, typer.Option(help="With --images: write their statistics to this .npz.")
     ] = None,
+    keep_images: Annotated[bool, typer.Option(help="Write the images; a stopped evaluation goes on from them.")] = True,
     width: Annotated[int | None, typer.Option(min=8)] = None,
     height: Annotated[int | None, typer.Option(min=8)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -216,7 +217,7 @@ def evaluate(
             resize=resize.value if resize else None, metrics=chosen, clip=clip,
             clip_conventions=clip_convention.split(","), rewards=_specs(rewards), lpips=lpips,
             size=(height, width) if height is not None and width is not None else None,
-            batch_size=batch_size, dtype=dtype, device=device, download=download,
+            keep_images=keep_images, batch_size=batch_size, dtype=dtype, device=device, download=download,
         )  # fmt: skip
     typer.echo(markdown(report) + f"\nreport.json, report.md and report.html in {output}")
 

@@ -58,6 +58,7 @@ def evaluate(
     rewards: Sequence[str] = (),
     lpips: str | None = None,
     size: tuple[int, int] | None = None,
+    keep_images: bool = True,
     batch_size: int = 8,
     dtype: str = "float32",
     device: str | None = None,
@@ -72,6 +73,7 @@ def evaluate(
         teacher_steps, teacher_guidance: draw the base without the LoRA too, with DDIM at this scale w.
         features, resize, metrics: instead of the protocol's, which makes it another protocol.
         lpips: backbone (alex, vgg, squeeze) of the pairwise LPIPS of one prompt's images.
+        keep_images: write the images, which a stopped evaluation goes on from; False keeps them in memory only.
         download: allow fetching weights that are not on this machine.
 
     Raises:
@@ -120,7 +122,7 @@ def evaluate(
             samplers.insert(0, sampler("teacher", teacher, teacher_steps, w, None, "ddim"))
         return evaluate_samplers(
             samplers, protocol, plan, wanted, extractor, reference, Path(output), metrics=plan.metrics, beside=scores,
-            batch_size=batch_size, stats=stats,
+            keep_images=keep_images, stats=stats,
         )  # fmt: skip
 
 

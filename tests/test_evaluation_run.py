@@ -65,6 +65,12 @@ def test_a_stopped_evaluation_goes_on_and_another_model_is_kept_out(tmp_path: Pa
         evaluate(tmp_path / "other")
 
 
+def test_images_may_stay_in_memory(tmp_path: Path) -> None:
+    kept, passing = evaluate(tmp_path / "a"), evaluate(tmp_path / "b", keep_images=False)
+    assert [row.metrics for row in passing.rows] == [row.metrics for row in kept.rows]
+    assert not (tmp_path / "b/images").exists()
+
+
 def test_reports_are_compared_only_under_one_protocol(tmp_path: Path) -> None:
     evaluate(tmp_path / "a", steps=[1])
     evaluate(tmp_path / "b", steps=[2])
@@ -223,6 +229,7 @@ def test_the_reference_must_have_the_protocols_count(tmp_path: Path) -> None:
             tmp_path / "out", protocol="coco2017-5k", prompts=str(prompts), num_images=4, features="random", metrics=["fid"],
             reference=reference, steps=[1],
         )  # fmt: skip
+    assert not (tmp_path / "out").exists()  # before hours of drawing
 
 
 @pytest.mark.parametrize("processes", [2, 3])

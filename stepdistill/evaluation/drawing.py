@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from stepdistill.errors import Refusal
-from stepdistill.evaluation.images import shard
+from stepdistill.evaluation.images import Picture, read_all, shard
 from stepdistill.evaluation.protocols import PromptSet
 
 Draw = Callable[[Sequence[str], Sequence[int]], Iterator[NDArray[np.uint8]]]
@@ -37,36 +37,68 @@ class Sampler:
     draw: Draw
 
 
-def draw_missing(
-    sampler: Sampler, prompts: PromptSet, folder: Path, batch_size: int
-) -> tuple[list[Path], float | None]:
-    """Draw this process's share of the images that are not in `folder` yet; returns all paths and seconds an image."""
+@dataclass(frozen=True)
+class Drawn:
+    """A sampler's images, of which this process drew its share.
+
+    Attributes:
+        total: images of all processes.
+        paths: all files by global index, or None where the images stay in memory.
+        own: this process's share in memory, in the order of its indices.
+        seconds_per_image: wall time of drawing; None where all files were there already.
+    """
+
+    total: int
+    paths: tuple[Path, ...] | None
+    own: tuple[Picture, ...]
+    seconds_per_image: float | None
+
+    def share(self) -> Iterator[Picture]:
+        """This process's images, one by one."""
+        if self.paths is None:
+            return iter(self.own)
+        state = PartialState()
+        return read_all([self.paths[i] for i in shard(self.total, state.process_index, state.num_processes)])
+
+    def all(self) -> list[Picture]:
+        """Every image in global order. A collective where the images are in memory."""
+        if self.paths is not None:
+            return list(read_all(self.paths))
+        shares: list[tuple[Picture, ...]] = gather_object([self.own])
+        return [shares[i % len(shares)][i // len(shares)] for i in range(self.total)]
+
+
+def draw_missing(sampler: Sampler, prompts: PromptSet, folder: Path | None) -> Drawn:
+    """Draw this process's share: into `folder`, where images that are there already are kept, or into memory (None).
+
+    A file appears whole or not at all, so that a run that was killed goes on with the images it lacks.
+    """
     state = PartialState()
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:05d}.png" for i in range(len(prompts))]
-    missing = [i for i in shard(len(prompts), state.process_index, state.num_processes) if not paths[i].is_file()]
+    mine = list(shard(len(prompts), state.process_index, state.num_processes))
+    paths = None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = tuple(folder / f"{i:05d}.png" for i in range(len(prompts)))
+        mine = [i for i in mine if not paths[i].is_file()]
     began = time.perf_counter()
-    images = (
-        sampler.draw([prompts.prompts[i] for i in missing], [prompts.seeds[i] for i in missing])
-        if missing
-        else iter(())
-    )
-    with tqdm(
-        total=len(missing), desc=sampler.name, unit="img", disable=not state.is_main_process or not missing
-    ) as bar:
-        waiting = iter(missing)
-        for batch in images:
+    own: list[Picture] = []
+    with tqdm(total=len(mine), desc=sampler.name, unit="img", disable=not state.is_main_process or not mine) as bar:
+        waiting = iter(mine)
+        batches = sampler.draw([prompts.prompts[i] for i in mine], [prompts.seeds[i] for i in mine]) if mine else ()
+        for batch in batches:
             for image, index in zip(batch, islice(waiting, len(batch)), strict=True):
-                temporary = paths[index].with_suffix(".tmp")
-                Image.fromarray(image).save(temporary, format="PNG")
-                os.replace(temporary, paths[index])
+                if paths is None:
+                    own.append(image)
+                else:
+                    temporary = paths[index].with_suffix(".tmp")
+                    Image.fromarray(image).save(temporary, format="PNG")
+                    os.replace(temporary, paths[index])
             bar.update(len(batch))
-    spent = (time.perf_counter() - began, len(missing))
+    spent = (time.perf_counter() - began, len(mine))
     state.wait_for_everyone()
-    total = [part for part in gather_object([spent]) if part[1] > 0]
-    if not total:
-        return paths, None
-    return paths, max(part[0] for part in total) / sum(part[1] for part in total)
+    busy = [part for part in gather_object([spent]) if part[1] > 0]
+    seconds = max(part[0] for part in busy) / sum(part[1] for part in busy) if busy else None
+    return Drawn(len(prompts), paths, tuple(own), seconds)
 
 
 def claim(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str, str]]) -> None:

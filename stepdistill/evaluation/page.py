@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from stepdistill.evaluation.images import Picture
 from stepdistill.evaluation.report import Report, columns, table
 
 if TYPE_CHECKING:
@@ -22,16 +23,16 @@ STYLE = """body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 60em; 
 table { border-collapse: collapse } td, th { padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } img { max-width: 100%; image-rendering: pixelated }
 details { margin-top: 2em } code { word-break: break-all }"""
-PICTURES, SIDE = 8, 128
+SIDE = 128
 CURVES = ("loss", "score_gap", "latent_std")
 
 
-def html_page(report: Report, images: Mapping[str, Sequence[Path]], stats: Path | None = None) -> str:
+def html_page(report: Report, images: Mapping[str, Sequence[Picture]], stats: Path | None = None) -> str:
     """The page.
 
     Args:
         report: what to show.
-        images: files of each row by name; the first few are shown, rows above one another at the same prompts.
+        images: a few of each row by name, at the same prompts; rows are shown above one another.
         stats: `stats.jsonl` of the training run, where there is one.
     """
     parts = [f"<h1>{html.escape(report.record.protocol)}</h1>", _table(table(report.rows))]
@@ -107,16 +108,16 @@ def _image(figure: Figure) -> str:
     return _embed(buffer.getvalue())
 
 
-def _grid(images: dict[str, Sequence[Path]]) -> str:
+def _grid(images: dict[str, Sequence[Picture]]) -> str:
     """Rows of pictures, one row for each sampler, the same columns."""
     rows = []
-    for name, paths in images.items():
+    for name, pictures in images.items():
         shown = []
-        for path in paths[:: max(1, len(paths) // PICTURES)][:PICTURES]:
-            with Image.open(path) as picture:
-                picture.thumbnail((SIDE, SIDE))
-                buffer = io.BytesIO()
-                picture.save(buffer, format="PNG")
+        for pixels in pictures:
+            picture = Image.fromarray(pixels)
+            picture.thumbnail((SIDE, SIDE))
+            buffer = io.BytesIO()
+            picture.save(buffer, format="PNG")
             shown.append(f"<td>{_embed(buffer.getvalue(), SIDE)}</td>")
         rows.append(f"<tr><td>{html.escape(name)}</td>{''.join(shown)}</tr>")
     return f"<table>{''.join(rows)}</table>" if rows else ""

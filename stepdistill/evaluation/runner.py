@@ -18,12 +18,11 @@ from accelerate import PartialState
 
 from stepdistill.assets import FOLDER
 from stepdistill.errors import Refusal
-from stepdistill.evaluation.drawing import Sampler, claim, draw_missing
+from stepdistill.evaluation.drawing import Drawn, Sampler, claim, draw_missing
 from stepdistill.evaluation.fashion import attribute_accuracy
 from stepdistill.evaluation.features import FeatureExtractor
-from stepdistill.evaluation.images import PixelChain, read_image
 from stepdistill.evaluation.judge import Judge
-from stepdistill.evaluation.measure import KEEP_FEATURES, Measured, compute, measure_shard, read_reference
+from stepdistill.evaluation.measure import KEEP_FEATURES, Measured, compute, measure_images, merge, read_reference
 from stepdistill.evaluation.page import html_page
 from stepdistill.evaluation.perceptual import Lpips
 from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, qualified, text_hash
@@ -31,6 +30,7 @@ from stepdistill.evaluation.report import Record, Report, ReportRow, write_repor
 from stepdistill.evaluation.text import ClipScorer, Reward, Unavailable, Values, clip_score, win_rate
 
 logger = logging.getLogger(__name__)
+SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,13 @@ def evaluate_samplers(
     *,
     metrics: Sequence[Metric],
     beside: PictureScores | None = None,
-    batch_size: int = 8,
+    keep_images: bool = True,
     stats: Path | None = None,
 ) -> Report:
     """Rows for all samplers at equal prompts and seeds.
 
     Args:
+        keep_images: write them as PNG, which a stopped evaluation goes on from; else they stay in memory.
         reference: folder or statistics; None takes the protocol's own, or the teacher's images.
         stats: `stats.jsonl` of the training run, for the page.
 
@@ -67,20 +68,22 @@ def evaluate_samplers(
         Refusal: no reference, a folder that holds another evaluation, or fewer images than two.
     """
     beside = beside or PictureScores()
-    chain = protocol.chain.chain()
     keep = bool(KEEP_FEATURES & set(metrics))
     _check_reference(protocol, reference, samplers)
-    state = PartialState()
-    drawn: dict[str, list[Path]] = {}
-    seconds: dict[str, float | None] = {}
+    fixed = (
+        None
+        if reference is None and protocol.reference.kind == "teacher"
+        else _read(protocol, reference, extractor, keep)
+    )
     marker = {"protocol": name, "prompts": prompts.sha256, "images": len(prompts), "quantize": protocol.quantize}
     claim(output, marker, [(s.name, s.description) for s in samplers])
+    drawn: dict[str, Drawn] = {}
+    measured: dict[str, Measured] = {}
     for sampler in samplers:
-        drawn[sampler.name], seconds[sampler.name] = draw_missing(
-            sampler, prompts, output / "images" / sampler.name, batch_size
-        )
-    measured = {s.name: measure_shard(drawn[s.name], extractor, keep=keep, chain=chain) for s in samplers}
-    truth = _reference(protocol, reference, extractor, samplers, prompts, measured, keep, chain)
+        images = draw_missing(sampler, prompts, output / "images" / sampler.name if keep_images else None)
+        own = measure_images(map(protocol.chain.chain(), images.share()), extractor, keep=keep)
+        drawn[sampler.name], measured[sampler.name] = images, merge(own, len(prompts))
+    truth = fixed or _teacher(samplers, prompts, measured)
     scores: dict[str, dict[str, Values]] = {}
     rows = []
     floor: float | None = None
@@ -95,14 +98,16 @@ def evaluate_samplers(
         rows.append(
             ReportRow(
                 sampler.name, sampler.steps, sampler.network_calls, sampler.guidance, sampler.description, len(prompts),
-                seconds[sampler.name], {**found, **more},
+                drawn[sampler.name].seconds_per_image, {**found, **more},
             )
         )  # fmt: skip
     record = make_record(name, protocol, prompts, extractor, truth, str(reference or protocol.reference.kind))
     notes = tuple(f"{r.name}: not available ({r.reason})" for r in beside.rewards if isinstance(r, Unavailable))
     report = Report(record, tuple(rows), floor, _wins(scores, prompts), notes)
+    pictures = {name: images.all()[:: max(1, images.total // SHOWN)][:SHOWN] for name, images in drawn.items()}
+    state = PartialState()
     if state.is_main_process:
-        write_report(report, output, html_page(report, drawn, stats))
+        write_report(report, output, html_page(report, pictures, stats))
     state.wait_for_everyone()
     return report
 
@@ -188,21 +193,11 @@ def _check_reference(protocol: Protocol, reference: str | Path | None, samplers:
         )
 
 
-def _reference(
-    protocol: Protocol,
-    source: str | Path | None,
-    extractor: FeatureExtractor,
-    samplers: Sequence[Sampler],
-    prompts: PromptSet,
-    measured: dict[str, Measured],
-    keep: bool,
-    chain: PixelChain,
-) -> Measured:
-    if source is None and protocol.reference.kind == "teacher":
-        teacher = next(sampler for sampler in samplers if sampler.name == "teacher")
-        return replace(measured["teacher"], identity=text_hash([teacher.description, prompts.sha256]))
+def _read(protocol: Protocol, source: str | Path | None, extractor: FeatureExtractor, keep: bool) -> Measured:
+    """The reference that does not depend on what is drawn; read before anything is, since drawing takes hours."""
     place = source if source is not None else FOLDER / str(protocol.reference.builtin)
-    reference = read_reference(place, extractor, keep=keep, chain=chain, lossy=protocol.reference.lossy)
+    lossy = protocol.reference.lossy
+    reference = read_reference(place, extractor, keep=keep, chain=protocol.chain.chain(), lossy=lossy)
     wanted = protocol.reference.count
     if wanted is not None and 0 < reference.count != wanted:
         raise Refusal(
@@ -211,19 +206,24 @@ def _reference(
     return reference
 
 
+def _teacher(samplers: Sequence[Sampler], prompts: PromptSet, measured: dict[str, Measured]) -> Measured:
+    teacher = next(sampler for sampler in samplers if sampler.name == "teacher")
+    return replace(measured["teacher"], identity=text_hash([teacher.description, prompts.sha256]))
+
+
 def _trivial(metric: Metric, own: Measured, truth: Measured) -> bool:
     """The teacher against itself says nothing."""
     return own.statistics is truth.statistics and metric not in ("diversity", "saturation", "brightness", "sharpness")
 
 
 def _on_pictures(
-    paths: Sequence[Path], prompts: PromptSet, metrics: Sequence[Metric], beside: PictureScores
+    drawn: Drawn, prompts: PromptSet, metrics: Sequence[Metric], beside: PictureScores
 ) -> tuple[dict[str, float], dict[str, Values]]:
     """Scores that read the pictures themselves: (means by name, values an image by name)."""
     rewards = [reward for reward in beside.rewards if not isinstance(reward, Unavailable)]
     if "prompt_accuracy" not in metrics and beside.clip is None and not rewards and beside.lpips is None:
         return {}, {}
-    images = [read_image(path) for path in paths]
+    images = drawn.all()
     means: dict[str, float] = {}
     values: dict[str, Values] = {}
     if "prompt_accuracy" in metrics:
