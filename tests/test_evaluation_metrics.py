@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tracemalloc
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch import nn
 import stepdistill
 from stepdistill.errors import Refusal
 from stepdistill.evaluation import features as feature_module
+from stepdistill.evaluation import inception
 from stepdistill.evaluation.diversity import brightness, sharpness
 from stepdistill.evaluation.features import FeatureExtractor, FeatureRecord, load_extractor
 from stepdistill.evaluation.frechet import (
@@ -268,6 +270,19 @@ def test_nothing_is_fetched_unless_asked_for(tmp_path: Path, monkeypatch: pytest
     file.write_bytes(b"")
     assert find_inception(tmp_path / "cache", download=False) == file
     assert str(feature_module.CACHE).startswith(str(Path.home()))
+
+
+def test_a_download_with_another_hash_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytorch-fid 99: a truncated download was used until its storage size failed to fit."""
+    wrong = tmp_path / "served.pth"
+    wrong.write_bytes(b"half a file")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(inception, "URL", wrong.as_uri())
+    with pytest.raises(Refusal, match="could not be fetched"):
+        find_inception(tmp_path / "cache", download=True)
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(inception, "HASH_PREFIX", hashlib.sha256(wrong.read_bytes()).hexdigest()[:8])
+    assert find_inception(tmp_path / "cache", download=True).read_bytes() == b"half a file"
 
 
 def test_memory_of_the_streaming_path_does_not_grow() -> None:

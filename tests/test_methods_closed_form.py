@@ -350,12 +350,30 @@ def test_each_sample_leaves_the_rollout_at_its_own_exit(exits: parts.Exits) -> N
         )  # fmt: skip
         found = [ladder.index(float(time)) for time in t]
         if exits == "batch":
-            assert found == [roll.batch_integer("exit", 4)] * 4
+            assert found == [int(roll.batch_uniform("exit") * 4)] * 4
         else:
             assert found == (roll.uniform("exit") * 4).long().tolist()
         for row, exit_step in enumerate(found):
             close(x_t[row], states[exit_step].x_t[row], 1e-9)
             close(x0[row], states[exit_step].x0[row], 1e-9)
+
+
+@pytest.mark.parametrize("exits", ["batch", "sample"])
+def test_exits_follow_their_odds(exits: parts.Exits) -> None:
+    schedule = vp()
+    _, triple = ready("dmd2", schedule)
+    ladder, batch = few_step_ladder(schedule, 3), full_batch()
+    counts = torch.zeros(3)
+    for step in range(150):
+        _, t, _ = parts.roll_out(
+            triple.generator, batch, ladder, Transition(TransitionKind.DETERMINISTIC), SHAPE, draws(step=step), graph=False,
+            exits=exits, odds=[3, 0, 1],
+        )  # fmt: skip
+        counts += torch.tensor([(t == time).sum() for time in ladder])
+    assert counts[1] == 0
+    assert float(counts[0] / counts.sum()) == pytest.approx(0.75, abs=0.1 if exits == "batch" else 0.05)
+    with pytest.raises(Refusal, match=r"exit_odds is \[1.0\] and the ladder has 4 steps"):
+        DMD2(DMD2Config(guidance=2.0, exit_odds=[1.0]), setting(schedule, 2))
 
 
 @pytest.mark.parametrize("name", ["dmd2-gan", "dmd2-frozen-features"])

@@ -17,6 +17,7 @@ from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
+from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Method, Needs, Progress, Rollout, Setting, Terms
 from stepdistill.models.conditioning import Conditioning
@@ -44,6 +45,10 @@ class DMD2Config(Settings):
         description="the step that is trained: one for the whole batch, as published, or drawn for each sample, which gives "
         "the fake score all steps' samples at every update",
     )
+    exit_odds: list[float] | None = Field(
+        None,
+        description="odds of training each step, noisiest first; even as published. More weight on the first keeps diversity",
+    )
     transition: Literal["renoise", "deterministic"] = "renoise"
 
 
@@ -57,6 +62,11 @@ class DMD2(Method[DMD2Config]):
             self.ladder = parts.ladder_of(self.schedule, config.timesteps)
         else:
             self.ladder = few_step_ladder(self.schedule, config.steps)
+        odds = config.exit_odds
+        if odds is not None and (len(odds) != len(self.ladder) or min(odds) < 0 or max(odds) <= 0):
+            raise Refusal(
+                f"method.exit_odds is {odds} and the ladder has {len(self.ladder)} steps: give as many odds, none below 0"
+            )
 
     @classmethod
     def needs(cls, config: DMD2Config) -> Needs:
@@ -85,6 +95,7 @@ class DMD2(Method[DMD2Config]):
                 draws,
                 graph=graph,
                 exits=self.config.exits,
+                odds=self.config.exit_odds,
             )
         else:
             x_t, t, x0 = parts.noised_images(triple.generator, batch, self.ladder, draws, graph=graph)

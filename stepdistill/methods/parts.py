@@ -155,19 +155,24 @@ def roll_out(
     *,
     graph: bool,
     exits: Exits = "batch",
+    odds: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward simulation (DMD2, section 4.5): (x_t, t, x0 at t). Steps before the exit run without graph.
+
+    `odds` are those of leaving at each step of the ladder, even by default.
 
     The exit call keeps a graph if `graph`. Samples that have left the walk cost nothing more; the number of calls is the
     same on every process all the same, since a sharded network needs everyone at each of them.
     """
     draws = draws.for_role("rollout")
+    weights = torch.tensor(odds if odds is not None else [1.0] * len(ladder), dtype=torch.float64)
+    bounds = (weights.cumsum(0) / weights.sum())[:-1]
     if exits == "batch":
-        calls = draws.batch_integer("exit", len(ladder))
+        calls = int(torch.bucketize(draws.batch_uniform("exit"), bounds, right=True))
         exit_step = torch.full((len(batch),), calls)
     else:
         calls = len(ladder) - 1
-        exit_step = (draws.uniform("exit") * len(ladder)).long()
+        exit_step = torch.bucketize(draws.uniform("exit").cpu(), bounds, right=True)
     x_t = draws.normal("noise", shape)
     exit_step = exit_step.to(x_t.device)
     for index in range(calls):
