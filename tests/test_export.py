@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -174,3 +175,18 @@ def test_seeds_do_not_depend_on_the_batch_and_calls_are_counted(
     assert rows == [3, 3]  # two steps, one call each, guidance off
     split = torch.cat([torch.from_numpy(part) for part in draw(pipe, prompts, seeds, recipe=recipe, batch_size=2)])
     assert int((whole.int() - split.int()).abs().max()) <= 1
+
+
+def test_one_scheduler_leaves_no_trace_in_the_next(tiny: Callable[..., Path]) -> None:
+    """A recipe or a name starts from the checkpoint's scheduler config, whatever was drawn before."""
+
+    def drawn(pipe: StableDiffusionPipeline, name: str) -> np.ndarray:
+        return next(draw(pipe, ["a"], [5], steps=3, guidance=2.0, scheduler=name))
+
+    pipe, _ = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu")
+    own = pipe.scheduler
+    fresh = {name: drawn(pipe, name) for name in ("lcm", "dpm++2m", "euler")}
+    assert pipe.scheduler is own
+    for name in ("euler", "lcm", "dpm++2m"):
+        other, _ = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu")
+        assert (drawn(other, name) == fresh[name]).all()

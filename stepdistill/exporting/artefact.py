@@ -110,20 +110,24 @@ def draw(
     Raises:
         Refusal: unknown scheduler name.
     """
+    own = pipeline.scheduler
     arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
     if size is not None:
         arguments |= {"height": size[0], "width": size[1]}
     if negative_prompt is not None and arguments["guidance_scale"] <= 1:
         logger.warning("the negative prompt has no effect: guidance is off (w = %g)", arguments["guidance_scale"])
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
-        count = len(prompts[rows])
-        batch = dict(arguments)
-        if negative_prompt is not None:
-            batch["negative_prompt"] = [negative_prompt] * count
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
-        images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
-        yield (np.floor(images * 255) if quantize == "floor" else (images * 255).round()).astype(np.uint8)
+    try:
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            count = len(prompts[rows])
+            batch = dict(arguments)
+            if negative_prompt is not None:
+                batch["negative_prompt"] = [negative_prompt] * count
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+            images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
+            yield (np.floor(images * 255) if quantize == "floor" else (images * 255).round()).astype(np.uint8)
+    finally:
+        pipeline.scheduler = own  # the next scheduler must start from the checkpoint's config, not from this one's
 
 
 def _arguments(
