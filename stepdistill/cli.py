@@ -196,6 +196,14 @@ def evaluate(
 
     chosen = [name.strip() for name in (metrics or "").split(",") if name.strip()]
     if images is not None:
+        idle = {
+            "--lora": lora, "--steps": steps, "--guidance": guidance, "--scheduler": scheduler, "--prompts": prompts,
+            "--teacher-steps": teacher_steps, "--teacher-guidance": teacher_guidance, "--num-images": num_images,
+            "--clip": clip, "--rewards": rewards, "--lpips": lpips, "--width": width, "--height": height,
+            "--protocol": None if protocol == "prompts" else protocol,
+        }  # fmt: skip
+        if odd := next((flag for flag, value in idle.items() if value is not None), None):
+            raise Refusal(f"--images measures a folder, for which {odd} means nothing: leave it out")
         if model is not None or reference is None:
             raise Refusal(
                 "--images measures a folder against --reference and takes no model: give both, and nothing to draw"
@@ -205,6 +213,8 @@ def evaluate(
             metrics=chosen or ["fid"], recursive=recursive, allow_lossy=allow_lossy, save_statistics=save_statistics,
             device=device, download=download,
         )  # fmt: skip
+    elif save_statistics is not None:
+        raise Refusal("--save-statistics goes with --images DIR: evaluate the images that were drawn in a second call")
     elif model is None:
         raise Refusal("there is nothing to measure: give a model or a run, or --images DIR")
     elif (width is None) != (height is None):
@@ -217,7 +227,8 @@ def evaluate(
             resize=resize.value if resize else None, metrics=chosen, clip=clip,
             clip_conventions=clip_convention.split(","), rewards=_specs(rewards), lpips=lpips,
             size=(height, width) if height is not None and width is not None else None,
-            keep_images=keep_images, batch_size=batch_size, dtype=dtype, device=device, download=download,
+            keep_images=keep_images, recursive=recursive, allow_lossy=allow_lossy, batch_size=batch_size,
+            dtype=dtype, device=device, download=download,
         )  # fmt: skip
     typer.echo(markdown(report) + f"\nreport.json, report.md and report.html in {output}")
 

@@ -6,6 +6,7 @@ report = stepdistill.evaluate("builtin:teacher", "out", protocol="fashion", lora
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,17 +21,18 @@ from stepdistill.assets import resolve
 from stepdistill.config import load_config
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.drawing import Sampler, describe
-from stepdistill.evaluation.features import load_extractor
-from stepdistill.evaluation.inception import file_hash
+from stepdistill.evaluation.features import load_extractor, weights_hash
+from stepdistill.evaluation.images import Quantize
 from stepdistill.evaluation.perceptual import Lpips
+from stepdistill.evaluation.pictures import PictureScores
 from stepdistill.evaluation.protocols import PromptConfig, Protocol, expand, load_protocol, prompt_set
 from stepdistill.evaluation.report import Report
 from stepdistill.evaluation.report import compare as compare_reports
 from stepdistill.evaluation.resize import ResizeMode
-from stepdistill.evaluation.runner import PictureScores, evaluate_folders, evaluate_samplers
+from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting import check_output
-from stepdistill.exporting.artefact import draw, load_artefact, lora_file
+from stepdistill.exporting.artefact import SCHEDULERS, draw, load_artefact
 from stepdistill.models.recipe import Recipe
 from stepdistill.training.session import best_device
 
@@ -59,6 +61,8 @@ def evaluate(
     lpips: str | None = None,
     size: tuple[int, int] | None = None,
     keep_images: bool = True,
+    recursive: bool = False,
+    allow_lossy: bool = False,
     batch_size: int = 8,
     dtype: str = "float32",
     device: str | None = None,
@@ -73,57 +77,79 @@ def evaluate(
         teacher_steps, teacher_guidance: draw the base without the LoRA too, with DDIM at this scale w.
         features, resize, metrics: instead of the protocol's, which makes it another protocol.
         lpips: backbone (alex, vgg, squeeze) of the pairwise LPIPS of one prompt's images.
+        recursive, allow_lossy: of the reference's folder.
         keep_images: write the images, which a stopped evaluation goes on from; False keeps them in memory only.
         download: allow fetching weights that are not on this machine.
 
     Raises:
         Refusal: missing prompts, reference or weights, or an output folder that holds something else.
     """
+    if scheduler is not None and scheduler not in SCHEDULERS:
+        raise Refusal(f"the scheduler {scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
     plan = _changed(load_protocol(protocol), features, resize, metrics)
     wanted = prompt_set(plan, prompts, num_images, seeds_per_prompt)
     place = _place(device)
     extractor = load_extractor(plan.features, resize=plan.resize, device=place, download=download)
     scores = PictureScores(
         ClipScorer(clip, place, download=download) if clip is not None else None,
-        clip_conventions,
+        [name.strip() for name in clip_conventions],
         [load_reward(spec, place, download=download) for spec in rewards],
         Lpips(lpips, place, download=download) if lpips is not None else None,
     )
     with TemporaryDirectory() as scratch:
-        base, adapter, stats = _student_of(model, Path(lora) if lora is not None else None, Path(scratch) / "student")
+        base, adapter, stats = _student_of(model, lora, Path(scratch) / "student", place)
         pipeline, recipe = load_artefact(resolve(base), adapter, dtype_of(dtype), place)
-
-        def sampler(
-            name: str, pipe: DiffusionPipeline, count: int, w: float, own: Recipe | None, solver: str | None
-        ) -> Sampler:
-            def drawn(texts: Sequence[str], seeds: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-                return draw(
-                    pipe, texts, seeds, recipe=own, steps=count, guidance=w, size=size, scheduler=solver,
-                    batch_size=batch_size, quantize=plan.quantize,
-                )  # fmt: skip
-
-            weights = file_hash(lora_file(adapter))[:12] if own is not None and adapter is not None else None
-            told = describe(
-                {"model": base, "lora": weights, "solver": solver, "w": f"{w:g}", "dtype": dtype, "size": size}
-            )
-            return Sampler(name, count, count * (2 if w > 1 else 1), w, told, drawn)
-
+        chosen = Settings(plan.quantize, batch_size, size, dtype)
         own_w = guidance if guidance is not None else (recipe.guidance_scale if recipe else 7.5)
         own_steps = list(steps) or [recipe.num_inference_steps if recipe else 50]
         label = "student" if recipe is not None else "model"
-        samplers = [sampler(f"{label}-{n}", pipeline, n, own_w, recipe, scheduler) for n in own_steps]
+        samplers = [_sampler(f"{label}-{n}", pipeline, recipe, n, own_w, scheduler, chosen) for n in own_steps]
         if teacher_steps is not None:
+            origin = recipe.base if recipe is not None else base
             teacher = (
-                pipeline
-                if adapter is None and recipe is None
-                else load_artefact(resolve(base), None, dtype_of(dtype), place)[0]
+                load_artefact(resolve(origin), None, dtype_of(dtype), place)[0] if recipe is not None else pipeline
             )
             w = teacher_guidance if teacher_guidance is not None else (recipe.baked_guidance if recipe else own_w)
-            samplers.insert(0, sampler("teacher", teacher, teacher_steps, w, None, "ddim"))
+            samplers.insert(0, _sampler("teacher", teacher, None, teacher_steps, w, "ddim", chosen))
         return evaluate_samplers(
             samplers, protocol, plan, wanted, extractor, reference, Path(output), metrics=plan.metrics, beside=scores,
-            keep_images=keep_images, stats=stats,
+            keep_images=keep_images, recursive=recursive, allow_lossy=allow_lossy, stats=stats,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all samplers of one evaluation share."""
+
+    quantize: Quantize
+    batch_size: int
+    size: tuple[int, int] | None
+    dtype: str
+
+
+def _sampler(
+    name: str,
+    pipe: DiffusionPipeline,
+    recipe: Recipe | None,
+    steps: int,
+    w: float,
+    scheduler: str | None,
+    shared: Settings,
+) -> Sampler:
+    """A pipeline at one setting; its description tells every other setting and every other network from it."""
+
+    def drawn(texts: Sequence[str], seeds: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        return draw(
+            pipe, texts, seeds, recipe=recipe, steps=steps, guidance=w, size=shared.size, scheduler=scheduler,
+            batch_size=shared.batch_size, quantize=shared.quantize,
+        )  # fmt: skip
+
+    network = pipe.unet if "unet" in pipe.components else pipe.transformer
+    solver = scheduler or (recipe.scheduler_class if recipe is not None else "ddim")
+    told = describe(
+        {"network": weights_hash(network)[:16], "solver": solver, "steps": steps, "w": f"{w:g}", "dtype": shared.dtype, "size": shared.size}
+    )  # fmt: skip
+    return Sampler(name, steps, steps * (2 if w > 1 else 1), w, told, drawn)
 
 
 def evaluate_images(
@@ -149,6 +175,8 @@ def evaluate_images(
         Refusal: no images, wrong weights, an output folder that holds something.
     """
     check_output(Path(output))
+    if save_statistics is not None and not Path(save_statistics).absolute().parent.is_dir():
+        raise Refusal(f"there is no folder for {str(save_statistics)!r}: make it first")
     plan = Protocol(
         description="two sets of images",
         prompts=PromptConfig(),
@@ -165,17 +193,24 @@ def evaluate_images(
 
 def compare(first: str | Path, second: str | Path) -> str:
     """Two reports in one table. Raises Refusal where their protocols differ."""
-    return compare_reports(
-        Report.read(first),
-        Report.read(second),
-        (Path(first).parent.name or str(first), Path(second).parent.name or str(second)),
-    )
+    names = [path.name if path.is_dir() else path.parent.name for path in (Path(first), Path(second))]
+    if names[0] == names[1] or not all(names):
+        names = [str(first), str(second)]
+    return compare_reports(Report.read(first), Report.read(second), (names[0], names[1]))
 
 
 def _place(device: str | None) -> torch.device:
-    """Where this process computes: as told, or its own card among several processes'."""
+    """Where this process computes: as told, or its own card among several processes'. Raises Refusal."""
     state = PartialState(cpu=device == "cpu")
-    return state.device if device is None and state.num_processes > 1 else torch.device(device or best_device())
+    if device is None and state.num_processes > 1:
+        return state.device
+    try:
+        place = torch.device(device or best_device())
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0][:120]
+        raise Refusal(f"the device {device!r} cannot be used ({first}): give cpu, cuda, cuda:N or mps") from None
+    return place
 
 
 def _changed(plan: Protocol, features: str | None, resize: ResizeMode | None, metrics: Sequence[str]) -> Protocol:
@@ -187,15 +222,17 @@ def _changed(plan: Protocol, features: str | None, resize: ResizeMode | None, me
     return plan.model_copy(update=changes)
 
 
-def _student_of(model: str, lora: Path | None, scratch: Path) -> tuple[str, Path | None, Path | None]:
+def _student_of(
+    model: str, lora: str | Path | None, scratch: Path, place: torch.device
+) -> tuple[str, Path | None, Path | None]:
     """(base, LoRA folder, stats.jsonl) of what is to be measured; a run's student is exported, proof and all, first."""
     run = Path(model)
     if not (run / "config.yaml").is_file():
-        return model, lora, None
+        return model, Path(lora) if lora is not None else None, None
     if lora is not None:
         raise Refusal(f"{model!r} is a run, which has its own student: leave --lora out")
     config = load_config(run / "config.yaml")
     layout = config.roles.generator.mode
-    export(run, "diffusers-lora" if layout == "lora" else "pipeline", scratch)
+    export(run, "diffusers-lora" if layout == "lora" else "pipeline", scratch, device=str(place))
     stats = run / "stats.jsonl"
     return (config.model.path, scratch, stats) if layout == "lora" else (str(scratch), None, stats)

@@ -1,13 +1,12 @@
 """Measuring the student while it trains, by the same protocols as `stepdistill evaluate`, raw weights and EMA alike.
 
 RUN/evaluation.jsonl     one line per evaluation
-    best.json            iteration and value of the best so far, which survives pruning as checkpoints/best
+    checkpoints/best     the best so far, which survives pruning
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,16 +20,27 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.features import load_extractor
 from stepdistill.evaluation.images import Picture, as_uint8, shard
-from stepdistill.evaluation.measure import KEEP_FEATURES, Measured, compute, measure_images, merge, read_reference
-from stepdistill.evaluation.protocols import expand, load_protocol, prompt_set
+from stepdistill.evaluation.measure import (
+    KEEP_FEATURES,
+    Measured,
+    check_metrics,
+    compute,
+    measure_images,
+    merge,
+    read_reference,
+)
+from stepdistill.evaluation.protocols import expand, load_protocol, prompt_set, qualified
 from stepdistill.evaluation.report import LOWER_IS_BETTER
 from stepdistill.models.conditioning import ImageSize
 from stepdistill.models.triple import GENERATOR
+from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.grids import student_latents
 from stepdistill.training.session import Session
 from stepdistill.training.watch import Seen
 
 BATCH = 16
+DECISIVE = ("fid", "fd_infinity", "kid", "cmmd", "precision", "recall", "density", "coverage", "diversity")
+"""Metrics with a better side."""
 
 
 class StudentWatch:
@@ -49,13 +59,16 @@ class StudentWatch:
         self.session, self.folder, self.every, self.decides = session, folder, config.every, config.best
         protocol = load_protocol(config.protocol)
         self.metrics = [m for m in expand(config.metrics) if m != "prompt_accuracy"]
-        if config.best not in self.metrics:
-            raise Refusal(f"evaluation.best is {config.best!r}, which evaluation.metrics lacks: add it there")
+        if config.best not in self.metrics or config.best not in DECISIVE:
+            raise Refusal(
+                f"evaluation.best is {config.best!r}, and one of evaluation.metrics with a better side is wanted: use one of "
+                f"{', '.join(m for m in self.metrics if m in DECISIVE) or 'fid'}"
+            )
         self.prompts = prompt_set(protocol, config.prompts, config.images)
         self.extractor = load_extractor(
             config.features or protocol.features, resize=protocol.resize, device=session.device
         )
-        self.chain = protocol.chain.chain()
+        self.protocol, self.chain = protocol, protocol.chain.chain()
         place = config.reference or (FOLDER / protocol.reference.builtin if protocol.reference.builtin else None)
         if place is None:
             raise Refusal("evaluation.reference is not set: give a folder of images, or statistics")
@@ -63,20 +76,26 @@ class StudentWatch:
         self.reference = read_reference(
             place, self.extractor, keep=self.keep, chain=self.chain, lossy=protocol.reference.lossy
         )
+        check_metrics(self.metrics, self.reference, len(self.prompts))
 
     def __call__(self, iteration: int) -> Seen:
         """Measure raw weights and, where there is one, the EMA; the student that would be exported decides the best."""
         values: dict[str, float] = {}
-        decisive = 0.0
+        decisive: float | None = None
         for role in dict.fromkeys((GENERATOR, self.session.student)):
             own = measure_images(self._pictures(role), self.extractor, keep=self.keep)
             found = self._metrics(merge(own, len(self.prompts)))
-            values |= {f"evaluation/{role}/{name}": value for name, value in found.items()}
-            decisive = found[self.decides]
-        best = self._is_best(decisive)
+            count = self.protocol.prompts.count
+            values |= {
+                f"evaluation/{role}/{qualified(name, len(self.prompts), count)}": value for name, value in found.items()
+            }
+            decisive = found.get(self.decides)
         if PartialState().is_main_process:
-            self._record(iteration, values, decisive if best else None)
-        return Seen(values, best)
+            with (self.folder / "evaluation.jsonl").open("a") as file:
+                file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        if decisive is None or not self._is_best(decisive):
+            return Seen(values, None)
+        return Seen(values, {"iteration": iteration, "metric": self.decides, "value": decisive})
 
     def _metrics(self, measured: Measured) -> dict[str, float]:
         return compute(measured, self.reference, self.metrics, np.random.default_rng(0), self.prompts.prompts).metrics
@@ -95,20 +114,12 @@ class StudentWatch:
             noise = draws.normal("noise", plan.setting.latent_shape)
             latents = student_latents(session, denoiser, cond, noise, draws)
             decoded = torch.cat([plan.family.decode(session.checkpoint, latent[None]) for latent in latents])
-            for image in as_uint8(decoded.float().clamp(0, 1), (0, 1)):
+            for image in as_uint8(decoded.float().clamp(0, 1), (0, 1), self.protocol.quantize):
                 yield self.chain(image)
 
     def _is_best(self, value: float) -> bool:
-        file = self.folder / "best.json"
-        if not file.is_file():
+        before = checkpoints.best_facts(self.folder / "checkpoints")
+        if before is None or before["metric"] != self.decides:
             return True
-        before = float(json.loads(file.read_text())["value"])
-        return value < before if self.decides in LOWER_IS_BETTER else value > before
-
-    def _record(self, iteration: int, values: dict[str, float], best: float | None) -> None:
-        with (self.folder / "evaluation.jsonl").open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        if best is not None:
-            temporary = self.folder / ".best.tmp"
-            temporary.write_text(json.dumps({"iteration": iteration, "metric": self.decides, "value": best}))
-            os.replace(temporary, self.folder / "best.json")
+        best = float(before["value"])
+        return value < best if self.decides in LOWER_IS_BETTER else value > best

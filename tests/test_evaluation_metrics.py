@@ -239,7 +239,7 @@ def test_any_network_serves_and_its_width_is_found() -> None:
     assert network(list(pictures(5))).shape == (5, 12)
     assert not isinstance(network, nn.Module)  # torchmetrics 1959: nothing to find its way into a state_dict
     for wrong, words in ((lambda x: x.flatten(), "D >= 2"), (lambda x: x.mean((2, 3)) * np.nan, "NaN")):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(Refusal, match=words):
             extractor(wrong)(list(pictures(3)))
 
 

@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import stepdistill
+from stepdistill.cli import main
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.protocols import load_protocol, prompt_set, protocol_names, qualified
 from stepdistill.evaluation.report import Report
@@ -32,7 +35,7 @@ def test_rows_records_and_pages(tmp_path: Path) -> None:
     assert [(row.name, row.steps, row.network_calls, row.guidance) for row in report.rows] == [
         ("teacher", 3, 6, 2.0), ("model-1", 1, 2, 1.5), ("model-2", 2, 4, 1.5),
     ]  # fmt: skip
-    assert {"fid@24", "prompt_accuracy", "diversity@24", "saturation@24"} <= set(report.row("teacher").metrics)
+    assert {"fid@24", "prompt_accuracy@24", "diversity@24", "saturation@24"} <= set(report.row("teacher").metrics)
     assert report.row("model-2").metrics["fid@24"] < report.row("model-1").metrics["fid@24"]
     written = json.loads((tmp_path / "out/report.json").read_text())
     assert written["protocol"]["features"] == "judge"
@@ -69,6 +72,19 @@ def test_images_may_stay_in_memory(tmp_path: Path) -> None:
     kept, passing = evaluate(tmp_path / "a"), evaluate(tmp_path / "b", keep_images=False)
     assert [row.metrics for row in passing.rows] == [row.metrics for row in kept.rows]
     assert not (tmp_path / "b/images").exists()
+
+
+def test_a_name_never_comes_to_mean_another_model(tmp_path: Path) -> None:
+    """Three calls into one folder: what the first drew is remembered by the third; a teacher's steps count too."""
+    evaluate(tmp_path / "out", steps=[1], num_images=12)
+    evaluate(tmp_path / "out", steps=[2], num_images=12, teacher_steps=2)
+    with pytest.raises(Refusal, match="different models"):
+        evaluate(tmp_path / "out", steps=[1], num_images=12, guidance=3.0)
+    with pytest.raises(Refusal, match="different models"):
+        evaluate(tmp_path / "out", steps=[1], num_images=12, teacher_steps=3)
+    (tmp_path / "out/evaluation.json").write_text('{"half')
+    with pytest.raises(Refusal, match="cut short"):
+        evaluate(tmp_path / "out", steps=[1], num_images=12)
 
 
 def test_reports_are_compared_only_under_one_protocol(tmp_path: Path) -> None:
@@ -123,6 +139,35 @@ def test_a_run_is_measured_by_its_own_recipe(tmp_path: Path) -> None:
         stepdistill.evaluate(str(tmp_path / "run"), tmp_path / "x", protocol="fashion", lora="lora")
 
 
+def test_a_full_networks_teacher_is_its_base(tmp_path: Path) -> None:
+    """An exported pipeline has its own weights everywhere: the teacher's row must come from what it was distilled from."""
+    short = [
+        "training.max_steps=2", "training.batch_size=2", "training.grid_prompts=1", "training.threads=1", "training.ema=0.0",
+        "roles.generator={mode: full}", "optimizers.generator.lr=1e-2",
+    ]  # fmt: skip
+    config = stepdistill.load_config(Path(__file__).parents[1] / "configs/quickstart.yaml", short)
+    stepdistill.distill(config, tmp_path / "run")
+    told = {
+        "teacher_steps": 2,
+        "teacher_guidance": 1.5,
+        "num_images": 12,
+        "steps": [4],
+        "guidance": None,
+        "scheduler": None,
+    }
+    report = stepdistill.evaluate(
+        str(tmp_path / "run"), tmp_path / "full", protocol="fashion", **(told | {"device": "cpu"})
+    )
+    plain = evaluate(tmp_path / "base", steps=[2], num_images=12)
+    assert report.row("teacher").metrics == pytest.approx(plain.row("model-2").metrics, rel=1e-3)
+    assert report.row("student-4").sampler.split(",")[0] != report.row("teacher").sampler.split(",")[0]
+    again = stepdistill.evaluate(
+        str(tmp_path / "run"), tmp_path / "full", protocol="fashion", **(told | {"device": "cpu"})
+    )
+    assert again.row("student-4").metrics == report.row("student-4").metrics
+    assert again.row("student-4").seconds_per_image is None  # nothing was drawn again
+
+
 def test_training_is_watched_and_the_best_checkpoint_survives(tmp_path: Path) -> None:
     """Raw and averaged weights by one protocol; pruning spares the best; a resumed run knows it; nothing else changes."""
     short = [
@@ -136,14 +181,14 @@ def test_training_is_watched_and_the_best_checkpoint_survives(tmp_path: Path) ->
     lines = [json.loads(line) for line in (tmp_path / "run/evaluation.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [2, 4]
     names = {
-        "evaluation/generator/fid",
-        "evaluation/generator_ema/fid",
-        "evaluation/generator/saturation",
-        "evaluation/generator_ema/saturation",
+        "evaluation/generator/fid@12",
+        "evaluation/generator_ema/fid@12",
+        "evaluation/generator/saturation@12",
+        "evaluation/generator_ema/saturation@12",
     }
     assert set(lines[0]) == {"iteration"} | names
-    best = json.loads((tmp_path / "run/best.json").read_text())
-    assert best["value"] == min(line["evaluation/generator_ema/fid"] for line in lines)
+    best = json.loads((tmp_path / "run/checkpoints/best/best.json").read_text())
+    assert best["value"] == min(line["evaluation/generator_ema/fid@12"] for line in lines)
     kept = checkpoints.read(tmp_path / "run/checkpoints/best")
     assert kept.counters["iteration"] == best["iteration"]
     newest = [checkpoints.read(tmp_path / name / "checkpoints/step-00000004") for name in ("plain", "run")]
@@ -155,6 +200,80 @@ def test_training_is_watched_and_the_best_checkpoint_survives(tmp_path: Path) ->
     worse = ["evaluation={every: 2, protocol: fashion, metrics: [kid], best: fid}"]
     with pytest.raises(Refusal, match=r"evaluation.best is 'fid'"):
         stepdistill.distill(stepdistill.load_config(quickstart, short + worse), tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["builtin:teacher", "--protocol", "fashoin"], "did you mean 'fashion'"),
+        (["builtin:teacher", "--protocol", "fashion", "--num-images", "13"], "multiple of 12"),
+        (["builtin:teacher", "--protocol", "fashion", "--num-images", "12000"], "too few for 12000 images"),
+        (["builtin:teacher", "--protocol", "fashion", "--scheduler", "ddmi"], "'ddmi' is not known"),
+        (["builtin:teacher", "--protocol", "fashion", "--device", "cuda:99"], "cannot be used"),
+        (["builtin:teacher", "--protocol", "fashion", "--steps", "1,two"], "1,2,4"),
+        (["builtin:teacher", "--protocol", "fashion", "--metrics", "cmmd"], "defined on CLIP embeddings"),
+        (["builtin:teacher", "--protocol", "fashion", "--clip", "/absent"], "cannot be loaded"),
+        (
+            [
+                "builtin:teacher",
+                "--protocol",
+                "prompts",
+                "--prompts",
+                "PROMPTS",
+                "--features",
+                "random",
+                "--teacher-steps",
+                "2",
+            ],
+            "need at least 6",
+        ),
+        (["builtin:teacher", "--protocol", "prompts"], "give --prompts FILE"),
+        (["--images", "FOLDER", "--reference", "FOLDER", "--steps", "4"], "--steps means nothing"),
+        (["--images", "FOLDER", "--reference", "STATS", "--features", "random", "--metrics", "kid"], "feature vectors"),
+        (["--images", "FOLDER", "--reference", "FOLDER", "--features", ":x"], "not known"),
+        (["builtin:teacher", "--protocol", "fashion", "--save-statistics", "x.npz"], "goes with --images"),
+        ([], "nothing to measure"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red bag\na blue coat\n")
+    (tmp_path / "folder").mkdir()
+    for i in range(8):
+        Image.new("RGB", (32, 32), (i, 2 * i, 0)).save(tmp_path / f"folder/{i}.png")
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(64), sigma=np.eye(64))
+    places = {"PROMPTS": "prompts.txt", "FOLDER": "folder", "STATS": "stats.npz"}
+    words = [str(tmp_path / places[word]) if word in places else word for word in words]
+    monkeypatch.setattr(sys, "argv", ["stepdistill", "evaluate", *words, "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert sentence in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_reward_is_reported_beside_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        name = "broken[v1]"
+
+        def score(self, images: object, prompts: object) -> None:
+            raise ImportError("cannot import name 'apply_chunking_to_forward'")
+
+    class Red:
+        name = "red"
+
+        def score(self, images: list[np.ndarray], prompts: object) -> np.ndarray:
+            return np.array([float(image[..., 0].mean()) for image in images])
+
+    made = {"hps": Broken(), "imagereward": Red()}
+    monkeypatch.setattr("stepdistill.evaluating.load_reward", lambda spec, *_, **__: made[spec])
+    report = evaluate(tmp_path / "out", steps=[1], num_images=36, rewards=["hps", "imagereward"], teacher_steps=2)
+    assert any("broken[v1]: not available (ImportError: cannot import name" in note for note in report.notes)
+    assert report.row("model-1").metrics["red@36"] > 0
+    assert set(report.wins["red"]) == {"model-1"}
 
 
 def test_fewer_images_rename_the_number() -> None:
@@ -216,8 +335,6 @@ def test_an_unknown_protocol_names_the_nearest() -> None:
 
 
 def test_the_reference_must_have_the_protocols_count(tmp_path: Path) -> None:
-    from PIL import Image
-
     reference = tmp_path / "reference"
     reference.mkdir()
     for i in range(3):
@@ -235,17 +352,28 @@ def test_the_reference_must_have_the_protocols_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_work_and_agree(processes: int, tmp_path: Path) -> None:
     """accelerate 575, torchmetrics 2684: padded tails counted twice; a hang where one process computes alone."""
-    alone = evaluate(tmp_path / "one", steps=[1], num_images=36, batch_size=7)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a {colour} bag" for colour in ("red", "blue", "green") * 16 + ("pink",)) + "\n")
+    shared = {
+        "protocol": "prompts",
+        "prompts": str(prompts),
+        "features": "random",
+        "teacher_steps": 2,
+        "num_images": None,
+    }
+    metrics = ["fid", "kid", "diversity", "prompt_accuracy"]
+    alone = evaluate(tmp_path / "one", steps=[1], batch_size=7, metrics=metrics, **shared)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "stepdistill.cli",
-        "evaluate", "builtin:teacher", "--protocol", "fashion", "--steps", "1", "--guidance", "1.5", "--scheduler", "ddim",
-        "--num-images", "36", "--batch-size", "5", "--device", "cpu", "--output", str(tmp_path / "many"),
+        "evaluate", "builtin:teacher", "--protocol", "prompts", "--prompts", str(prompts), "--features", "random",
+        "--steps", "1", "--guidance", "1.5", "--scheduler", "ddim", "--teacher-steps", "2", "--metrics", ",".join(metrics),
+        "--batch-size", "5", "--device", "cpu", "--output", str(tmp_path / "many"),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     many = Report.read(tmp_path / "many")
     assert many.record == alone.record
-    for name, value in alone.rows[0].metrics.items():
-        assert many.rows[0].metrics[name] == pytest.approx(value, rel=1e-6), name
-    assert len(list((tmp_path / "many/images/model-1").glob("*.png"))) == 36
+    for name, value in alone.row("model-1").metrics.items():
+        assert many.row("model-1").metrics[name] == pytest.approx(value, rel=1e-6), name
+    assert len(list((tmp_path / "many/images/model-1").glob("*.png"))) == 49

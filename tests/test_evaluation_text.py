@@ -128,8 +128,9 @@ def test_an_absent_reward_is_reported_with_its_reason(monkeypatch: pytest.Monkey
     """ImageReward 118: packages that import what newer transformers no longer has."""
     monkeypatch.setitem(sys.modules, "hpsv2", None)
     monkeypatch.setitem(sys.modules, "ImageReward", None)
+    assert load_reward("hps").reason == "its package fetches the weights: allow --download"
     for spec in ("hps", "imagereward", "pickscore:/absent", "aesthetic:/absent,/absent"):
-        found = load_reward(spec)
+        found = load_reward(spec, download=spec in ("hps", "imagereward"))
         assert isinstance(found, Unavailable)
         assert found.reason
     with pytest.raises(Refusal, match="'pickscor' is not known"):
@@ -156,9 +157,11 @@ def test_lpips_says_its_range_and_is_absent_without_weights(tmp_path: Path, monk
     with pytest.raises(ValueError, match=r"said to lie in \[0, 1\]"):
         lpips.mean(255 * a, b, value_range=(0, 1))
     pictures = images(4)
-    assert lpips.diversity(pictures, ["a", "b", "c", "d"]) is None
-    assert lpips.diversity([pictures[0]] * 3, ["a"] * 3) == pytest.approx(0.0, abs=1e-6)
-    assert lpips.diversity(pictures, ["a", "a", "b", "b"]) > 0.0
+    assert lpips.diversity(lambda rows: [pictures[i] for i in rows], ["a", "b", "c", "d"]) is None
+    assert lpips.diversity(lambda rows: [pictures[0] for _ in rows], ["a"] * 3) == pytest.approx(0.0, abs=1e-6)
+    two = lpips.diversity(lambda rows: [pictures[i] for i in rows], ["a", "a", "b", "b"])
+    pairs = [torch.from_numpy(np.stack(pictures[side::2])).permute(0, 3, 1, 2).float() for side in (0, 1)]
+    assert two == pytest.approx(lpips.mean(*pairs, value_range=(0, 255)), rel=1e-5)
 
 
 def test_win_rate_is_paired_by_prompt_and_ties_count_half() -> None:

@@ -60,12 +60,16 @@ class Drawn:
         state = PartialState()
         return read_all([self.paths[i] for i in shard(self.total, state.process_index, state.num_processes)])
 
-    def all(self) -> list[Picture]:
-        """Every image in global order. A collective where the images are in memory."""
+    def pick(self, indices: Sequence[int]) -> list[Picture]:
+        """The images of these global indices. A collective where the images are in memory."""
         if self.paths is not None:
-            return list(read_all(self.paths))
-        shares: list[tuple[Picture, ...]] = gather_object([self.own])
-        return [shares[i % len(shares)][i // len(shares)] for i in range(self.total)]
+            return list(read_all([self.paths[i] for i in indices]))
+        state = PartialState()
+        mine = {
+            i: self.own[i // state.num_processes] for i in indices if i % state.num_processes == state.process_index
+        }
+        found = {index: image for part in gather_object([mine]) for index, image in part.items()}
+        return [found[i] for i in indices]
 
 
 def draw_missing(sampler: Sampler, prompts: PromptSet, folder: Path | None) -> Drawn:
@@ -102,25 +106,33 @@ def draw_missing(sampler: Sampler, prompts: PromptSet, folder: Path | None) -> D
 
 
 def claim(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str, str]]) -> None:
-    """Mark a folder as this evaluation's, or refuse one that holds something else."""
+    """Mark a folder as this evaluation's, or refuse one that holds something else.
+
+    What earlier calls drew stays on record: a name may never come to mean another model.
+    """
     state = PartialState()
     file = output / "evaluation.json"
-    content = {**marker, "samplers": {name: description for name, description in samplers}}
+    known = dict(samplers)
     if file.is_file():
-        before = json.loads(file.read_text())
-        drawn = {name: text for name, text in before.pop("samplers").items() if name in dict(samplers)}
-        changed = next((k for k in marker if before.get(k) != marker[k]), None)
-        if changed is not None or any(dict(samplers)[name] != text for name, text in drawn.items()):
+        try:
+            before = json.loads(file.read_text())
+            drawn: dict[str, str] = dict(before.pop("samplers"))
+        except (ValueError, KeyError, TypeError):
+            raise Refusal(f"{str(file)!r} is not this program's, or was cut short: choose another --output") from None
+        changed = next((key for key in marker if before.get(key) != marker[key]), None)
+        if changed is not None or any(known.get(name, text) != text for name, text in drawn.items()):
             raise Refusal(
                 f"the output folder {str(output)!r} holds an evaluation with different {changed or 'models'}: choose another --output"
             )
-        content["samplers"] = {**drawn, **dict(samplers)}
-    elif output.exists() and any(output.iterdir()):
-        raise Refusal(f"the output folder {str(output)!r} holds something else: choose another --output")
+        known = drawn | known
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise Refusal(f"the output {str(output)!r} holds something else: choose another --output")
     state.wait_for_everyone()
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=2))
+        temporary = output / ".evaluation.tmp"
+        temporary.write_text(json.dumps({**marker, "samplers": known}, indent=2))
+        os.replace(temporary, file)
     state.wait_for_everyone()
 
 

@@ -75,12 +75,18 @@ def evaluation_set(images: int = IMAGES) -> tuple[list[str], list[int]]:
         )
     prompts = list(read_prompts("builtin:fashion").texts)
     groups = images // UNIT
+    if images - groups * (SEEDS_PER_PROMPT - 1) > len(prompts):
+        raise Refusal(f"the protocol has {len(prompts)} prompts, too few for {images} images: take fewer")
     grouped = [prompt for prompt in prompts[:groups] for _ in range(SEEDS_PER_PROMPT)]
     return grouped + prompts[groups : images - len(grouped) + groups], [1_000_000 + i for i in range(images)]
 
 
-def attribute_accuracy(judge: Judge, images: NDArray[np.uint8], prompts: Sequence[str]) -> float:
-    """Share of the attributes that the prompts say and the judge sees, each image counting alike."""
+def attribute_shares(judge: Judge, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float64]:
+    """For each image, the share (N,) of the attributes that its prompt says and the judge sees.
+
+    Raises:
+        ValueError: a prompt without a garment.
+    """
     seen = judge.predict(images)
     shares = []
     for i, prompt in enumerate(prompts):
@@ -91,7 +97,7 @@ def attribute_accuracy(judge: Judge, images: NDArray[np.uint8], prompts: Sequenc
         if said.background is not None:
             right.append(seen.background[i] == BACKGROUNDS.index(said.background))
         shares.append(float(np.mean(right)))
-    return float(np.mean(shares))
+    return np.array(shares, dtype=np.float64)
 
 
 class Scorer:
@@ -108,7 +114,7 @@ class Scorer:
         groups = grouped.reshape(-1, SEEDS_PER_PROMPT, features.shape[1])
         return Scores(
             frechet=frechet_between(FeatureStatistics.of(features), self.reference),
-            prompt_accuracy=attribute_accuracy(self.judge, images, prompts),
+            prompt_accuracy=float(attribute_shares(self.judge, images, prompts).mean()),
             diversity=pairwise_diversity(groups, self.reference.mean),
             saturation=saturation(images),
             num_images=len(images),

@@ -67,7 +67,7 @@ class FeatureExtractor:
         """Features (n, D) of images as they come; the caller's batches do not matter.
 
         Raises:
-            ValueError: the network does not answer with (B, D), or with non-finite numbers.
+            Refusal: the network does not answer with (B, D), or with non-finite numbers.
         """
         waiting = iter(images)
         while chunk := list(islice(waiting, INTERNAL_BATCH)):
@@ -76,13 +76,15 @@ class FeatureExtractor:
             with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                 answer = self._network(padded.to(self.device))
             if answer.ndim != 2 or len(answer) != INTERNAL_BATCH or answer.shape[1] < 2:
-                raise ValueError(
+                raise Refusal(
                     f"the feature network {self.record.name!r} answered with the shape {tuple(answer.shape)}; "
-                    f"({INTERNAL_BATCH}, D) with D >= 2 is wanted"
+                    f"({INTERNAL_BATCH}, D) with D >= 2 is wanted: mend the network"
                 )
             features = answer[: len(chunk)].float().cpu().numpy()
             if not np.isfinite(features).all():
-                raise ValueError(f"the feature network {self.record.name!r} answered with NaN or infinity")
+                raise Refusal(
+                    f"the feature network {self.record.name!r} answered with NaN or infinity: check its weights"
+                )
             yield features
 
     def __call__(self, images: Iterable[Picture]) -> Features:
@@ -115,7 +117,7 @@ def load_extractor(
         if not weights:
             raise Refusal(f"the features {kind!r} come without a checkpoint: write {kind}:FOLDER, or {kind}:HUB_ID")
         return (_dinov2 if kind == "dinov2" else _clip)(weights, device, download)
-    if weights:
+    if kind and weights:
         return _user(kind, weights)
     raise Refusal(
         f"the feature network {name!r} is not known: use inception, dinov2:PATH, clip:PATH, judge, random or MODULE:FUNCTION"
@@ -127,7 +129,7 @@ def load_extractor(
 
 def _inception(path: Path, resize: ResizeMode, device: torch.device | str) -> FeatureExtractor:
     network = load_inception(path).to(device)
-    record = FeatureRecord("inception-2015", file_hash(path), f"{resize} to 299")
+    record = FeatureRecord("inception-2015", weights_hash(network), f"{resize} to 299")
     return FeatureExtractor(record, lambda image: normalise(resize299(image, resize), resize), network, device)
 
 
@@ -173,7 +175,7 @@ def _dinov2(path: str, device: torch.device | str, download: bool) -> FeatureExt
     def network(x: torch.Tensor) -> torch.Tensor:
         return model(pixel_values=x).last_hidden_state[:, 0]  # type: ignore[no-any-return]
 
-    record = FeatureRecord(f"dinov2[{Path(path).name}]", weights_hash(model), "bicubic to 224")
+    record = FeatureRecord("dinov2", weights_hash(model), "bicubic to 224")
     return FeatureExtractor(record, lambda image: standardised(image, 224, mean, deviation), network, device)
 
 
@@ -187,9 +189,7 @@ def _clip(path: str, device: torch.device | str, download: bool) -> FeatureExtra
     def network(x: torch.Tensor) -> torch.Tensor:
         return F.normalize(as_tensor(model.get_image_features(pixel_values=x)), dim=1)
 
-    record = FeatureRecord(
-        f"clip[{Path(path).name}]", weights_hash(model), f"bicubic with antialias to {side}, L2-normalised"
-    )
+    record = FeatureRecord("clip", weights_hash(model), f"bicubic with antialias to {side}, L2-normalised")
     return FeatureExtractor(record, lambda image: standardised(image, side, CLIP_MEAN, CLIP_DEVIATION), network, device)
 
 
@@ -200,7 +200,8 @@ CLIP_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711])
 def _user(module: str, function: str) -> FeatureExtractor:
     try:
         made = vars(importlib.import_module(module))[function]()
-    except (ImportError, KeyError) as error:
+    except Exception as error:
+        # a user's module fails in every way there is
         raise Refusal(
             f"the feature network {module}:{function} cannot be loaded ({error}): check the module's name and path"
         ) from None
@@ -245,10 +246,13 @@ def weights_hash(network: nn.Module) -> str:
 def _pretrained(cls: Any, path: str, download: bool) -> Any:
     """A transformers model from a local folder or the hub cache; the network only where `download` is set."""
     try:
-        model = cls.from_pretrained(path, local_files_only=not download)
+        model, loaded = cls.from_pretrained(path, local_files_only=not download, output_loading_info=True)
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split())[:160]
         raise Refusal(
             f"the checkpoint {path!r} cannot be loaded ({first}): give a local folder, or allow downloading"
         ) from None
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])[0]
+        raise Refusal(f"the checkpoint {path!r} is of another kind (it lacks {missing!r}): give one of this network")
     return model.eval().requires_grad_(False)

@@ -43,12 +43,7 @@ def frechet_between(first: FeatureStatistics, second: FeatureStatistics) -> floa
     Raises:
         ValueError: as `frechet_distance`.
     """
-    for statistics in (first, second):
-        if 0 < statistics.count <= len(statistics.mean):
-            logger.warning(
-                "%d images for %d features: the covariance is singular and the distance mostly bias",
-                statistics.count, len(statistics.mean),
-            )  # fmt: skip
+    _warn_of_few(first, second)
     return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
 
 
@@ -61,6 +56,7 @@ def frechet_of_features(first: NDArray[np.floating], second: NDArray[np.floating
     a, b = FeatureStatistics.of(first), FeatureStatistics.of(second)
     if min(a.count, b.count) > len(a.mean):
         return frechet_between(a, b)
+    _warn_of_few(a, b)
     rows1 = (np.asarray(first, dtype=np.float64) - a.mean) / np.sqrt(a.count - 1)
     rows2 = (np.asarray(second, dtype=np.float64) - b.mean) / np.sqrt(b.count - 1)
     cross = float(np.linalg.svd(rows1 @ rows2.T, compute_uv=False).sum())
@@ -121,6 +117,15 @@ def noise_floor(covariance: NDArray[np.floating], count1: int, count2: int) -> f
     ratio = np.divide(product, total, out=np.zeros_like(product), where=total > 0.0)
     # Bures: d^2(C, C + H) = 1/2 sum_ij H_ij^2 / (l_i + l_j); E H_ij^2 = h (l_i l_j)(1 + delta_ij).
     return float(inverse * (eigenvalues.sum() + 0.5 * (ratio.sum() + np.diag(ratio).sum())))
+
+
+def _warn_of_few(*sets: FeatureStatistics) -> None:
+    for statistics in sets:
+        if 0 < statistics.count <= len(statistics.mean):
+            logger.warning(
+                "%d images for %d features: the covariance is singular and the distance mostly bias",
+                statistics.count, len(statistics.mean),
+            )  # fmt: skip
 
 
 def _assemble(shift: NDArray[np.float64], c1: NDArray[np.float64], c2: NDArray[np.float64], cross: float) -> float:

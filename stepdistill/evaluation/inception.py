@@ -88,6 +88,8 @@ def load_inception(path: Path) -> nn.Module:
         raise Refusal(
             f"the Inception weights {str(path)!r} cannot be read ({type(error).__name__}; a truncated download?): fetch them again"
         ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise Refusal(f"{str(path)!r} holds no weights by name: give torch-fidelity's or pytorch-fid's weight file")
     network = inception_layers()
     state = {key: value for key, value in state.items() if not key.startswith(("fc.", "AuxLogits."))}
     wanted = {key for key in network.state_dict() if not key.endswith("num_batches_tracked")}
@@ -98,7 +100,12 @@ def load_inception(path: Path) -> nn.Module:
             f"{str(path)!r} does not hold the 2015 Inception (first key that differs: {odd!r}): give torch-fidelity's or "
             "pytorch-fid's weight file, not torchvision's"
         )
-    network.load_state_dict(state, strict=False)
+    try:
+        network.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise Refusal(
+            f"{str(path)!r} has weights of other shapes ({' '.join(str(error).split())[:120]}): fetch it again"
+        ) from None
     return network.eval().requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
+from stepdistill.assets import FOLDER
 from stepdistill.errors import Refusal
 from stepdistill.evaluation import diversity, kernels
 from stepdistill.evaluation.features import FeatureExtractor
@@ -28,6 +30,7 @@ from stepdistill.evaluation.manifold import manifold
 from stepdistill.evaluation.protocols import Metric
 from stepdistill.evaluation.statistics import FeatureStatistics, read_record
 
+logger = logging.getLogger(__name__)
 KEEP_FEATURES: frozenset[Metric] = frozenset(
     {
         "fd_infinity",
@@ -43,6 +46,7 @@ KEEP_FEATURES: frozenset[Metric] = frozenset(
     }
 )
 """Metrics that need every feature vector; the others run on statistics alone, whose size does not grow."""
+MANIFOLD: frozenset[Metric] = frozenset({"precision", "recall", "density", "coverage"})
 _DRIFT_FUNCTIONS = {
     "saturation": diversity.saturation,
     "brightness": diversity.brightness,
@@ -157,12 +161,15 @@ def read_reference(
     if path.suffix in (".npz", ".npy"):
         statistics = FeatureStatistics.load(path)
         record = read_record(path)
-        for key, now in (("weights", extractor.record.weights), ("preprocessing", extractor.record.preprocessing)):
+        here = made_with(extractor, chain)
+        for key, now in here.items():
             if key in record and record[key] != now:
                 raise Refusal(
                     f"the statistics {str(path)!r} were made with {key} {record[key][:24]!r} and the features now have "
                     f"{now[:24]!r}: measure the reference again, or choose its network"
                 )
+        if not set(here) <= set(record) and path.parent != FOLDER:
+            logger.warning("%s does not say how it was made: network, resize and crop are taken on trust", path)
         with np.load(path, allow_pickle=False) as data:
             features = data["features"].astype(np.float32) if "features" in data else None
         return Measured(statistics, features if keep else None, {}, file_hash(path))
@@ -170,6 +177,12 @@ def read_reference(
     listing = "\n".join(f"{file.relative_to(path).as_posix()} {file.stat().st_size}" for file in paths)
     measured = measure_shard(paths, extractor, keep=keep, chain=chain)
     return replace(measured, identity=hashlib.sha256(listing.encode()).hexdigest())
+
+
+def made_with(extractor: FeatureExtractor, chain: PixelChain | None) -> dict[str, str]:
+    """What a statistics file says of its making, and a reader checks."""
+    pixels = str(chain or PixelChain())
+    return {"weights": extractor.record.weights, "preprocessing": extractor.record.preprocessing, "chain": pixels}
 
 
 # ---------------------------------------------------------------- metrics
@@ -193,19 +206,43 @@ def compute(
     """The asked metrics of a set against a reference. `prompt_accuracy` is not among them: it needs the images.
 
     Raises:
-        Refusal: features of another size, or a metric that needs feature vectors where the reference has statistics only.
+        Refusal: as `check_metrics`, or features of another size, or numbers that no distance can have.
     """
+    check_metrics(metrics, reference, measured.count)
     mine, theirs = measured.statistics, reference.statistics
     if len(mine.mean) != len(theirs.mean):
         raise Refusal(
             f"the images have {len(mine.mean)} features and the reference {len(theirs.mean)}: measure both with one network"
         )
-    pairwise = {"kid", "precision", "recall", "density", "coverage", "cmmd"} & set(metrics)
-    if pairwise and reference.features is None:
+    try:
+        return _compute(measured, reference, metrics, rng, prompts)
+    except (ValueError, np.linalg.LinAlgError) as error:
+        raise Refusal(f"the metrics cannot be computed ({error}): check the images and the reference") from None
+
+
+def check_metrics(metrics: Sequence[Metric], reference: Measured | None, images: int) -> None:
+    """What is known to fail before anything is drawn; `reference` is None where the teacher will be it.
+
+    Raises:
+        Refusal: too few images, or a metric that needs feature vectors where the reference has statistics only.
+    """
+    least = 20 if "fd_infinity" in metrics else 6 if MANIFOLD & set(metrics) else 2
+    if images < least:
+        raise Refusal(
+            f"{images} images came in and {', '.join(metrics)} need at least {least}: give more, or leave metrics out"
+        )
+    pairwise = (MANIFOLD | {"kid", "cmmd"}) & set(metrics)
+    if pairwise and reference is not None and reference.features is None:
         raise Refusal(
             f"{', '.join(sorted(pairwise))} need the reference's feature vectors and it holds mean and covariance only: "
             "give the folder of images, or leave them out"
         )
+
+
+def _compute(
+    measured: Measured, reference: Measured, metrics: Sequence[Metric], rng: np.random.Generator, prompts: Sequence[str]
+) -> Values:
+    mine, theirs = measured.statistics, reference.statistics
     found: dict[str, float] = {}
     features = measured.features
     if "fid" in metrics:
@@ -242,12 +279,11 @@ def _with_features(
     if "kid" in metrics and other is not None:
         kid = kernels.kernel_distance(features, other, rng)
         found |= {"kid": 1000.0 * kid.mean, "kid_std": 1000.0 * kid.std}
-    wanted = {"precision", "recall", "density", "coverage"} & set(metrics)
+    wanted = MANIFOLD & set(metrics)
     if wanted and other is not None:
-        count = min(len(features), len(other))  # equal numbers on both sides
-        found |= {
-            name: value for name, value in vars(manifold(features[:count], other[:count])).items() if name in wanted
-        }
+        count = min(len(features), len(other))  # equal numbers on both sides, chosen at random: folders are sorted
+        a, b = (x[rng.permutation(len(x))[:count]] for x in (features, other))
+        found |= {name: value for name, value in vars(manifold(a, b)).items() if name in wanted}
     if "cmmd" in metrics and other is not None:
         found["cmmd"] = kernels.clip_mmd(features, other)
     if "diversity" in metrics and (groups := _groups(features, prompts)) is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from stepdistill.evaluation.images import Picture
-from stepdistill.evaluation.report import Report, columns, table
+from stepdistill.evaluation.report import Report, columns, table, win_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,8 +38,8 @@ def html_page(report: Report, images: Mapping[str, Sequence[Picture]], stats: Pa
     parts = [f"<h1>{html.escape(report.record.protocol)}</h1>", _table(table(report.rows))]
     if report.noise_floor is not None:
         parts.append(f"<p>Noise floor of the Fréchet distance at these counts: {report.noise_floor:.4g}.</p>")
-    parts += [f"<p>{html.escape(note)}</p>" for note in report.notes]
-    if len(report.rows) > 1:
+    parts += [f"<p>{html.escape(line)}</p>" for line in (*win_lines(report), *report.notes)]
+    if len(report.rows) > 1 and columns(report.rows):
         parts += ["<h2>Against steps and network calls</h2>", _curves(report)]
     pictures = _grid({row.name: images[row.name] for row in report.rows if row.name in images})
     if pictures:
@@ -88,7 +88,7 @@ def _curves(report: Report) -> str:
 def _training(stats: Path) -> str:
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in stats.read_text().splitlines() if line.strip()]
+    lines = [line for text in stats.read_text().splitlines() if (line := _parsed(text))]
     names = [n for n in dict.fromkeys(k for line in lines for k in line) if n.rpartition("/")[2] in CURVES]
     if not names:
         return "<p>stats.jsonl holds no curves.</p>"
@@ -100,6 +100,14 @@ def _training(stats: Path) -> str:
         axis.set_ylabel(name)
     axes[-1][0].set_xlabel("iteration")
     return _image(figure)
+
+
+def _parsed(text: str) -> dict[str, float]:
+    """One line of `stats.jsonl`; a run that is still writing may have left half of its last one."""
+    try:
+        return dict(json.loads(text))
+    except ValueError:
+        return {}
 
 
 def _image(figure: Figure) -> str:

@@ -6,7 +6,7 @@ wants [-1, 1]; fed [0, 1] it gives numbers on another scale (some published ones
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -72,14 +72,21 @@ class Lpips:
             self._metric.update(a.clamp(-1, 1).to(self.device), b.clamp(-1, 1).to(self.device))
         return float(self._metric.compute())
 
-    def diversity(self, images: Sequence[Picture], prompts: Sequence[str]) -> float | None:
-        """Mean distance over all pairs of images of one prompt; None where no prompt has two."""
+    def diversity(self, pick: Callable[[Sequence[int]], Sequence[Picture]], prompts: Sequence[str]) -> float | None:
+        """Mean distance over all pairs of images of one prompt; None where no prompt has two.
+
+        pick: global indices -> images, asked for one prompt at a time.
+        """
         by_prompt: dict[str, list[int]] = {}
         for index, prompt in enumerate(prompts):
             by_prompt.setdefault(prompt, []).append(index)
-        pairs = [pair for rows in by_prompt.values() for pair in combinations(rows, 2)]
-        if not pairs:
-            return None
-        stacked = [torch.stack([torch.from_numpy(images[pair[side]].copy()) for pair in pairs]) for side in (0, 1)]
-        first, second = (x.permute(0, 3, 1, 2).float() for x in stacked)
-        return self.mean(first, second, value_range=(0, 255))
+        total, count = 0.0, 0
+        for rows in by_prompt.values():
+            if len(rows) < 2:
+                continue
+            images = torch.stack([torch.from_numpy(image.copy()) for image in pick(rows)]).permute(0, 3, 1, 2).float()
+            pairs = list(combinations(range(len(rows)), 2))
+            first, second = images[[a for a, _ in pairs]], images[[b for _, b in pairs]]
+            total += len(pairs) * self.mean(first, second, value_range=(0, 255))
+            count += len(pairs)
+        return total / count if count else None

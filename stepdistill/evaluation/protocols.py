@@ -17,7 +17,7 @@ from pydantic import Field
 
 from stepdistill.assets import FOLDER
 from stepdistill.config import Settings, read_settings
-from stepdistill.data.prompts import PromptList, read_prompts
+from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.fashion import evaluation_set
 from stepdistill.evaluation.images import PixelChain, Quantize
@@ -41,6 +41,10 @@ class ChainConfig(Settings):
 
     def chain(self) -> PixelChain:
         return PixelChain(self.crop, self.size)
+
+    def text(self) -> str:
+        """For records."""
+        return f"crop {self.crop}, size {self.size or 'as is'}"
 
 
 class PromptConfig(Settings):
@@ -70,7 +74,7 @@ class Protocol(Settings):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What is drawn: prompt and seed of each image by global index, and the hash of the full list."""
+    """What is drawn: prompt and seed of each image by global index, and the hash of the prompts as drawn."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -117,7 +121,7 @@ def prompt_set(protocol: Protocol, source: str | None, images: int | None, seeds
         return PromptSet(tuple(texts), tuple(seeds), text_hash(texts))
     if source is None:
         raise Refusal(f"the protocol needs a prompt file: give --prompts FILE with {protocol.prompts.hint}")
-    listed: PromptList = read_prompts(source)
+    listed = read_prompts(source)
     expanded = [text for text in listed.texts for _ in range(seeds_per_prompt)]
     wanted = images or protocol.prompts.count or len(expanded)
     if len(expanded) < wanted:
@@ -125,7 +129,8 @@ def prompt_set(protocol: Protocol, source: str | None, images: int | None, seeds
             f"{source!r} gives {len(expanded)} images and {wanted} are wanted ({protocol.prompts.hint}): "
             f"give the full list, or --num-images {len(expanded)}, which renames the numbers"
         )
-    return PromptSet(tuple(expanded[:wanted]), tuple(SEED + i for i in range(wanted)), listed.sha256)
+    # hashed as drawn: how many seeds each prompt has, and where the list was cut, tells one set from another
+    return PromptSet(tuple(expanded[:wanted]), tuple(SEED + i for i in range(wanted)), text_hash(expanded[:wanted]))
 
 
 def text_hash(texts: Sequence[str]) -> str:

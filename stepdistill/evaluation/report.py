@@ -17,7 +17,8 @@ PLAIN = {"kid_std"}
 
 @dataclass(frozen=True)
 class Record:
-    """Everything about a measurement except the model. Two numbers are comparable if and only if these are equal."""
+    """Everything about a measurement except the model. Two numbers are comparable if and only if these are equal, apart from
+    the reference's name (its hash counts) and the program's version."""
 
     protocol: str
     prompts_sha256: str
@@ -31,6 +32,7 @@ class Record:
     features: str
     features_weights: str
     features_preprocessing: str
+    beside: str
     version: str
 
 
@@ -92,7 +94,7 @@ class Report:
             }
             rows = tuple(ReportRow(**row) for row in content["rows"])
             return cls(Record(**content["protocol"]), rows, content["noise_floor"], wins, tuple(content["notes"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refusal(
                 f"{where!r} is not a report of 'stepdistill evaluate' ({error}): give its report.json"
             ) from None
@@ -104,7 +106,7 @@ class Report:
         file = file / "report.json" if file.is_dir() else file
         if not file.is_file():
             raise Refusal(f"there is no report {str(file)!r}: give the output folder of 'stepdistill evaluate'")
-        return cls.from_json(file.read_text(), str(file))
+        return cls.from_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
 
 
 def columns(rows: Sequence[ReportRow]) -> list[str]:
@@ -130,10 +132,7 @@ def markdown(report: Report, labels: Sequence[str] | None = None) -> str:
     lines = [f"# {report.record.protocol}", "", _markdown_table(table(report.rows, labels)), ""]
     if report.noise_floor is not None:
         lines += [f"Noise floor of the Fréchet distance at these counts: {report.noise_floor:.4g}.", ""]
-    for score, rates in report.wins.items():
-        for row, (rate, low, high) in rates.items():
-            share = f"{100 * rate:.1f} % of prompts ({100 * low:.1f} to {100 * high:.1f})"
-            lines.append(f"* {score}: {row} wins against the teacher on {share}")
+    lines += [f"* {line}" for line in win_lines(report)]
     lines += [f"* {note}" for note in report.notes]
     lines += ["", "| protocol | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in asdict(report.record).items()]
@@ -147,7 +146,7 @@ def compare(first: Report, second: Report, names: tuple[str, str]) -> str:
         Refusal: the protocols differ; what differs is named.
     """
     a, b = asdict(first.record), asdict(second.record)
-    odd = [key for key in a if a[key] != b[key] and key != "version"]
+    odd = [key for key in a if a[key] != b[key] and key not in ("version", "reference")]
     if odd:
         shown = ", ".join(f"{key}: {str(a[key])[:40]!r} and {str(b[key])[:40]!r}" for key in odd)
         raise Refusal(
@@ -155,20 +154,27 @@ def compare(first: Report, second: Report, names: tuple[str, str]) -> str:
         )
     rows = (*first.rows, *second.rows)
     labels = [f"{names[0]}: {row.name}" for row in first.rows] + [f"{names[1]}: {row.name}" for row in second.rows]
-    return markdown(Report(first.record, rows, first.noise_floor, notes=(*first.notes, *second.notes)), labels)
+    wins = [
+        f"{name}: {line}" for name, report in zip(names, (first, second), strict=True) for line in win_lines(report)
+    ]
+    return markdown(Report(first.record, rows, first.noise_floor, notes=(*wins, *first.notes, *second.notes)), labels)
 
 
-def write_report(report: Report, folder: Path, page: str) -> None:
-    """report.json, report.md and report.html, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("report.md", markdown(report)),
-        ("report.html", page),
-        ("report.json", report.to_json() + "\n"),
-    ):
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+def win_lines(report: Report) -> list[str]:
+    """The win rates as sentences."""
+    return [
+        f"{score}: {row} wins against the teacher on {100 * rate:.1f} % of prompts ({100 * low:.1f} to {100 * high:.1f})"
+        for score, rates in report.wins.items()
+        for row, (rate, low, high) in rates.items()
+    ]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _cell(name: str, value: float | None) -> str:

@@ -8,8 +8,8 @@ OUTPUT/images/<row>/00000.png ...   by global index; what is there already is ke
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,30 +17,29 @@ import numpy as np
 from accelerate import PartialState
 
 from stepdistill.assets import FOLDER
+from stepdistill.data.fashion import parse_caption
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.drawing import Drawn, Sampler, claim, draw_missing
-from stepdistill.evaluation.fashion import attribute_accuracy
 from stepdistill.evaluation.features import FeatureExtractor
-from stepdistill.evaluation.judge import Judge
-from stepdistill.evaluation.measure import KEEP_FEATURES, Measured, compute, measure_images, merge, read_reference
+from stepdistill.evaluation.images import Picture
+from stepdistill.evaluation.measure import (
+    KEEP_FEATURES,
+    Measured,
+    check_metrics,
+    compute,
+    made_with,
+    measure_images,
+    merge,
+    read_reference,
+)
 from stepdistill.evaluation.page import html_page
-from stepdistill.evaluation.perceptual import Lpips
+from stepdistill.evaluation.pictures import PictureScores, score_pictures
 from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, qualified, text_hash
-from stepdistill.evaluation.report import Record, Report, ReportRow, write_report
-from stepdistill.evaluation.text import ClipScorer, Reward, Unavailable, Values, clip_score, win_rate
+from stepdistill.evaluation.report import Record, Report, ReportRow, markdown, write_whole
+from stepdistill.evaluation.text import Unavailable, Values, win_rate
 
 logger = logging.getLogger(__name__)
 SHOWN = 8
-
-
-@dataclass(frozen=True)
-class PictureScores:
-    """What is measured on pictures and prompts beside the features: CLIP scores by convention, rewards, LPIPS."""
-
-    clip: ClipScorer | None = None
-    conventions: Sequence[str] = ()
-    rewards: Sequence[Reward | Unavailable] = ()
-    lpips: Lpips | None = None
 
 
 def evaluate_samplers(
@@ -55,12 +54,15 @@ def evaluate_samplers(
     metrics: Sequence[Metric],
     beside: PictureScores | None = None,
     keep_images: bool = True,
+    recursive: bool = False,
+    allow_lossy: bool = False,
     stats: Path | None = None,
 ) -> Report:
     """Rows for all samplers at equal prompts and seeds.
 
     Args:
         keep_images: write them as PNG, which a stopped evaluation goes on from; else they stay in memory.
+        recursive, allow_lossy: of the reference's folder.
         reference: folder or statistics; None takes the protocol's own, or the teacher's images.
         stats: `stats.jsonl` of the training run, for the page.
 
@@ -69,46 +71,46 @@ def evaluate_samplers(
     """
     beside = beside or PictureScores()
     keep = bool(KEEP_FEATURES & set(metrics))
-    _check_reference(protocol, reference, samplers)
-    fixed = (
-        None
-        if reference is None and protocol.reference.kind == "teacher"
-        else _read(protocol, reference, extractor, keep)
-    )
+    chain = protocol.chain.chain()
     marker = {"protocol": name, "prompts": prompts.sha256, "images": len(prompts), "quantize": protocol.quantize}
+    _check_reference(protocol, reference, samplers)
+    _check_set(prompts, metrics, extractor)
+    of_teacher = reference is None and protocol.reference.kind == "teacher"
+    fixed = None if of_teacher else _read(protocol, reference, extractor, keep, recursive, allow_lossy)
+    check_metrics(metrics, fixed, len(prompts))
     claim(output, marker, [(s.name, s.description) for s in samplers])
     drawn: dict[str, Drawn] = {}
     measured: dict[str, Measured] = {}
     for sampler in samplers:
         images = draw_missing(sampler, prompts, output / "images" / sampler.name if keep_images else None)
-        own = measure_images(map(protocol.chain.chain(), images.share()), extractor, keep=keep)
+        own = measure_images(map(chain, images.share()), extractor, keep=keep)
         drawn[sampler.name], measured[sampler.name] = images, merge(own, len(prompts))
     truth = fixed or _teacher(samplers, prompts, measured)
-    scores: dict[str, dict[str, Values]] = {}
-    rows = []
+    scored = {s.name: score_pictures(drawn[s.name], prompts, metrics, beside, chain) for s in samplers}
+    rows, notes = [], [f"{r.name}: not available ({r.reason})" for r in beside.rewards if isinstance(r, Unavailable)]
     floor: float | None = None
     for sampler in samplers:
         own = measured[sampler.name]
-        values = compute(
-            own, truth, [m for m in metrics if not _trivial(m, own, truth)], np.random.default_rng(0), prompts.prompts
-        )
+        asked = [metric for metric in metrics if not _trivial(metric, own, truth)]
+        values = compute(own, truth, asked, np.random.default_rng(0), prompts.prompts)
         floor = floor if values.noise_floor is None else values.noise_floor
-        found = {qualified(key, len(prompts), protocol.prompts.count): value for key, value in values.metrics.items()}
-        more, scores[sampler.name] = _on_pictures(drawn[sampler.name], prompts, metrics, beside)
+        found = {**values.metrics, **scored[sampler.name].means}
+        notes += [f"{sampler.name}: {m} could not be computed" for m in asked if m not in found]
+        notes += [f"{sampler.name}: {note}" for note in scored[sampler.name].notes]
         rows.append(
             ReportRow(
                 sampler.name, sampler.steps, sampler.network_calls, sampler.guidance, sampler.description, len(prompts),
-                drawn[sampler.name].seconds_per_image, {**found, **more},
+                drawn[sampler.name].seconds_per_image,
+                {qualified(key, len(prompts), protocol.prompts.count): value for key, value in found.items()},
             )
         )  # fmt: skip
-    record = make_record(name, protocol, prompts, extractor, truth, str(reference or protocol.reference.kind))
-    notes = tuple(f"{r.name}: not available ({r.reason})" for r in beside.rewards if isinstance(r, Unavailable))
-    report = Report(record, tuple(rows), floor, _wins(scores, prompts), notes)
-    pictures = {name: images.all()[:: max(1, images.total // SHOWN)][:SHOWN] for name, images in drawn.items()}
-    state = PartialState()
-    if state.is_main_process:
-        write_report(report, output, html_page(report, pictures, stats))
-    state.wait_for_everyone()
+    source = str(reference or protocol.reference.kind)
+    record = make_record(name, protocol, prompts.sha256, len(prompts), extractor, truth, source, beside.record())
+    wins = _wins({name: found.values for name, found in scored.items()}, prompts)
+    report = Report(record, tuple(rows), floor, wins, tuple(notes))
+    step = max(1, len(prompts) // SHOWN)
+    pictures = {name: images.pick(range(0, len(prompts), step)[:SHOWN]) for name, images in drawn.items()}
+    _write(report, output, pictures, stats)
     return report
 
 
@@ -138,42 +140,44 @@ def evaluate_folders(
         for source in (images, reference)
     ]
     own, truth = sets
-    record = make_record("folders", protocol, None, extractor, truth, str(reference))
+    lossy = ", lossy files allowed" if allow_lossy else ""
+    record = make_record("folders", protocol, "", own.count, extractor, truth, str(reference), lossy)
     values = compute(own, truth, metrics, np.random.default_rng(0))
     row = ReportRow(Path(images).name, 0, 0, 1.0, "images from a folder", own.count, None, values.metrics)
-    report = Report(record, (row,), values.noise_floor)
-    if PartialState().is_main_process:
-        if save_statistics is not None:
-            made_with = {"weights": extractor.record.weights, "preprocessing": extractor.record.preprocessing}
-            save_statistics.parent.mkdir(parents=True, exist_ok=True)
-            kept = {} if own.features is None else {"features": own.features}
-            own.statistics.save(save_statistics, made_with, **kept)
-        write_report(report, output, html_page(report, {}))
+    notes = tuple(f"{metric} could not be computed" for metric in metrics if metric not in values.metrics)
+    report = Report(record, (row,), values.noise_floor, notes=notes)
+    _write(report, output, {}, None)
+    if save_statistics is not None and PartialState().is_main_process:
+        kept = {} if own.features is None else {"features": own.features}
+        own.statistics.save(save_statistics, made_with(extractor, chain), **kept)
     return report
 
 
 def make_record(
     name: str,
     protocol: Protocol,
-    prompts: PromptSet | None,
+    prompts_sha256: str,
+    images: int,
     extractor: FeatureExtractor,
     reference: Measured,
     source: str,
+    beside: str,
 ) -> Record:
     """The resolved protocol of a measurement."""
     return Record(
-        protocol=name,
-        prompts_sha256=prompts.sha256 if prompts else "",
-        images=len(prompts) if prompts else 0,
-        seeds="1000000 + global index" if prompts else "",
+        protocol=Path(name).stem if name.endswith((".yaml", ".yml")) else name,
+        prompts_sha256=prompts_sha256,
+        images=images,
+        seeds="1000000 + global index" if prompts_sha256 else "",
         reference=Path(source).name,
         reference_sha256=reference.identity,
         reference_count=reference.count,
-        chain=f"crop {protocol.chain.crop}, size {protocol.chain.size or 'as is'}",
+        chain=protocol.chain.text(),
         quantize=protocol.quantize,
         features=extractor.record.name,
         features_weights=extractor.record.weights,
         features_preprocessing=extractor.record.preprocessing,
+        beside=beside,
         version=version("stepdistill"),
     )
 
@@ -193,17 +197,58 @@ def _check_reference(protocol: Protocol, reference: str | Path | None, samplers:
         )
 
 
-def _read(protocol: Protocol, source: str | Path | None, extractor: FeatureExtractor, keep: bool) -> Measured:
+def _check_set(prompts: PromptSet, metrics: Sequence[Metric], extractor: FeatureExtractor) -> None:
+    """What the prompts and the network alone rule out."""
+    processes = PartialState().num_processes
+    if len(prompts) < processes:
+        raise Refusal(f"{len(prompts)} images are fewer than the {processes} processes: start fewer processes")
+    if "cmmd" in metrics and "L2-normalised" not in extractor.record.preprocessing:
+        raise Refusal(
+            f"cmmd is defined on CLIP embeddings and the features are {extractor.record.name!r}: use clip:PATH"
+        )
+    if "prompt_accuracy" in metrics:
+        for prompt in prompts.prompts:
+            try:
+                parse_caption(prompt)
+            except ValueError as error:
+                raise Refusal(
+                    f"prompt_accuracy reads captions of the embedded teacher only ({error}): leave it out"
+                ) from None
+
+
+def _read(
+    protocol: Protocol,
+    source: str | Path | None,
+    extractor: FeatureExtractor,
+    keep: bool,
+    recursive: bool,
+    allow_lossy: bool,
+) -> Measured:
     """The reference that does not depend on what is drawn; read before anything is, since drawing takes hours."""
     place = source if source is not None else FOLDER / str(protocol.reference.builtin)
-    lossy = protocol.reference.lossy
-    reference = read_reference(place, extractor, keep=keep, chain=protocol.chain.chain(), lossy=lossy)
+    reference = read_reference(
+        place, extractor, keep=keep, chain=protocol.chain.chain(), recursive=recursive,
+        lossy=allow_lossy or protocol.reference.lossy,
+    )  # fmt: skip
     wanted = protocol.reference.count
     if wanted is not None and 0 < reference.count != wanted:
         raise Refusal(
             f"the reference {str(place)!r} has {reference.count} images and the protocol wants {wanted}: give {protocol.reference.hint}"
         )
     return reference
+
+
+def _write(report: Report, output: Path, pictures: Mapping[str, Sequence[Picture]], stats: Path | None) -> None:
+    """report.json and report.md first: a page that cannot be drawn must not lose hours of numbers."""
+    state = PartialState()
+    if state.is_main_process:
+        write_whole(output / "report.json", report.to_json() + "\n")
+        write_whole(output / "report.md", markdown(report))
+        try:
+            write_whole(output / "report.html", html_page(report, pictures, stats))
+        except ImportError as error:
+            logger.warning("report.html was not written (%s): pip install 'stepdistill[evaluation]'", error)
+    state.wait_for_everyone()
 
 
 def _teacher(samplers: Sequence[Sampler], prompts: PromptSet, measured: dict[str, Measured]) -> Measured:
@@ -214,31 +259,6 @@ def _teacher(samplers: Sequence[Sampler], prompts: PromptSet, measured: dict[str
 def _trivial(metric: Metric, own: Measured, truth: Measured) -> bool:
     """The teacher against itself says nothing."""
     return own.statistics is truth.statistics and metric not in ("diversity", "saturation", "brightness", "sharpness")
-
-
-def _on_pictures(
-    drawn: Drawn, prompts: PromptSet, metrics: Sequence[Metric], beside: PictureScores
-) -> tuple[dict[str, float], dict[str, Values]]:
-    """Scores that read the pictures themselves: (means by name, values an image by name)."""
-    rewards = [reward for reward in beside.rewards if not isinstance(reward, Unavailable)]
-    if "prompt_accuracy" not in metrics and beside.clip is None and not rewards and beside.lpips is None:
-        return {}, {}
-    images = drawn.all()
-    means: dict[str, float] = {}
-    values: dict[str, Values] = {}
-    if "prompt_accuracy" in metrics:
-        judge = Judge.load(FOLDER / "judge.safetensors")
-        means["prompt_accuracy"] = attribute_accuracy(judge, np.stack(images), prompts.prompts)
-    if beside.clip is not None:
-        for convention in beside.conventions:
-            score = clip_score(beside.clip, images, prompts.prompts, convention)
-            means[score.name], values[score.name] = score.mean, score.values
-    if beside.lpips is not None and (spread := beside.lpips.diversity(images, prompts.prompts)) is not None:
-        means[f"diversity[{beside.lpips.name}]"] = spread
-    for reward in rewards:
-        values[reward.name] = reward.score(images, prompts.prompts)
-        means[reward.name] = float(values[reward.name].mean())
-    return means, values
 
 
 def _wins(scores: dict[str, dict[str, Values]], prompts: PromptSet) -> dict[str, dict[str, tuple[float, float, float]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ def _read(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64], int, di
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise Refusal(
             f"the statistics {str(path)!r} cannot be read ({error}): give an .npz with 'mu' and 'sigma'"
         ) from None
@@ -111,5 +112,11 @@ def _read(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64], int, di
         raise Refusal(
             f"{str(path)!r} has mu of shape {mean.shape} and sigma of {covariance.shape}: they do not fit each other"
         )
-    record = json.loads(str(arrays["record"])) if "record" in arrays else {}
-    return mean, covariance, int(arrays["count"]) if "count" in arrays else 0, record
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise Refusal(f"{str(path)!r} holds NaN or infinity: measure it again")
+    try:
+        record = json.loads(str(arrays["record"])) if "record" in arrays else {}
+        count = int(arrays["count"]) if "count" in arrays else 0
+    except (ValueError, TypeError) as error:
+        raise Refusal(f"{str(path)!r} has an unreadable record or count ({error}): measure it again") from None
+    return mean, covariance, count, record

@@ -127,8 +127,13 @@ def clip_score(scorer: ClipScorer, images: Sequence[Picture], prompts: Sequence[
     rule = CONVENTIONS[convention]
     cosines, truncated = scorer.cosines(images, prompts, rule.prefix)
     values = rule.scale * (np.maximum(cosines, 0.0) if rule.clamp == "sample" else cosines)
-    mean = float(max(values.mean(), 0.0) if rule.clamp == "mean" else values.mean())
-    return TextScore(f"clip[{scorer.name},{convention}]", mean, values, truncated)
+    return TextScore(f"clip[{scorer.name},{convention}]", convention_mean(values, convention), values, truncated)
+
+
+def convention_mean(values: Values, convention: str) -> float:
+    """The mean over images as the convention takes it."""
+    mean = float(values.mean())
+    return max(mean, 0.0) if CONVENTIONS[convention].clamp == "mean" else mean
 
 
 def _square(image: Picture) -> Picture:
@@ -239,6 +244,8 @@ def load_reward(spec: str, device: torch.device | str = "cpu", *, download: bool
     try:
         if kind == "pickscore":
             return PickScore(weights or "yuvalkirstain/PickScore_v1", device, download=download)
+        if kind in ("hps", "imagereward") and not download:
+            return Unavailable(kind, "its package fetches the weights: allow --download")
         if kind == "hps":
             return Hps()
         if kind == "imagereward":

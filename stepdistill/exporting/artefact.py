@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +109,7 @@ def draw(
     The recipe applies unless `steps`, `guidance` or `scheduler` overrides it, which warns. guidance is w; 1 is off.
 
     Raises:
-        Refusal: unknown scheduler name.
+        Refusal: unknown scheduler name, or a size or number of steps that the pipeline does not take.
     """
     own = pipeline.scheduler
     arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
@@ -124,7 +125,11 @@ def draw(
             if negative_prompt is not None:
                 batch["negative_prompt"] = [negative_prompt] * count
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
-            images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
+            try:
+                images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
+            except ValueError as error:
+                first = " ".join(str(error).split())[:200]
+                raise Refusal(f"the pipeline refuses to draw ({first}): change steps, size or scheduler") from None
             yield (np.floor(images * 255) if quantize == "floor" else (images * 255).round()).astype(np.uint8)
     finally:
         pipeline.scheduler = own  # the next scheduler must start from the checkpoint's config, not from this one's
@@ -148,8 +153,14 @@ def _arguments(
         logger.warning("overriding the recipe's %s: the model was trained for its own recipe", ", ".join(overridden))
     if recipe is not None and not {"steps", "scheduler"} & set(overridden):
         arguments = recipe.apply(pipeline)
+    elif recipe is not None and scheduler is None:
+        # another number of steps by the same kind of sampler; its ladder starts at the noisiest time, like the recipe's
+        spaced = {"timestep_spacing": "trailing"} if "timestep_spacing" in recipe.scheduler_config else {}
+        changed = replace(recipe, scheduler_config={**recipe.scheduler_config, **spaced})
+        pipeline.scheduler = changed.scheduler(dict(pipeline.scheduler.config))
+        arguments = {"num_inference_steps": steps, "guidance_scale": recipe.guidance_scale}
     else:
-        name, changes = SCHEDULERS[scheduler or ("lcm" if recipe is not None else "ddim")]
+        name, changes = SCHEDULERS[scheduler or "ddim"]
         pipeline.scheduler = vars(diffusers)[name].from_config({**pipeline.scheduler.config, **changes})
         default = recipe.num_inference_steps if recipe is not None else 50
         arguments = {

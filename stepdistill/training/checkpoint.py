@@ -4,7 +4,7 @@ checkpoints/step-00000500/generator.safetensors            roles, heads included
                           optimizer.generator.safetensors  moments by parameter name
                           rng.safetensors, method.safetensors
                           state.json                       counters, and size and hash of every other file
-            best/                                          a copy of the one that evaluation liked best
+            best/                                          a copy of the one that evaluation liked best, with best.json
 """
 
 from __future__ import annotations
@@ -107,8 +107,11 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def keep_best(folder: Path, step: int) -> Path:
-    """Make `best` the checkpoint of that step, as hard links where the disk has them: pruning leaves it alone."""
+def keep_best(folder: Path, step: int, facts: Mapping[str, str | int | float]) -> Path:
+    """Make `best` the checkpoint of that step, as hard links where the disk has them: pruning leaves it alone.
+
+    facts: what made it the best, kept beside it as best.json, so that neither can be there without the other.
+    """
     target, aside = folder / BEST, folder / f".{BEST}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -116,9 +119,16 @@ def keep_best(folder: Path, step: int) -> Path:
     except (OSError, shutil.Error):
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(folder / f"{PREFIX}{step:08d}", aside)
+    (aside / "best.json").write_text(json.dumps(dict(facts)))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
     return target
+
+
+def best_facts(folder: Path) -> dict[str, str | int | float] | None:
+    """What made the kept best checkpoint the best; None where there is none."""
+    file = folder / BEST / "best.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else None
 
 
 def steps(folder: Path) -> list[int]:

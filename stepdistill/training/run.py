@@ -4,7 +4,7 @@ RUN/config.yaml      the resolved config
     stats.jsonl      what was computed, one line per `log_every`
     speed.jsonl      what the machine took for it
     grids/           teacher above student
-    evaluation.jsonl, best.json    where the config has an `evaluation` section
+    evaluation.jsonl  where the config has an `evaluation` section
     checkpoints/     see checkpoint.py
 """
 

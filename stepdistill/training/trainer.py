@@ -248,10 +248,10 @@ class Trainer:
         """Let the watcher measure; the best student's checkpoint is kept beside the newest ones."""
         seen = watch(self.counters.iteration)
         tracker.log(self.counters.iteration, dict(seen.values))
-        if seen.best:
+        if seen.best is not None:
             saved = saved if saved == self.counters.iteration else self._save_and_go_on(saved)
             if saved == self.counters.iteration and self.accelerator.is_main_process:
-                checkpoints.keep_best(self.folder / "checkpoints", saved)
+                checkpoints.keep_best(self.folder / "checkpoints", saved, seen.best)
         return saved
 
     def _save_and_go_on(self, before: int) -> int:

@@ -13,11 +13,11 @@ class Seen:
 
     Attributes:
         values: to log, by name.
-        best: this is the best student so far; its checkpoint is kept.
+        best: what made this the best student so far, whose checkpoint is kept; None where it is not.
     """
 
     values: Mapping[str, float]
-    best: bool
+    best: Mapping[str, str | int | float] | None
 
 
 class Watch(Protocol):
