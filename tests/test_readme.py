@@ -13,7 +13,6 @@ def test_the_teachers_numbers_are_the_shipped_statistics() -> None:
     readme = (ROOT / "README.md").read_text()
     seen, drawn = shipped["precision_recall_of_photographs"], shipped["accuracy"]
     halves = [shipped["frechet_of_real_halves"][str(shipped["images"])], *shipped["accuracy_on_photographs"].values()]
-    row = json.loads((ROOT / "stepdistill/assets/teacher_row.json").read_text())["3"]
     rows = {
         "through the autoencoder": [shipped["frechet_of_reconstructions"]],
         "photographs against photographs": [*halves, seen["precision"], seen["recall"]],
@@ -23,7 +22,37 @@ def test_the_teachers_numbers_are_the_shipped_statistics() -> None:
         line = next(line for line in readme.splitlines() if line.startswith(f"| {name} |"))
         written = [float(cell) for cell in line.split("|")[2:-1] if cell.strip()]
         assert all(abs(cell - value) <= 0.00051 for cell, value in zip(written, values, strict=True)), (name, values)
-    quickstart = f"| teacher | {row['network_calls']} | {row['frechet']:.3f} | {row['prompt_accuracy']:.3f} | {row['diversity']:.3f} |"
-    assert quickstart in readme
     assert shipped["command"] in readme
     assert all(shipped["floors"].values())
+
+
+def test_the_quickstarts_numbers_are_those_of_its_report() -> None:
+    """`notebooks/quickstart/report.json` is what `stepdistill quickstart` wrote; its teacher is the shipped row."""
+    report = json.loads((ROOT / "notebooks/quickstart/report.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for row in report["rows"]:
+        numbers = [row["frechet"], row["prompt_accuracy"], row["diversity"], row["saturation"]]
+        cells = " | ".join([str(row["network_calls"]), *(f"{value:.3f}" for value in numbers)])
+        assert f"| {cells} |" in readme, row["name"]
+    assert f"{report['seconds_total']:.0f} s in all" in readme
+    teacher, base, _, student = report["rows"]
+    assert teacher == json.loads((ROOT / "stepdistill/assets/teacher_row.json").read_text())["1.5"]
+    assert student["frechet"] <= min(1.3 * teacher["frechet"], 0.85 * base["frechet"])
+    assert student["prompt_accuracy"] >= teacher["prompt_accuracy"] - 0.02
+    assert student["diversity"] >= 0.9 * teacher["diversity"]
+    assert report["seconds_total"] < 600
+
+
+def test_the_curves_numbers_are_those_of_its_report() -> None:
+    """The distance does not rise up to 8 steps and then stays within two standard errors."""
+    report = json.loads((ROOT / "notebooks/quickstart/curve.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    rows = [(row["steps"], row["metrics"]["fid"], row["metrics"]["fid_error"]) for row in report["rows"]]
+    for steps, distance, error in rows:
+        assert f"| {steps} | {2 * steps} | {distance:.3f} ± {error:.3f} |" in readme
+    early = [distance for steps, distance, _ in rows if steps <= 8]
+    assert early == sorted(early, reverse=True)
+    _, last, last_error = rows[-1]
+    for steps, distance, error in rows:
+        if steps >= 8:
+            assert abs(distance - last) <= 2 * (error**2 + last_error**2) ** 0.5
