@@ -116,6 +116,22 @@ def test_fid_kid_and_recall_equal_torchmetrics_and_torch_fidelity(
     assert measured["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
 
 
+def test_two_resizes_are_two_protocols(folders: tuple[Path, Path], weights: Path, tmp_path: Path) -> None:
+    """torchmetrics 3130, clean-fid 27: the resize and the weights are part of the number, and of a statistics file."""
+    for mode in ("clean", "legacy_pytorch"):
+        ours(folders, weights, mode, tmp_path / mode)
+    with pytest.raises(Refusal, match=r"features_preprocessing: 'clean to 299' and 'legacy_pytorch to 299'"):
+        stepdistill.compare(tmp_path / "clean", tmp_path / "legacy_pytorch")
+    told = {"features": f"inception:{weights}", "device": "cpu"}
+    saved = tmp_path / "reference.npz"
+    first = stepdistill.evaluate_images(*folders, tmp_path / "saving", save_statistics=saved, **told)
+    assert len(first.record.features_weights) == 64
+    second = stepdistill.evaluate_images(folders[1], saved, tmp_path / "reading", **told)
+    assert second.rows[0].metrics["fid"] == pytest.approx(first.rows[0].metrics["fid"], rel=1e-6)
+    with pytest.raises(Refusal, match="'clean to 299' and the features now have 'legacy_tensorflow to 299'"):
+        stepdistill.evaluate_images(folders[1], saved, tmp_path / "wrong", resize="legacy_tensorflow", **told)
+
+
 @pytest.fixture
 def offline_clean_fid(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """clean-fid finds these weights instead of fetching its own; returns the TorchScript file."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +19,9 @@ from torch import nn
 
 import stepdistill
 from stepdistill.errors import Refusal
-from stepdistill.evaluation import features as feature_module
 from stepdistill.evaluation import inception
 from stepdistill.evaluation.diversity import brightness, sharpness
-from stepdistill.evaluation.features import FeatureExtractor, FeatureRecord, load_extractor
+from stepdistill.evaluation.features import FeatureExtractor, FeatureRecord, cache_folder, load_extractor
 from stepdistill.evaluation.frechet import (
     frechet_between,
     frechet_distance,
@@ -269,7 +271,17 @@ def test_nothing_is_fetched_unless_asked_for(tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"
     file.write_bytes(b"")
     assert find_inception(tmp_path / "cache", download=False) == file
-    assert str(feature_module.CACHE).startswith(str(Path.home()))
+    assert cache_folder().is_relative_to(Path.home())
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "mine"))
+    file.unlink()
+    with pytest.raises(Refusal, match=re.escape(str(tmp_path / "mine"))):
+        load_extractor("inception")
+
+
+def test_no_square_root_of_scipy_is_in_the_way() -> None:
+    """scipy 22427: sqrtm lost an argument in 1.18 and took clean-fid and pytorch-fid with it."""
+    code = "import sys, stepdistill.evaluation.frechet; sys.exit('scipy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_download_with_another_hash_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +30,7 @@ from stepdistill.evaluation.judge import Judge
 from stepdistill.evaluation.resize import ResizeMode, normalise, resize299
 
 Features = NDArray[np.float32]
-CACHE = Path.home() / ".cache" / "stepdistill"
+CACHE_VARIABLE = "STEPDISTILL_CACHE"
 INTERNAL_BATCH = 32
 """Every network call has this many rows, the last one padded: convolutions round differently at other batch sizes."""
 
@@ -41,6 +42,11 @@ class FeatureRecord:
     name: str
     weights: str
     preprocessing: str
+
+
+def cache_folder() -> Path:
+    """Where weights are looked for and fetched to: the user's own folder, or $STEPDISTILL_CACHE."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "stepdistill")
 
 
 class FeatureExtractor:
@@ -108,7 +114,9 @@ def load_extractor(
     """
     kind, _, weights = name.partition(":")
     if kind == "inception":
-        return _inception(Path(weights) if weights else find_inception(CACHE, download=download), resize, device)
+        return _inception(
+            Path(weights) if weights else find_inception(cache_folder(), download=download), resize, device
+        )
     if kind == "judge":
         return _judge(device)
     if kind == "random":
