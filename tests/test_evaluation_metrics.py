@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import re
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -243,6 +245,26 @@ def test_any_network_serves_and_its_width_is_found() -> None:
     for wrong, words in ((lambda x: x.flatten(), "D >= 2"), (lambda x: x.mean((2, 3)) * np.nan, "NaN")):
         with pytest.raises(Refusal, match=words):
             extractor(wrong)(list(pictures(3)))
+
+
+def test_a_closed_network_is_gone_and_the_device_is_the_one_that_was_named() -> None:
+    """torchmetrics 1959, clean-fid 60: memory that stayed with the metric; a network that went to cuda:0 whatever was asked."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    gone, closing = weakref.ref(network), extractor(network)
+    closing(list(pictures(2)))
+    closing.close()
+    del network
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="'means' has been closed"):
+        closing(list(pictures(2)))
+    seen: list[torch.device] = []
+    asked = FeatureExtractor(
+        FeatureRecord("x", "", ""), lambda image: torch.from_numpy(image).float(), lambda x: (seen.append(x.device), x.mean((2, 3)))[1],
+        device="cpu",
+    )  # fmt: skip
+    asked(list(pictures(2)))
+    assert seen == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize(

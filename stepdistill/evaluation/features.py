@@ -93,6 +93,14 @@ class FeatureExtractor:
                 )
             yield features
 
+    def close(self) -> None:
+        """Let go of the network and its memory on the device; it answers no more after this."""
+
+        def closed(x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError(f"the feature network {self.record.name!r} has been closed")
+
+        self._network = closed
+
     def __call__(self, images: Iterable[Picture]) -> Features:
         """Features (N, D) of all images at once."""
         return np.concatenate(list(self.stream(images)))
