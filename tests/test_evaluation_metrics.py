@@ -415,6 +415,11 @@ def test_two_folders_of_mixed_sizes_are_measured(tmp_path: Path) -> None:
     network = load_extractor("random")
     expected = frechet_of_features(network(images), network(list(pictures(50, 1, 40))))
     assert found["fid"] == pytest.approx(expected, rel=1e-6)
+    saved = tmp_path / "reference.npz"
+    told = {"features": "random", "metrics": ["fid", "kid"], "device": "cpu"}
+    stepdistill.evaluate_images(b, a, tmp_path / "saving", save_statistics=saved, **told)
+    again = stepdistill.evaluate_images(a, saved, tmp_path / "reading", **told).rows[0].metrics
+    assert again["fid"] == pytest.approx(expected, rel=1e-6)
     for name in ("report.json", "report.md", "report.html"):
         assert (tmp_path / "out" / name).stat().st_size > 300
     with pytest.raises(Refusal, match="did you mean 'precision'"):

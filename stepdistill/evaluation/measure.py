@@ -257,7 +257,9 @@ def _compute(
         if name in metrics and name in measured.drift:
             mean = measured.drift[name] / measured.count
             found[name] = float(np.sqrt(mean)) if name == "sharpness" else mean
-    floor = noise_floor(theirs.covariance, mine.count, theirs.count) if theirs.count > 0 else None
+    floor = None
+    if "fid" in metrics and theirs.count > 0:
+        floor = noise_floor(theirs.covariance, mine.count, theirs.count)
     return Values(found, floor)
 
 
