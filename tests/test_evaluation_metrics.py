@@ -22,7 +22,8 @@ from torch import nn
 import stepdistill
 from stepdistill.errors import Refusal
 from stepdistill.evaluation import inception
-from stepdistill.evaluation.diversity import brightness, sharpness
+from stepdistill.evaluation.diversity import brightness, pairwise_diversity, sharpness
+from stepdistill.evaluation.fashion import evaluation_set
 from stepdistill.evaluation.features import FeatureExtractor, FeatureRecord, cache_folder, load_extractor
 from stepdistill.evaluation.frechet import (
     frechet_between,
@@ -390,6 +391,18 @@ def test_files_that_are_no_statistics_are_refused(kind: str, words: str, tmp_pat
 
 
 # ---------------------------------------------------------------- together
+
+
+def test_diversity_is_the_quickstarts_whatever_the_list_repeats() -> None:
+    """Groups are runs of one prompt: a caption that comes back later in the list does not shrink them to pairs."""
+    prompts, _ = evaluation_set(1536)
+    assert len(set(prompts)) < 128 + 1024  # the list does repeat itself
+    rng = np.random.default_rng(0)
+    own = Measured(FeatureStatistics.of(features := rng.normal(size=(1536, 64)).astype(np.float32)), features)
+    reference = Measured(FeatureStatistics.of(rng.normal(size=(200, 64))))
+    found = compute(own, reference, ["diversity"], rng, prompts).metrics["diversity"]
+    expected = pairwise_diversity(features[:512].reshape(128, 4, 64), reference.statistics.mean)
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_metrics_that_need_more_than_statistics_say_so() -> None:

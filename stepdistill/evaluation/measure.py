@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -294,12 +296,16 @@ def _with_features(
 
 
 def _groups(features: NDArray[np.float32], prompts: Sequence[str]) -> NDArray[np.float32] | None:
-    """(P, K, D): the prompts with more than one image, K the least number among them; None without any."""
-    by_prompt: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_prompt.setdefault(prompt, []).append(index)
-    shared = [rows for rows in by_prompt.values() if len(rows) > 1]
-    if not shared:
+    """(P, K, D): runs of images of one prompt, as protocols draw them; None without any.
+
+    K is the length that most images in runs have: a prompt that a long list happens to hold twice is no group.
+    """
+    numbered = groupby(range(len(prompts)), key=lambda index: prompts[index])
+    runs = [rows for _, members in numbered if len(rows := list(members)) > 1]
+    if not runs:
         return None
-    fewest = min(len(rows) for rows in shared)
-    return np.stack([features[rows[:fewest]] for rows in shared])
+    images = Counter[int]()
+    for rows in runs:
+        images[len(rows)] += len(rows)
+    length = images.most_common(1)[0][0]
+    return np.stack([features[rows] for rows in runs if len(rows) == length])
