@@ -27,6 +27,16 @@ def test_merge_and_updates_equal_one_pass(tmp_path: Path) -> None:
         np.testing.assert_allclose(statistics.covariance, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 40, 1000])
+def test_a_stream_gathered_by_the_hundred_is_one_pass(rows: int) -> None:
+    features = np.random.default_rng(1).normal(3.0, 2.0, (301, 5))
+    gathered = FeatureStatistics.gather(iter(np.array_split(features, 17)), rows)
+    assert gathered is not None
+    assert gathered.count == 301
+    np.testing.assert_allclose(gathered.covariance, np.cov(features, rowvar=False), rtol=1e-10)
+    assert FeatureStatistics.gather(iter([])) is None
+
+
 def test_frechet_of_commuting_covariances() -> None:
     """Same eigenvectors: |mu1 - mu2|^2 + sum (sqrt l1 - sqrt l2)^2."""
     rng = np.random.default_rng(1)

@@ -95,13 +95,15 @@ def measure_images(
                     sums[name] += value * value if name == "sharpness" else value
             yield image
 
-    statistics: FeatureStatistics | None = None
-    kept = []
-    for features in extractor.stream(watched()):
-        statistics = statistics or FeatureStatistics(features.shape[1])
-        statistics.update(features)
-        if keep:
-            kept.append(features)
+    kept: list[NDArray[np.float32]] = []
+
+    def features() -> Iterable[NDArray[np.float32]]:
+        for part in extractor.stream(watched()):
+            if keep:
+                kept.append(part)
+            yield part
+
+    statistics = FeatureStatistics.gather(features())
     if statistics is None:
         raise Refusal("there is no image to measure: give at least two")
     return Measured(statistics, np.concatenate(kept) if keep else None, sums if drift else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,26 @@ class FeatureStatistics:
         statistics.update(features)
         return statistics
 
+    @classmethod
+    def gather(cls, parts: Iterable[NDArray[np.floating]], rows: int = 512) -> FeatureStatistics | None:
+        """The statistics of a stream of (n, D), taken in by the `rows`: a D x D update for every few images is what costs.
+
+        None where nothing came.
+        """
+        statistics: FeatureStatistics | None = None
+        waiting: list[NDArray[np.floating]] = []
+        held = 0
+        for part in parts:
+            statistics = statistics or cls(part.shape[1])
+            waiting.append(part)
+            held += len(part)
+            if held >= rows:
+                statistics.update(np.concatenate(waiting))
+                waiting, held = [], 0
+        if statistics is not None and waiting:
+            statistics.update(np.concatenate(waiting))
+        return statistics
+
     @property
     def covariance(self) -> NDArray[np.float64]:
         """The unbiased covariance (D, D)."""
@@ -47,7 +68,12 @@ class FeatureStatistics:
             return
         x = np.asarray(features, dtype=np.float64)
         mean = x.mean(axis=0)
-        self._combine(len(x), mean, (x - mean).T @ (x - mean))
+        total, shift = self.count + len(x), mean - self.mean
+        # the shift between the means joins the rows, so that one product adds everything: D x D memory is what costs
+        rows = np.vstack([x - mean, shift * np.sqrt(self.count * len(x) / total)])
+        self._scatter += rows.T @ rows
+        self.mean = self.mean + shift * (len(x) / total)
+        self.count = total
 
     def merge(self, other: FeatureStatistics) -> None:
         """Takes in all that ``other`` has seen."""
