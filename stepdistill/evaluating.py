@@ -103,14 +103,15 @@ def evaluate(
         own_w = guidance if guidance is not None else (recipe.guidance_scale if recipe else 7.5)
         own_steps = list(steps) or [recipe.num_inference_steps if recipe else 50]
         label = "student" if recipe is not None else "model"
-        samplers = [_sampler(f"{label}-{n}", pipeline, recipe, n, own_w, scheduler, chosen) for n in own_steps]
+        student = Candidate(pipeline, recipe, _network_hash(pipeline))
+        samplers = [_sampler(f"{label}-{n}", student, n, own_w, scheduler, chosen) for n in own_steps]
         if teacher_steps is not None:
-            origin = recipe.base if recipe is not None else base
-            teacher = (
-                load_artefact(resolve(origin), None, dtype_of(dtype), place)[0] if recipe is not None else pipeline
-            )
+            teacher = student
+            if recipe is not None:
+                origin = load_artefact(resolve(recipe.base), None, dtype_of(dtype), place)[0]
+                teacher = Candidate(origin, None, _network_hash(origin))
             w = teacher_guidance if teacher_guidance is not None else (recipe.baked_guidance if recipe else own_w)
-            samplers.insert(0, _sampler("teacher", teacher, None, teacher_steps, w, "ddim", chosen))
+            samplers.insert(0, _sampler("teacher", teacher, teacher_steps, w, "ddim", chosen))
         return evaluate_samplers(
             samplers, protocol, plan, wanted, extractor, reference, Path(output), metrics=plan.metrics, beside=scores,
             keep_images=keep_images, recursive=recursive, allow_lossy=allow_lossy, stats=stats,
@@ -127,10 +128,22 @@ class Settings:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A loaded pipeline, the recipe that came with it, and the hash of its network, adapters included."""
+
+    pipeline: DiffusionPipeline
+    recipe: Recipe | None
+    weights: str
+
+
+def _network_hash(pipeline: DiffusionPipeline) -> str:
+    return weights_hash(pipeline.unet if "unet" in pipeline.components else pipeline.transformer)[:16]
+
+
 def _sampler(
     name: str,
-    pipe: DiffusionPipeline,
-    recipe: Recipe | None,
+    candidate: Candidate,
     steps: int,
     w: float,
     scheduler: str | None,
@@ -140,14 +153,14 @@ def _sampler(
 
     def drawn(texts: Sequence[str], seeds: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         return draw(
-            pipe, texts, seeds, recipe=recipe, steps=steps, guidance=w, size=shared.size, scheduler=scheduler,
+            candidate.pipeline, texts, seeds, recipe=candidate.recipe, steps=steps, guidance=w, size=shared.size, scheduler=scheduler,
             batch_size=shared.batch_size, quantize=shared.quantize,
         )  # fmt: skip
 
-    network = pipe.unet if "unet" in pipe.components else pipe.transformer
+    recipe = candidate.recipe
     solver = scheduler or (recipe.scheduler_class if recipe is not None else "ddim")
     told = describe(
-        {"network": weights_hash(network)[:16], "solver": solver, "steps": steps, "w": f"{w:g}", "dtype": shared.dtype, "size": shared.size}
+        {"network": candidate.weights, "solver": solver, "steps": steps, "w": f"{w:g}", "dtype": shared.dtype, "size": shared.size}
     )  # fmt: skip
     return Sampler(name, steps, steps * (2 if w > 1 else 1), w, told, drawn)
 

@@ -10,6 +10,7 @@ shard, so whatever a killed run leaves beside it is ignored and overwritten. Noi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -282,6 +283,15 @@ def fault_of(folder: Path, index: Index, number: int) -> str | None:
     except (SafetensorError, OSError) as error:
         return " ".join(str(error).split())
     return None if found == wanted else f"it holds {found}, not {wanted}"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+
 import numpy as np
 from numpy.typing import NDArray
+
+
+def prompt_groups(prompts: Sequence[str]) -> list[list[int]]:
+    """Indices of the images of one prompt, P groups of K: runs of equal prompts, as protocols draw them; maybe none.
+
+    K is the length that most images in runs have: a prompt that a long list happens to hold twice is no group.
+    """
+    numbered = groupby(range(len(prompts)), key=lambda index: prompts[index])
+    runs = [rows for _, members in numbered if len(rows := list(members)) > 1]
+    images = Counter[int]()
+    for rows in runs:
+        images[len(rows)] += len(rows)
+    return [rows for rows in runs if len(rows) == images.most_common(1)[0][0]]
 
 
 def pairwise_diversity(groups: NDArray[np.floating], centre: NDArray[np.floating]) -> float:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
+from stepdistill.data.tensors import write_atomically
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.images import Picture, read_all, shard
 from stepdistill.evaluation.protocols import PromptSet
@@ -130,9 +131,7 @@ def claim(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str,
     state.wait_for_everyone()
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        temporary = output / ".evaluation.tmp"
-        temporary.write_text(json.dumps({**marker, "samplers": known}, indent=2))
-        os.replace(temporary, file)
+        write_atomically(file, json.dumps({**marker, "samplers": known}, indent=2).encode())
     state.wait_for_everyone()
 
 

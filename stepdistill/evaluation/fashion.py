@@ -27,6 +27,8 @@ from stepdistill.evaluation.statistics import FeatureStatistics
 SEEDS_PER_PROMPT = 4
 IMAGES = 1536
 """24 times the feature dimension."""
+SEED = 1_000_000
+"""Image i of any protocol has the seed SEED + i, whatever process draws it."""
 UNIT = 12
 """Of every UNIT images, SEEDS_PER_PROMPT share a prompt."""
 
@@ -78,7 +80,7 @@ def evaluation_set(images: int = IMAGES) -> tuple[list[str], list[int]]:
     if images - groups * (SEEDS_PER_PROMPT - 1) > len(prompts):
         raise Refusal(f"the protocol has {len(prompts)} prompts, too few for {images} images: take fewer")
     grouped = [prompt for prompt in prompts[:groups] for _ in range(SEEDS_PER_PROMPT)]
-    return grouped + prompts[groups : images - len(grouped) + groups], [1_000_000 + i for i in range(images)]
+    return grouped + prompts[groups : images - len(grouped) + groups], [SEED + i for i in range(images)]
 
 
 def attribute_shares(judge: Judge, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float64]:

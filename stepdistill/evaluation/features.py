@@ -23,9 +23,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from stepdistill.assets import FOLDER
+from stepdistill.data.tensors import file_hash
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.images import Picture
-from stepdistill.evaluation.inception import file_hash, find_inception, load_inception
+from stepdistill.evaluation.inception import find_inception, load_inception
 from stepdistill.evaluation.judge import Judge
 from stepdistill.evaluation.resize import ResizeMode, normalise, resize299
 

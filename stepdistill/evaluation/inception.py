@@ -5,7 +5,6 @@ The blocks are torch-fidelity's; the weights are the user's file, in any of thre
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from pathlib import Path
 
@@ -138,15 +137,6 @@ def find_inception(cache: Path, *, download: bool) -> Path:
             f"the Inception weights could not be fetched ({error}): put {NAMES[0]!r} into {str(cache)!r} by hand"
         ) from None
     return target
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
+from stepdistill.data.tensors import file_hash
 from stepdistill.errors import Refusal
 from stepdistill.evaluation import diversity, kernels
 from stepdistill.evaluation.features import FeatureExtractor
@@ -27,10 +26,9 @@ from stepdistill.evaluation.frechet import (
     noise_floor,
 )
 from stepdistill.evaluation.images import Picture, PixelChain, list_images, read_all, shard
-from stepdistill.evaluation.inception import file_hash
 from stepdistill.evaluation.manifold import manifold
 from stepdistill.evaluation.protocols import Metric
-from stepdistill.evaluation.statistics import FeatureStatistics, read_record
+from stepdistill.evaluation.statistics import FeatureStatistics, load_stored
 
 logger = logging.getLogger(__name__)
 KEEP_FEATURES: frozenset[Metric] = frozenset(
@@ -163,8 +161,8 @@ def read_reference(
     """
     path = Path(source)
     if path.suffix in (".npz", ".npy"):
-        statistics = FeatureStatistics.load(path)
-        record = read_record(path)
+        stored = load_stored(path)
+        record = stored.record
         here = made_with(extractor, chain)
         for key, now in here.items():
             if key in record and record[key] != now:
@@ -174,9 +172,7 @@ def read_reference(
                 )
         if not set(here) <= set(record) and path.parent != FOLDER:
             logger.warning("%s does not say how it was made: network, resize and crop are taken on trust", path)
-        with np.load(path, allow_pickle=False) as data:
-            features = data["features"].astype(np.float32) if "features" in data else None
-        return Measured(statistics, features if keep else None, {}, file_hash(path))
+        return Measured(stored.statistics, stored.features if keep else None, {}, file_hash(path))
     paths = list_images(path, recursive=recursive, allow_lossy=lossy)
     listing = "\n".join(f"{file.relative_to(path).as_posix()} {file.stat().st_size}" for file in paths)
     measured = measure_shard(paths, extractor, keep=keep, chain=chain)
@@ -292,22 +288,6 @@ def _with_features(
         found |= {name: value for name, value in vars(manifold(a, b)).items() if name in wanted}
     if "cmmd" in metrics and other is not None:
         found["cmmd"] = kernels.clip_mmd(features, other)
-    if "diversity" in metrics and (groups := _groups(features, prompts)) is not None:
-        found["diversity"] = diversity.pairwise_diversity(groups, reference.statistics.mean)
+    if "diversity" in metrics and (groups := diversity.prompt_groups(prompts)):
+        found["diversity"] = diversity.pairwise_diversity(features[np.array(groups)], reference.statistics.mean)
     return found
-
-
-def _groups(features: NDArray[np.float32], prompts: Sequence[str]) -> NDArray[np.float32] | None:
-    """(P, K, D): runs of images of one prompt, as protocols draw them; None without any.
-
-    K is the length that most images in runs have: a prompt that a long list happens to hold twice is no group.
-    """
-    numbered = groupby(range(len(prompts)), key=lambda index: prompts[index])
-    runs = [rows for _, members in numbered if len(rows := list(members)) > 1]
-    if not runs:
-        return None
-    images = Counter[int]()
-    for rows in runs:
-        images[len(rows)] += len(rows)
-    length = images.most_common(1)[0][0]
-    return np.stack([features[rows] for rows in runs if len(rows) == length])

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from stepdistill.errors import Refusal
+from stepdistill.evaluation.diversity import prompt_groups
 from stepdistill.evaluation.images import Picture, ValueRange
 
 Backbone = Literal["alex", "vgg", "squeeze"]
@@ -77,13 +78,8 @@ class Lpips:
 
         pick: global indices -> images, asked for one prompt at a time.
         """
-        by_prompt: dict[str, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            by_prompt.setdefault(prompt, []).append(index)
         total, count = 0.0, 0
-        for rows in by_prompt.values():
-            if len(rows) < 2:
-                continue
+        for rows in prompt_groups(prompts):
             images = torch.stack([torch.from_numpy(image.copy()) for image in pick(rows)]).permute(0, 3, 1, 2).float()
             pairs = list(combinations(range(len(rows)), 2))
             first, second = images[[a for a, _ in pairs]], images[[b for _, b in pairs]]

@@ -19,13 +19,11 @@ from stepdistill.assets import FOLDER
 from stepdistill.config import Settings, read_settings
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import Refusal
-from stepdistill.evaluation.fashion import evaluation_set
+from stepdistill.evaluation.fashion import SEED, evaluation_set
 from stepdistill.evaluation.images import PixelChain, Quantize
 from stepdistill.evaluation.resize import ResizeMode
 
 PROTOCOLS = FOLDER / "protocols"
-SEED = 1_000_000
-"""Image i of a protocol has the seed SEED + i, whatever process draws it."""
 
 Metric = Literal[
     "fid", "fid_error", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "cmmd", "prompt_accuracy", "diversity",

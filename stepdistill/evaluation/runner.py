@@ -18,8 +18,10 @@ from accelerate import PartialState
 
 from stepdistill.assets import FOLDER
 from stepdistill.data.fashion import parse_caption
+from stepdistill.data.tensors import write_atomically
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.drawing import Drawn, Sampler, claim, draw_missing
+from stepdistill.evaluation.fashion import SEED
 from stepdistill.evaluation.features import FeatureExtractor
 from stepdistill.evaluation.images import Picture
 from stepdistill.evaluation.measure import (
@@ -35,7 +37,7 @@ from stepdistill.evaluation.measure import (
 from stepdistill.evaluation.page import html_page
 from stepdistill.evaluation.pictures import PictureScores, score_pictures
 from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, qualified, text_hash
-from stepdistill.evaluation.report import Record, Report, ReportRow, markdown, write_whole
+from stepdistill.evaluation.report import Record, Report, ReportRow, markdown
 from stepdistill.evaluation.text import Unavailable, Values, win_rate
 
 logger = logging.getLogger(__name__)
@@ -168,7 +170,7 @@ def make_record(
         protocol=Path(name).stem if name.endswith((".yaml", ".yml")) else name,
         prompts_sha256=prompts_sha256,
         images=images,
-        seeds="1000000 + global index" if prompts_sha256 else "",
+        seeds=f"{SEED} + global index" if prompts_sha256 else "",
         reference=Path(source).name,
         reference_sha256=reference.identity,
         reference_count=reference.count,
@@ -242,10 +244,11 @@ def _write(report: Report, output: Path, pictures: Mapping[str, Sequence[Picture
     """report.json and report.md first: a page that cannot be drawn must not lose hours of numbers."""
     state = PartialState()
     if state.is_main_process:
-        write_whole(output / "report.json", report.to_json() + "\n")
-        write_whole(output / "report.md", markdown(report))
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "report.json", (report.to_json() + "\n").encode())
+        write_atomically(output / "report.md", markdown(report).encode())
         try:
-            write_whole(output / "report.html", html_page(report, pictures, stats))
+            write_atomically(output / "report.html", html_page(report, pictures, stats).encode())
         except ImportError as error:
             logger.warning("report.html was not written (%s): pip install 'stepdistill[evaluation]'", error)
     state.wait_for_everyone()

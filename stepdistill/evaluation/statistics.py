@@ -6,6 +6,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -68,27 +69,26 @@ class FeatureStatistics:
             return
         x = np.asarray(features, dtype=np.float64)
         mean = x.mean(axis=0)
-        total, shift = self.count + len(x), mean - self.mean
-        # the shift between the means joins the rows, so that one product adds everything: D x D memory is what costs
-        rows = np.vstack([x - mean, shift * np.sqrt(self.count * len(x) / total)])
-        self._scatter += rows.T @ rows
-        self.mean = self.mean + shift * (len(x) / total)
-        self.count = total
+        self._combine(len(x), mean, x - mean)
 
     def merge(self, other: FeatureStatistics) -> None:
         """Takes in all that ``other`` has seen."""
         self._own()
         other._own()
         if other.count > 0:
-            self._combine(other.count, other.mean, other._scatter)
+            self._scatter += other._scatter
+            self._combine(other.count, other.mean, np.zeros((0, len(self.mean))))
 
     def _own(self) -> None:
         if self._foreign:
             raise ValueError("statistics without a count, from another library's file, cannot be added to")
 
-    def _combine(self, count: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> None:
+    def _combine(self, count: int, mean: NDArray[np.float64], centred: NDArray[np.float64]) -> None:
+        """Take in `count` vectors of this mean; `centred` are those whose scatter is not counted yet."""
         total, shift = self.count + count, mean - self.mean
-        self._scatter = self._scatter + scatter + np.outer(shift, shift) * (self.count * count / total)
+        # the shift between the means joins the rows, so that one product adds everything: D x D memory is what costs
+        rows = np.vstack([centred, shift * np.sqrt(self.count * count / total)])
+        self._scatter += rows.T @ rows
         self.mean = self.mean + shift * (count / total)
         self.count = total
 
@@ -104,21 +104,26 @@ class FeatureStatistics:
         Raises:
             Refusal: missing, not an npz, without `mu` and `sigma`, or of shapes that do not fit.
         """
-        mean, covariance, count, _ = _read(Path(path))
-        statistics = cls(len(mean))
-        statistics.count, statistics.mean = count, mean
-        # without a count the covariance is held as that of two vectors; such statistics cannot be merged
-        statistics._scatter = covariance * (max(count, 2) - 1)
-        statistics._foreign = count == 0
-        return statistics
+        return load_stored(path).statistics
 
 
-def read_record(path: str | Path) -> dict[str, str]:
-    """What a statistics file says about where it came from; empty for other libraries' files. Raises as `load`."""
-    return _read(Path(path))[3]
+@dataclass(frozen=True)
+class Stored:
+    """A statistics file.
+
+    Attributes:
+        record: what it says about where it came from; empty for other libraries' files.
+        features: (N, D) where it holds some.
+    """
+
+    statistics: FeatureStatistics
+    record: dict[str, str]
+    features: NDArray[np.float32] | None
 
 
-def _read(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64], int, dict[str, str]]:
+def load_stored(path: str | Path) -> Stored:
+    """All that a statistics file holds. Raises as `FeatureStatistics.load`."""
+    path = Path(path)
     if not path.is_file():
         raise Refusal(f"there are no statistics {str(path)!r}: check the path")
     try:
@@ -145,4 +150,10 @@ def _read(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64], int, di
         count = int(arrays["count"]) if "count" in arrays else 0
     except (ValueError, TypeError) as error:
         raise Refusal(f"{str(path)!r} has an unreadable record or count ({error}): measure it again") from None
-    return mean, covariance, count, record
+    statistics = FeatureStatistics(len(mean))
+    statistics.count, statistics.mean = count, mean
+    # without a count the covariance is held as that of two vectors; such statistics cannot be merged
+    statistics._scatter = covariance * (max(count, 2) - 1)
+    statistics._foreign = count == 0
+    features = arrays["features"].astype(np.float32) if "features" in arrays else None
+    return Stored(statistics, record, features)

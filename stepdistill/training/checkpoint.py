@@ -9,7 +9,6 @@ checkpoints/step-00000500/generator.safetensors            roles, heads included
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stepdistill.data.tensors import file_hash
 from stepdistill.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def write(
             path = aside / f"{stem}.safetensors"
             save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, path)
             _sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         state = aside / "state.json"
         state.write_text(json.dumps({"counters": dict(counters), "files": files}, indent=2, sort_keys=True))
         _sync(state)
@@ -82,7 +82,7 @@ def read(path: Path) -> Saved:
         state = json.loads((path / "state.json").read_text())
         for name, facts in state["files"].items():
             file = path / name
-            if file.stat().st_size != facts["bytes"] or _hash(file) != facts["sha256"]:
+            if file.stat().st_size != facts["bytes"] or file_hash(file) != facts["sha256"]:
                 raise Refusal(
                     f"the checkpoint {path} is corrupt ({name} is not what was written): resume from an earlier one"
                 )
@@ -135,14 +135,6 @@ def steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint folder, ascending."""
     found = [path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*")] if folder.is_dir() else []
     return sorted(int(step) for step in found if step.isdigit())
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
