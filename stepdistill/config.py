@@ -33,6 +33,14 @@ class ModelConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of the frozen base")
     size: tuple[int, int] | None = Field(None, description="(height, width) in pixels; the checkpoint's own by default")
     negative_prompt: str = Field("", description="prompt of the unconditional branch in teacher guidance")
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none", description="of the frozen base, for LoRA roles; exports are proved on the unquantised base"
+    )
+    attention: Literal["sdpa", "xformers"] = Field("sdpa", description="kernel of the network's attention")
+    compile: bool = Field(False, description="torch.compile the networks' blocks")
+    channels_last: bool = Field(
+        False, description="memory layout of the networks; helps convolutions in half precision"
+    )
 
 
 class RoleConfig(Settings):
@@ -49,6 +57,7 @@ class RoleConfig(Settings):
 class OptimizerConfig(Settings):
     """AdamW for one role. Schedules count this role's own updates."""
 
+    kind: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments in 8 bit, by bitsandbytes")
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0)
@@ -76,7 +85,21 @@ class DataConfig(Settings):
         None, description=".txt, .jsonl, .csv or .parquet file, or 'builtin:general', 'builtin:fashion'"
     )
     prompt_column: str | None = Field(None, description="column or key of the prompt in a table")
-    images: str | None = Field(None, description="folder of images with captions, for the GAN term")
+    images: str | None = Field(
+        None,
+        description="images with captions, for the GAN term: a folder, WebDataset shards ('data/part-*.tar'), or a data set "
+        "of the datasets library ('hf:NAME' or 'hf:PATH')",
+    )
+    image_column: str = Field("image", description="column of a data set's images")
+    caption_column: str | None = Field(
+        None, description="column or key of the captions; text, caption or prompt by default"
+    )
+    split: str = Field("train", description="split of a data set")
+    streaming: bool = Field(False, description="read a data set as it comes, without having all of it on this disk")
+    buckets: list[tuple[int, int]] = Field(
+        default_factory=list,
+        description="(height, width) sizes that images are sorted into by aspect ratio; model.size alone by default",
+    )
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     max_bad_share: float = Field(
@@ -94,6 +117,14 @@ class TrainingConfig(Settings):
     gradient_checkpointing: bool = False
     ema: float = Field(0.0, ge=0, lt=1, description="EMA decay of the generator, per generator update; 0 is off")
     device: str | None = Field(None, description="'cuda', 'cpu', 'mps'; the best available by default")
+    sharding: Literal["auto", "replicated", "full"] = Field(
+        "auto",
+        description="full: every process holds a share of every network (FSDP2); auto: as `accelerate launch` says",
+    )
+    offload: list[Literal["optimizer", "ema"]] = Field(
+        default_factory=list, description="what is kept in main memory between its uses"
+    )
+    tf32: bool = Field(False, description="TensorFloat-32 products on CUDA")
     threads: int | None = Field(None, gt=0, description="CPU threads")
     save_every: int = Field(500, gt=0, description="iterations between checkpoints; one is always written at the end")
     keep: int = Field(2, gt=0, description="newest checkpoints kept")
@@ -102,6 +133,14 @@ class TrainingConfig(Settings):
     grid_prompts: int = Field(8, gt=0)
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     max_bad_steps: int = Field(10, gt=0, description="non-finite steps in a row that stop the run")
+
+
+class CacheConfig(Settings):
+    """What encoders say, on disk; see `stepdistill cache`. A cache that fits no longer is made anew."""
+
+    folder: str = Field(description="where caches live; runs may share one")
+    text: bool = Field(True, description="text embeddings; the text encoders leave memory once it is warm")
+    latents: bool = Field(True, description="latents of the training images")
 
 
 class EvaluationConfig(Settings):
@@ -120,12 +159,16 @@ class EvaluationConfig(Settings):
 class RunConfig(Settings):
     """One training run, as a YAML file."""
 
+    preset: Literal["8gb", "12gb", "24gb", "80gb"] | None = Field(
+        None, description="defaults for a card of that memory, beneath every key that is written out"
+    )
     model: ModelConfig
     method: dict[str, Any] = Field(description="'name' and the options of that method")
     roles: RoleConfigs = RoleConfigs()
     optimizers: OptimizerConfigs = OptimizerConfigs()
     data: DataConfig = DataConfig()
     training: TrainingConfig
+    cache: CacheConfig | None = None
     evaluation: EvaluationConfig | None = None
     output: str = "runs/run"
     init: str | None = Field(None, description="earlier run whose trained roles this one starts from (staged training)")
