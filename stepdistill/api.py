@@ -24,6 +24,7 @@ from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.grids import as_floats, save_images, tile
+from stepdistill.training.processes import check_launcher
 from stepdistill.training.run import Outcome, describe, open_run, train
 from stepdistill.training.session import DTYPES, best_device, prepare
 from stepdistill.watching import StudentWatch
@@ -51,6 +52,7 @@ def leave_processes() -> None:
 
 def dry_run(config: RunConfig) -> list[str]:
     """Check a config as training would, without loading a weight; lines that describe the run. Raises Refusal."""
+    check_launcher(config.training)
     return describe(prepare(config))
 
 
