@@ -110,7 +110,7 @@ class StudentWatch:
             rows = indices[start : start + BATCH]
             draws = Draws(0, 0, "evaluation", [self.prompts.seeds[i] for i in rows], session.device, session.dtype)
             texts = [self.prompts.prompts[i] for i in rows]
-            cond = plan.family.encode(session.checkpoint, texts, [ImageSize.plain(*plan.setting.size)] * len(rows))
+            cond = session.encoder.text(texts, [ImageSize.plain(*plan.setting.size)] * len(rows))
             noise = draws.normal("noise", plan.setting.latent_shape)
             latents = student_latents(session, denoiser, cond, noise, draws)
             decoded = torch.cat([plan.family.decode(session.checkpoint, latent[None]) for latent in latents])

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from stepdistill.config import RunConfig, load_config
 from stepdistill.errors import Refusal
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.caching import warm
 from stepdistill.training.session import Plan, Session, open_session, prepare
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.watch import Watch
@@ -74,7 +75,7 @@ def train(
         log_with=list(config.training.trackers) or None,
         project_dir=str(folder),
     )
-    session = open_session(plan, accelerator.device)
+    session = open_session(plan, accelerator.device, warm(plan, accelerator.device))
     trainer = Trainer(session, folder, accelerator, watcher(session, folder) if watcher is not None else None)
     if checkpoint is not None:
         trainer.load(checkpoint)
