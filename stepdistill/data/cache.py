@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -206,7 +206,11 @@ class EntryWriter:
 
     def __enter__(self) -> EntryWriter:
         self.entries.path.mkdir(parents=True, exist_ok=True)
-        self._lock.acquire()
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            log.info("another process is filling %s: waiting for it", self.entries.path)
+            self._lock.acquire()
         for stale in self.entries.path.glob("*.tmp"):
             stale.unlink()
         self.entries.reload()
