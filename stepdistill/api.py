@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 
 from stepdistill.assets import resolve
 from stepdistill.config import RunConfig
@@ -28,7 +29,9 @@ from stepdistill.training.run import Outcome, describe, open_run, train
 from stepdistill.training.session import DTYPES, best_device, prepare
 from stepdistill.watching import StudentWatch
 
-__all__ = ["CollectConfig", "cache", "collect", "distill", "dry_run", "export", "load_teacher", "sample"]
+__all__ = [
+    "CollectConfig", "cache", "collect", "distill", "dry_run", "export", "leave_processes", "load_teacher", "sample",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 PROOF_IMAGES = 2
@@ -47,6 +50,11 @@ def distill(config: RunConfig, output: str | Path | None = None, resume: str | N
 def cache(config: RunConfig) -> Filled:
     """Fill the caches of a training config, so that its training finds them warm. See `training.caching.fill`."""
     return fill(prepare(config))
+
+
+def leave_processes() -> None:
+    """End the group of processes that a distributed `distill` joined; nothing where there is one process."""
+    PartialState().destroy_process_group()
 
 
 def dry_run(config: RunConfig) -> list[str]:

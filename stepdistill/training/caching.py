@@ -151,8 +151,7 @@ def _identity(plan: Plan, part: Literal["text", "images"], hashes: FileHashes) -
     files = {name: hashes.of(path) for name, path in plan.family.encoder_files(plan.info, part).items()}
     if part == "text":
         return EncoderIdentity("text", plan.info.family, plan.config.model.dtype, files)
-    # the autoencoder runs in float32 whatever the base is in
-    return EncoderIdentity("latents", plan.info.family, "float32", files)
+    return EncoderIdentity("latents", plan.info.family, _latents_dtype(plan), files)
 
 
 def _image_keys(images: ImageFolder, path: Path, hashes: FileHashes) -> tuple[str, ...]:
@@ -171,8 +170,13 @@ def _text_bytes(plan: Plan) -> int:
 
 
 def _latent_bytes(plan: Plan) -> int:
-    """Mean and std in float32."""
-    return 2 * torch.float32.itemsize * prod(plan.setting.latent_shape)
+    """Mean and std."""
+    return 2 * DTYPES[_latents_dtype(plan)].itemsize * prod(plan.setting.latent_shape)
+
+
+def _latents_dtype(plan: Plan) -> str:
+    """The autoencoder runs in float32 whatever the base is in, or in float64 along with it."""
+    return "float64" if plan.config.model.dtype == "float64" else "float32"
 
 
 def _check_room(plan: Plan, section: CacheConfig, caches: _Caches) -> None:

@@ -23,7 +23,7 @@ from stepdistill.models.families.base import Checkpoint, Family, Part, Posterior
 
 @dataclass(frozen=True)
 class LatentItem:
-    """One image as the autoencoder sees it: the posterior's mean and std, (C, h, w) each, float32; caption and crop."""
+    """One image as the autoencoder sees it: the posterior's mean and std, (C, h, w) each; caption and crop."""
 
     mean: Tensor
     std: Tensor

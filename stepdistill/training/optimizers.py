@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stepdistill.config import OptimizerConfig
+from stepdistill.models.sharding import laid_out_like, norm
 
 
 def rate(config: OptimizerConfig, update: int) -> float:
@@ -27,7 +29,8 @@ class RoleOptimizer:
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
         self.config = config
         self.parameters = dict(parameters)
-        fused = all(parameter.device.type == "cuda" for parameter in self.parameters.values())
+        # (a fused step takes sharded and whole parameters only apart)
+        fused = all(p.device.type == "cuda" and not isinstance(p, DTensor) for p in self.parameters.values())
         # one tensor at a time on the CPU: foreach would hold a temporary as large as all parameters together
         self.adam = torch.optim.AdamW(
             self.parameters.values(),
@@ -40,9 +43,14 @@ class RoleOptimizer:
         )
 
     def clip(self) -> Tensor:
-        """Norm of the summed gradient before clipping, float32 scalar; gradients are clipped in place."""
-        limit = self.config.clip or math.inf
-        return nn.utils.clip_grad_norm_(self.parameters.values(), limit, foreach=False)
+        """Norm of the summed gradient before clipping, float64 scalar; gradients are clipped in place."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        total = norm(gradients)
+        factor = self.config.clip / (float(total) + 1e-6) if self.config.clip else 1.0
+        if factor < 1:
+            for gradient in gradients:
+                gradient.mul_(factor)
+        return total
 
     def step(self, update: int) -> float:
         """Apply the gradients with the rate of this update, and return the rate."""
@@ -72,10 +80,8 @@ class RoleOptimizer:
                 if (value := state.get(key)) is not None
             }
             if moments:
-                device = {key: parameter.device if key != "step" or self._on_device else "cpu" for key in moments}
-                self.adam.state[parameter] = {key: value.to(device[key]) for key, value in moments.items()}
-
-    @property
-    def _on_device(self) -> bool:
-        """Fused AdamW keeps its step counts beside the parameters."""
-        return bool(self.adam.param_groups[0]["fused"])
+                step = moments.pop("step")
+                # fused AdamW keeps its step counts beside the parameters
+                where = parameter.device if self.adam.param_groups[0]["fused"] else "cpu"
+                laid_out = {key: laid_out_like(parameter, value) for key, value in moments.items()}
+                self.adam.state[parameter] = {"step": step.to(where), **laid_out}

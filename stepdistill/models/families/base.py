@@ -70,7 +70,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Gaussian over the scaled latents of B images, as the autoencoder gives it: mean and std, (B, C, h, w), float32."""
+    """Gaussian over the scaled latents of B images, as the autoencoder gives it: mean and std, (B, C, h, w), in its dtype."""
 
     mean: Tensor
     std: Tensor
@@ -97,7 +97,7 @@ class Family(ABC):
     def load(
         self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
     ) -> Checkpoint:
-        """Load network and pipeline components; the network frozen, in eval mode; the VAE always in float32.
+        """Load network and pipeline components; the network frozen, in eval mode; the VAE in float32 or better.
 
         Of a part that is not in `parts` no weight stays in memory. Decoding comes with the network.
         """
@@ -160,6 +160,10 @@ class Family(ABC):
     @abstractmethod
     def lora_targets(self, preset: str) -> tuple[str, ...]:
         """Module-name suffixes for peft of a preset: `attention`, or `all` (DMD2's list of linears and convolutions)."""
+
+    @abstractmethod
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The network's blocks in the order in which they run: what a sharded network gathers one at a time."""
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: Callable[..., Tensor]) -> None:

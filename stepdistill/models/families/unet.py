@@ -113,7 +113,7 @@ class UNetFamily(Family):
         variants = {variant_of(info.folder, component) for component in self._classes()} - {""}
         return self.pipeline_class.from_pretrained(
             info.folder,
-            torch_dtype={"default": dtype, "vae": torch.float32},
+            torch_dtype={"default": dtype, "vae": _vae_dtype(dtype)},
             variant=min(variants, default=None),
             use_safetensors=True,
             local_files_only=True,
@@ -126,7 +126,7 @@ class UNetFamily(Family):
         vae = None
         if "vae" not in absent:
             vae = AutoencoderKL.from_single_file(
-                path, config=folder, subfolder="vae", torch_dtype=torch.float32, local_files_only=True
+                path, config=folder, subfolder="vae", torch_dtype=_vae_dtype(dtype), local_files_only=True
             )
         scheduler_class = vars(diffusers)[info.scheduler_config["_class_name"]]
         return self.pipeline_class.from_single_file(
@@ -147,7 +147,7 @@ class UNetFamily(Family):
         if part == "text":
             # the index says whether an empty prompt is zeros
             paths.append(info.folder / "model_index.json")
-            paths += [path for name in self.tokenizers for path in sorted((info.folder / name).iterdir())]
+            paths += [path for name in self.tokenizers for path in sorted((info.folder / name).glob("*"))]
         found = {path.relative_to(info.folder).as_posix(): path for path in paths if path.is_file()}
         return found if info.single_file is None else {**found, "single file": info.single_file}
 
@@ -211,6 +211,10 @@ class UNetFamily(Family):
             )
         return LORA_TARGETS[preset]
 
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        middle = [network.mid_block] if isinstance(network.mid_block, nn.Module) else []
+        return [*network.down_blocks, *middle, *network.up_blocks]  # type: ignore[misc]
+
     def enable_gradient_checkpointing(self, network: nn.Module, function: Callable[..., Tensor]) -> None:
         network.enable_gradient_checkpointing(function)  # type: ignore[operator]
 
@@ -219,15 +223,16 @@ class UNetFamily(Family):
     def posterior(self, checkpoint: Checkpoint, images: Tensor) -> Posterior:
         vae = _vae(checkpoint)
         with torch.autocast(images.device.type, enabled=False):
-            raw = vae.encode(images.float()).latent_dist
+            raw = vae.encode(images.to(vae.dtype)).latent_dist
         shift, scale = _shift_and_scale(vae, raw.mean)
         return Posterior((raw.mean - shift) * scale, raw.std * scale)
 
     def decode(self, checkpoint: Checkpoint, latents: Tensor) -> Tensor:
         vae = _vae(checkpoint)
-        shift, scale = _shift_and_scale(vae, latents.float())
+        latents = latents.to(vae.dtype)
+        shift, scale = _shift_and_scale(vae, latents)
         with torch.autocast(latents.device.type, enabled=False):
-            images = vae.decode(latents.float() / scale + shift).sample
+            images = vae.decode(latents / scale + shift).sample
         return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -247,6 +252,11 @@ def stock_pipeline(checkpoint: Checkpoint) -> Any:
     if checkpoint.pipeline is None:
         raise RuntimeError(f"the checkpoint {checkpoint.info.source!r} was loaded without its pipeline")
     return checkpoint.pipeline
+
+
+def _vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """SDXL's autoencoder overflows in half precision; float64 is for tests that compare layouts of the same work."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _vae(checkpoint: Checkpoint) -> AutoencoderKL:
