@@ -22,6 +22,7 @@ from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.exporting.card import push_to_hub as push
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.training.caching import Filled, fill
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.grids import as_floats, save_images, tile
 from stepdistill.training.processes import check_launcher
@@ -29,7 +30,9 @@ from stepdistill.training.run import Outcome, describe, open_run, train
 from stepdistill.training.session import DTYPES, best_device, prepare
 from stepdistill.watching import StudentWatch
 
-__all__ = ["CollectConfig", "collect", "distill", "dry_run", "export", "leave_processes", "load_teacher", "sample"]
+__all__ = [
+    "CollectConfig", "cache", "collect", "distill", "dry_run", "export", "leave_processes", "load_teacher", "sample",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 PROOF_IMAGES = 2
@@ -43,6 +46,11 @@ def distill(config: RunConfig, output: str | Path | None = None, resume: str | N
         return train(config, output, resume)
     section = config.evaluation
     return train(config, output, resume, lambda session, folder: StudentWatch(session, folder, section))
+
+
+def cache(config: RunConfig) -> Filled:
+    """Fill the caches of a training config, so that its training finds them warm. See `training.caching.fill`."""
+    return fill(prepare(config))
 
 
 def leave_processes() -> None:

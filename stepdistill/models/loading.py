@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from stepdistill.errors import Refusal
-from stepdistill.models.families.base import Checkpoint, CheckpointInfo, Family
+from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part
 from stepdistill.models.families.single_file import CONFIGS, FAMILY_OF, architecture
 from stepdistill.models.files import (
     FALLBACK_VARIANTS,
@@ -64,16 +64,25 @@ def inspect_checkpoint(
     return found.inspect(source, folder, None)
 
 
-def load_checkpoint(info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str) -> Checkpoint:
+def load_checkpoint(
+    info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
+) -> Checkpoint:
     """Load what `inspect_checkpoint` described; network and text encoders in `dtype`, the VAE in float32.
+
+    parts: what is wanted in memory; see `Family.load`.
 
     Raises:
         Refusal: weights are absent, pickled, or do not fit the configs; found before any of them is read.
     """
+    fetch_weights(info)
+    family: Family = load_family(info.family)
+    return family.load(info, dtype, device, parts)
+
+
+def fetch_weights(info: CheckpointInfo) -> None:
+    """Have the weight files of a hub id on this disk; nothing to do for a folder or a file. Raises Refusal."""
     if info.single_file is None and not Path(info.source).expanduser().exists():
         _download_weights(info)
-    family: Family = load_family(info.family)
-    return family.load(info, dtype, device)
 
 
 def _inspect_file(source: str, path: Path, family: str | None, config_dir: str | Path | None) -> CheckpointInfo:

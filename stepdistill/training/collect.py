@@ -134,7 +134,7 @@ class _Student:
     @torch.no_grad()
     def draw(self, texts: list[str], seeds: list[int]) -> torch.Tensor:
         session, plan = self.session, self.session.plan
-        cond = plan.family.encode(session.checkpoint, texts, [ImageSize.plain(*self.size)] * len(texts))
+        cond = session.encoder.text(texts, [ImageSize.plain(*self.size)] * len(texts))
         shape = plan.setting.latent_shape
         noise = torch.stack([noise_for(seed, shape) for seed in seeds]).to(session.device, session.dtype)
         draws = Draws(0, 0, "collect", seeds, session.device, session.dtype)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from stepdistill.config import RunConfig, load_config
 from stepdistill.errors import Refusal
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.caching import warm
 from stepdistill.training.folder import CONFIG, write_config
 from stepdistill.training.processes import Processes, check_launcher
 from stepdistill.training.session import Plan, Session, open_session, prepare
@@ -71,7 +72,7 @@ def train(
         log_with=list(config.training.trackers) or None,
         project_dir=str(folder),
     )
-    session = open_session(plan, accelerator.device)
+    session = open_session(plan, accelerator.device, warm(plan, accelerator.device))
     processes = Processes(accelerator, config.training)
     trainer = Trainer(session, folder, processes, watcher(session, folder) if watcher is not None else None)
     if checkpoint is not None:
