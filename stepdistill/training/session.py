@@ -12,7 +12,7 @@ import torch
 
 from stepdistill.assets import resolve
 from stepdistill.config import RoleConfig, RunConfig, Settings, parse
-from stepdistill.data.images import ImageFolder
+from stepdistill.data.folder import ImageFolder
 from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.data.tensors import TensorFolder
 from stepdistill.errors import Refusal
