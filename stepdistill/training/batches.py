@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from stepdistill.data.images import ImageBatch, ImageItem
-from stepdistill.data.loader import IndexStream, Prefetcher, Samples
+from stepdistill.data.buckets import BucketOrder, BucketSamples
+from stepdistill.data.images import ImageBatch, ImageItem, ImageSource
+from stepdistill.data.indexed import IndexedImages
+from stepdistill.data.loader import Indexed, IndexStream, InOrder, Prefetcher, Samples
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.methods.base import Batch
 from stepdistill.models.conditioning import Conditioning, ImageSize
@@ -20,18 +23,19 @@ class BatchSource:
     Args:
         session: its plan names the data, its checkpoint encodes them.
         seed: of the data order.
+        processes: that share an iteration; with buckets all of them see one size.
     """
 
-    def __init__(self, session: Session, seed: int) -> None:
+    def __init__(self, session: Session, seed: int, processes: int) -> None:
         self.session = session
-        plan = session.plan
-        self.size = ImageSize.plain(*plan.setting.size)
+        plan, training = session.plan, session.plan.config.training
+        self.bucket_order: BucketOrder | None = None
+        if plan.buckets is not None:
+            per_iteration = training.batch_size * training.accumulation * processes
+            self.bucket_order = BucketOrder(plan.buckets.weights, derive_seed(seed, "buckets"), per_iteration)
         self.prompts = IndexStream(len(plan.prompts), derive_seed(seed, "prompts"))
         self.pairs = IndexStream(len(plan.pairs), derive_seed(seed, "pairs")) if plan.pairs is not None else None
-        self.images: Samples[ImageItem] | None = None
-        if plan.images is not None:
-            stream = IndexStream(len(plan.images), derive_seed(seed, "images"))
-            self.images = Samples(plan.images, stream, seed)
+        self.images = None if plan.images is None else self._image_samples(plan.images, seed)
 
     def batches(self, numbers: Iterator[Sequence[int]]) -> Iterator[tuple[Sequence[int], Batch]]:
         """(sample numbers, batch) for every micro-batch; images are read ahead by `data.workers` threads."""
@@ -50,14 +54,30 @@ class BatchSource:
             samples = ahead.pop(0)
             yield samples, self._batch(samples, items)
 
+    def _image_samples(self, images: ImageSource, seed: int) -> Indexed[ImageItem]:
+        buckets = self.session.plan.buckets
+        if buckets is not None and self.bucket_order is not None and isinstance(images, IndexedImages):
+            return BucketSamples(images, buckets, self.bucket_order, seed)
+        if images.count is None:
+            return Samples(images, InOrder(), seed)
+        return Samples(images, IndexStream(images.count, derive_seed(seed, "images")), seed)
+
+    def _size(self, samples: Sequence[int]) -> tuple[int, int]:
+        """(height, width) in pixels of a micro-batch, which lies in one iteration."""
+        plan = self.session.plan
+        if plan.buckets is None or self.bucket_order is None:
+            return plan.setting.size
+        return plan.buckets.sizes[self.bucket_order.place(samples[0]).bucket]
+
     @torch.no_grad()
     def _batch(self, samples: Sequence[int], items: list[ImageItem] | None) -> Batch:
         session, plan = self.session, self.session.plan
         prompts = [plan.prompts[self.prompts.index(g)] for g in samples]
-        sizes = [self.size] * len(samples)
+        size = self._size(samples)
+        sizes = [ImageSize.plain(*size)] * len(samples)
         cond = plan.family.encode(session.checkpoint, prompts, sizes)
         null = plan.family.null(session.checkpoint, sizes, plan.config.model.negative_prompt)
-        batch = Batch(cond, null)
+        batch = Batch(cond, null, latent_shape=plan.info.latent_shape(size))
         if items is not None:
             batch = self._with_images(batch, ImageBatch.of(items), samples)
         if plan.pairs is not None and self.pairs is not None:
@@ -68,10 +88,10 @@ class BatchSource:
         session, plan = self.session, self.session.plan
         sizes = [ImageSize(crop.original, crop.offset, crop.target) for crop in images.crops]
         draws = Draws(plan.config.training.seed, 0, "data", samples, session.device)
-        noise = draws.normal("posterior", plan.setting.latent_shape)
+        noise = draws.normal("posterior", plan.info.latent_shape(images.crops[0].target))
         latents = plan.family.encode_images(session.checkpoint, images.images.to(session.device), noise)
         cond = plan.family.encode(session.checkpoint, images.captions, sizes)
-        return Batch(batch.cond, batch.null, latents.to(session.dtype), cond)
+        return replace(batch, images=latents.to(session.dtype), image_cond=cond)
 
     def _with_pairs(self, batch: Batch, samples: Sequence[int], sizes: Sequence[ImageSize]) -> Batch:
         session, plan = self.session, self.session.plan
@@ -83,7 +103,7 @@ class BatchSource:
         cond: Conditioning = plan.family.encode(
             session.checkpoint, [plan.prompts[item.prompt] for item in items], sizes
         )
-        return Batch(batch.cond, batch.null, batch.images, batch.image_cond, noise, latents, cond)
+        return replace(batch, pair_noise=noise, pair_latents=latents, pair_cond=cond)
 
 
 def sample_numbers(

@@ -77,7 +77,7 @@ class Trainer:
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
         )
-        source = BatchSource(self.session, config.seed).batches(numbers)
+        source = BatchSource(self.session, config.seed, self.accelerator.num_processes).batches(numbers)
         saved = self.counters.iteration
         with self._graceful():
             while self.counters.iteration < config.max_steps and not self._stop:
