@@ -10,6 +10,7 @@ Images are decoded by this package, not by `datasets`, so that a broken one is c
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -49,7 +50,8 @@ def open_dataset(name: str, split: str, *, streaming: bool) -> Dataset | Iterabl
             return datasets.load_dataset(name, split=split, streaming=streaming)
         found = datasets.load_from_disk(name)
     except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError, ArrowException) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        # a refusal is one sentence, whatever the library made of it
+        reason = re.sub(r"[.!?] +(?=[A-Z])", ", ", " ".join(str(error).split())).rstrip(".")
         raise Refusal(f"the data set {PREFIX + name!r} cannot be opened ({reason}): check its name and split") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:

@@ -156,7 +156,7 @@ class Lane:
         """The row at a position of the lane, counted over all epochs.
 
         Raises:
-            Refusal: the lane has no rows, or fewer than it had before.
+            Refusal: the lane has no rows, or a file of it changed.
         """
         with self._lock:
             while True:
@@ -171,8 +171,7 @@ class Lane:
                 block = self._block(epoch, offset // BLOCK)
                 if offset % BLOCK < len(block):
                     return block[offset % BLOCK]
-                if length is not None or self.length is None:
-                    raise Refusal("the streamed data set has fewer rows than before: leave its files as they are")
+                # the position lies beyond the first epoch, whose length is known from here on
 
     def _block(self, epoch: int, number: int) -> list[Row]:
         key = (epoch, number)
@@ -200,6 +199,10 @@ class Lane:
             for number, cells in enumerate(self._file(file), start=1):
                 if number > start:
                     yield Row(file, number - 1, cells)
+            if known is not None and number != known:
+                raise Refusal(
+                    f"file shard {file} of the stream had {known} rows and now has {number}: leave its files as they are during a run"
+                )
             self._lengths[file] = number
             start = max(0, start - number)
 
