@@ -1,4 +1,7 @@
-"""What tests of image sources share: noise pictures, runs that look at them, and reading in a process that is spawned."""
+"""What tests of image sources share: noise pictures, and reading them in order or in a process that is spawned.
+
+Nothing heavy is imported, since spawned processes import this file too.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stepdistill.config import DataConfig, RunConfig, parse
+from stepdistill.config import DataConfig, parse
 from stepdistill.data.images import ImageItem, ImageSource
 from stepdistill.data.loader import IndexStream, InOrder, Prefetcher, Samples
 from stepdistill.data.sources import open_images
 from stepdistill.diffusion.draws import generator
-from stepdistill.training import checkpoint as checkpoints
-from stepdistill.training.run import train
 
 
 def picture(seed: int, height: int = 20, width: int = 30) -> Image.Image:
@@ -67,40 +68,3 @@ def spawned(config: DataConfig, source: ImageSource, index: int) -> tuple[ImageI
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         opened, given = pool.submit(read_item, config, index), pool.submit(read_again, source, index)
         return opened.result(120), given.result(120)
-
-
-def run_config(model: Path, steps: int, batch: int = 2, accumulation: int = 1, **section: Any) -> RunConfig:
-    """DMD2 with its GAN term on a tiny checkpoint."""
-    role = {"mode": "lora", "rank": 4, "alpha": 2}
-    return parse(
-        RunConfig,
-        {
-            "model": {"path": str(model)},
-            "method": {"name": "dmd2", "guidance": 2.0, "ratio": 2, "steps": 2, "gan": {"weight": 1e-2}},
-            "roles": {"generator": role, "fake_score": role},
-            "optimizers": {"generator": {"lr": 1e-3}, "fake_score": {"lr": 1e-3}},
-            "data": {"prompts": "builtin:general", **section},
-            "training": {
-                "max_steps": steps, "batch_size": batch, "accumulation": accumulation, "grid_prompts": 1, "device": "cpu",
-            },
-        },
-        "test",
-    )  # fmt: skip
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's newest checkpoint, by file and name."""
-    path = checkpoints.latest(folder / "checkpoints")
-    assert path is not None
-    return {
-        f"{file}/{key}": value for file, group in checkpoints.read(path).tensors.items() for key, value in group.items()
-    }
-
-
-def resumes_exactly(model: Path, folder: Path, **section: Any) -> bool:
-    """Whether four iterations and two and two end in the same bits."""
-    train(run_config(model, 4, **section), folder / "whole")
-    train(run_config(model, 2, **section), folder / "broken")
-    train(run_config(model, 4, **section), folder / "broken", resume="latest")
-    whole, broken = weights(folder / "whole"), weights(folder / "broken")
-    return whole.keys() == broken.keys() and all(torch.equal(whole[key], broken[key]) for key in whole)

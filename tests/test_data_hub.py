@@ -11,7 +11,8 @@ import datasets
 import pytest
 import torch
 from checkpoints import refusal
-from sources import by_sample, data, encoded, picture, pixels, read_again, resumes_exactly, run_config, same, spawned
+from image_runs import resumes_exactly, run_config
+from sources import by_sample, data, encoded, picture, pixels, read_again, same, spawned
 
 from stepdistill.data.hub import HubImages, open_dataset
 from stepdistill.data.images import Framing

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import refusal
-from sources import by_sample, data, encoded, picture, pixels, resumes_exactly, same, spawned
+from image_runs import resumes_exactly
+from sources import by_sample, data, encoded, picture, pixels, same, spawned
 
 from stepdistill.data.images import Framing
 from stepdistill.data.sources import open_images
