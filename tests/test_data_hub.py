@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
+import fsspec
 import pytest
 import torch
 from checkpoints import refusal
 from image_runs import resumes_exactly, run_config
 from sources import by_sample, data, encoded, picture, pixels, read_again, same, spawned
 
-from stepdistill.data.hub import HubImages, open_dataset
-from stepdistill.data.images import Framing
+from stepdistill.data.hub import HubImages, cell_file, open_dataset
+from stepdistill.data.images import Framing, decode
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.sources import open_images
 from stepdistill.data.stream import BLOCK, ImageStream, Lane
 from stepdistill.diffusion.draws import generator
-from stepdistill.training.run import train
+from stepdistill.training.run import describe, open_run, train
+from stepdistill.training.session import prepare
 
 WHOLE = Framing((20, 30))
 FEATURES = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
@@ -114,6 +117,24 @@ def test_broken_rows_are_counted_named_and_replaced(tmp_path: Path) -> None:
     assert images.bad == ("row 2", "row 3", "row 9")
     strict = open_images(data(name, max_bad_share=0.1), (20, 30), seed=0)
     refusal(lambda: [strict.read(row, generator(row)) for row in range(10)], "2 of 10 images", "'row 2'", "10.0%")
+
+
+def test_threads_share_a_data_set(tmp_path: Path) -> None:
+    images = open_images(data(f"hf:{saved(tmp_path / 'set')}", crop="random", flip=True), (16, 16), seed=0)
+    one, many = by_sample(images, range(42)), by_sample(images, range(42), workers=4, batch=6)
+    assert all(same(*pair) for pair in zip(one, many, strict=True))
+
+
+def test_a_cell_may_name_its_file(tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "1.png")
+    with fsspec.open("memory://photos/2.png", "wb") as file:
+        file.write(encoded(2))
+    for row, path in ((1, str(tmp_path / "1.png")), (2, "memory://photos/2.png")):
+        assert decode(cell_file({"bytes": None, "path": path})).tobytes() == picture(row).tobytes()
+    assert decode(cell_file(encoded(3))).tobytes() == picture(3).tobytes()
+    for cell in (None, "1.png", {"bytes": None, "path": None}):
+        with pytest.raises(TypeError, match="instead of an image"):
+            cell_file(cell)
 
 
 def test_prompts_of_a_data_set(tmp_path: Path) -> None:
@@ -275,6 +296,14 @@ def test_a_spawned_process_reads_the_same(parquet: Path, streaming: bool) -> Non
     source = open_images(config, (16, 16), seed=0)
     item = read_again(source, 3)
     assert all(same(item, other) for other in spawned(config, source, 3))
+
+
+def test_a_dry_run_and_an_export_know_of_streams(parquet: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    config = run_config(tiny("sd"), 1, 1, images=f"hf:{parquet}", streaming=True)
+    assert any(line.endswith("prompts from builtin:general, a stream of images") for line in describe(prepare(config)))
+    train(config, tmp_path / "run")
+    shutil.rmtree(parquet)
+    assert open_run(tmp_path / "run")[0].plan.images is None
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -73,6 +73,7 @@ def test_members_by_the_conventions_of_webdataset(tmp_path: Path, caplog: pytest
         ("a.tar:a/1.png", "from json"), ("a.tar:b/1.png", "from caption"), ("a.tar:4.png", ""), ("a.tar:5.webp", "from txt"),
     ]  # fmt: skip
     assert "left out 2 samples" in caplog.text
+    assert "1 of 4 images" in caplog.text
     titled = TarImages(path, WHOLE, caption_column="title")
     assert [item.caption for item in titled] == ["a title", "from caption", "", "another title"]
 

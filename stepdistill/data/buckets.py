@@ -59,6 +59,8 @@ def nearest_bucket(shape: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> 
 def sort_images(source: IndexedImages, sizes: Sequence[tuple[int, int]], workers: int = 1) -> Buckets:
     """Read the size of every image and sort them into buckets; images with an unreadable header are left out.
 
+    Each process of a run does so for itself, once, at its start.
+
     Raises:
         Refusal: more unreadable headers than the source allows, or no readable one.
     """

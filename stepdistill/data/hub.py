@@ -10,6 +10,7 @@ Images are decoded by this package, not by `datasets`, so that a broken one is c
 from __future__ import annotations
 
 import io
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
@@ -21,6 +22,8 @@ from stepdistill.registry import nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+log = logging.getLogger(__name__)
 
 PREFIX = "hf:"
 D = TypeVar("D", "Dataset", "IterableDataset")
@@ -92,6 +95,8 @@ def undecoded(
             f"the column {image_column!r} of {source!r} holds {held} and no images: name another as data.image_column"
         )
     caption = caption_column or next((key for key in CAPTION_KEYS if key in features), None)
+    if caption is None:
+        log.warning("%s has no column 'text', 'caption' or 'prompt': its images are taken for the empty prompt", source)
     return dataset.select_columns([image_column] + ([] if caption is None else [caption])), caption
 
 

@@ -223,6 +223,12 @@ def pick_caption(row: Mapping[str, object], keys: Sequence[str] = CAPTION_KEYS) 
     return one_line(text)
 
 
+def warn_of_bare(count: int, total: int, source: str) -> None:
+    """Say that images have no caption, where some have none: nothing else would show that a caption was misnamed."""
+    if count:
+        log.warning("%d of %d images in %s have no caption and are taken for the empty prompt", count, total, source)
+
+
 def one_line(text: str) -> str:
     """Without line breaks and doubled spaces."""
     return " ".join(text.split())

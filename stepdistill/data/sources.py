@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, cast
 
 from stepdistill.config import DataConfig
 from stepdistill.data.folder import ImageFolder
 from stepdistill.data.hub import PREFIX, HubImages, open_dataset
-from stepdistill.data.images import Framing, ImageSource
+from stepdistill.data.images import Framing, ImageSource, warn_of_bare
 from stepdistill.data.stream import ImageStream
 from stepdistill.data.tars import TarImages, is_tar_pattern
 from stepdistill.diffusion.draws import derive_seed
@@ -16,8 +15,6 @@ from stepdistill.errors import Refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
-log = logging.getLogger(__name__)
 
 
 def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSource:
@@ -69,8 +66,5 @@ def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSour
         max_bad_share=data.max_bad_share,
         caption_column=data.caption_column,
     )
-    if bare := sum(not caption for caption in folder.captions):
-        log.warning(
-            "%d of %d images in %s have no caption and are taken for the empty prompt", bare, len(folder), folder.source
-        )
+    warn_of_bare(sum(not caption for caption in folder.captions), len(folder), folder.source)
     return folder

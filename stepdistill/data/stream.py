@@ -4,6 +4,7 @@ A stream is divided into lanes, each with file shards of its own. Global sample 
 g % lanes, whatever the processes and threads, and a process opens only the lanes that its numbers touch. Lanes are 8, or
 4, 2, 1 where the data set has fewer file shards than that: then 1, 2, 4 or 8 processes with batches of a power of two
 share them without reading a file twice, and any other layout reads the same samples at the cost of reading files twice.
+A lane that comes to its end begins anew, so that files of about the same length show every image equally often.
 
 Each lane passes over its files in an order drawn for every epoch and shuffles rows within blocks of 32, so that what is
 read is a function of (seed, sample number) and no shuffle buffer has to be saved. A data set that is sorted by content

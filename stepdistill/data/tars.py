@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from stepdistill.data.images import CAPTION_KEYS, SUFFIXES, Framing, one_line, pick_caption
+from stepdistill.data.images import CAPTION_KEYS, SUFFIXES, Framing, one_line, pick_caption, warn_of_bare
 from stepdistill.data.indexed import IndexedImages
 from stepdistill.errors import Refusal
 
@@ -90,6 +90,7 @@ class TarImages(IndexedImages):
             raise Refusal(
                 f"the {len(self.shards)} shards {pattern!r} hold no image: put members such as 0001.jpg with 0001.txt into them"
             )
+        warn_of_bare(sum(sample.text is None for sample in self.samples), len(self.samples), pattern)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -124,7 +124,7 @@ def open_run(
     config = load_config(path / CONFIG)
     if full_precision and config.model.dtype in ("bfloat16", "float16"):
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
-    session = open_session(prepare(config), device)
+    session = open_session(prepare(config, images=False), device)
     saved = checkpoints.read(newest)
     for role in session.triple.layouts:
         session.triple.load_state(role, saved.tensors[role])

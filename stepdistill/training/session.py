@@ -80,8 +80,10 @@ class Session:
         return torch.float64 if self.plan.config.model.dtype == "float64" else torch.float32
 
 
-def prepare(config: RunConfig) -> Plan:
+def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     """Read and check everything a run needs.
+
+    images: open the training images and read their sizes for buckets; drawing from a finished run needs neither.
 
     Raises:
         Refusal: the first thing that cannot work, in one sentence.
@@ -110,14 +112,15 @@ def prepare(config: RunConfig) -> Plan:
         raise Refusal("data.prompts is not set: give a .txt, .jsonl, .csv or .parquet file, or 'builtin:general'")
     needs = method_class.needs(method_config)
     prompts = read_prompts(data.prompts, data.prompt_column)
-    images = pairs = None
-    if needs.images and data.images is not None:
-        images = open_images(data, size, config.training.seed)
+    source = pairs = buckets = None
+    if images and needs.images and data.images is not None:
+        source = open_images(data, size, config.training.seed)
     if needs.pairs and data.pairs is not None:
         pairs = TensorFolder(data.pairs)
         _check_pairs(pairs, prompts, method_config, latent_shape)
-    buckets = _buckets(config, info, images, pairs) if data.buckets else None
-    return Plan(config, info, family, method_class, method_config, setting, prompts, images, pairs, buckets)
+    if images and data.buckets:
+        buckets = _buckets(config, info, source, pairs)
+    return Plan(config, info, family, method_class, method_config, setting, prompts, source, pairs, buckets)
 
 
 def open_session(plan: Plan, device: torch.device | str | None = None) -> Session:
