@@ -112,7 +112,8 @@ class StudentWatch:
             texts = [self.prompts.prompts[i] for i in rows]
             cond = plan.family.encode(session.checkpoint, texts, [ImageSize.plain(*plan.setting.size)] * len(rows))
             noise = draws.normal("noise", plan.setting.latent_shape)
-            latents = student_latents(session, denoiser, cond, noise, draws)
+            with session.triple.at_hand(role):
+                latents = student_latents(session, denoiser, cond, noise, draws)
             decoded = torch.cat([plan.family.decode(session.checkpoint, latent[None]) for latent in latents])
             for image in as_uint8(decoded.float().clamp(0, 1), (0, 1), self.protocol.quantize):
                 yield self.chain(image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -22,6 +23,7 @@ from stepdistill.models.files import (
     refuse_pickles,
     weights,
 )
+from stepdistill.models.quantization import Quantized, quantize
 from stepdistill.registry import family_names, load_family, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,8 +66,15 @@ def inspect_checkpoint(
     return found.inspect(source, folder, None)
 
 
-def load_checkpoint(info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str) -> Checkpoint:
+def load_checkpoint(
+    info: CheckpointInfo,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: Quantized | Literal["none"] = "none",
+) -> Checkpoint:
     """Load what `inspect_checkpoint` described; network and text encoders in `dtype`, the VAE in float32.
+
+    quantization: of the network alone; see `models/quantization.py`.
 
     Raises:
         Refusal: weights are absent, pickled, or do not fit the configs; found before any of them is read.
@@ -73,7 +82,13 @@ def load_checkpoint(info: CheckpointInfo, dtype: torch.dtype, device: torch.devi
     if info.single_file is None and not Path(info.source).expanduser().exists():
         _download_weights(info)
     family: Family = load_family(info.family)
-    return family.load(info, dtype, device)
+    if quantization == "none":
+        return family.load(info, dtype, device)
+    checkpoint = family.load(info, dtype, "cpu")
+    quantize(checkpoint.network, quantization, device)
+    if checkpoint.pipeline is not None:
+        checkpoint.pipeline.to(device)
+    return checkpoint
 
 
 def _inspect_file(source: str, path: Path, family: str | None, config_dir: str | Path | None) -> CheckpointInfo:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ from stepdistill.errors import Refusal
 from stepdistill.models.adapters import AdapterBank, LoraSettings, stock_checkpointed
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.base import Family
+from stepdistill.models.parking import ParkedParameters
 
 GENERATOR, FAKE_SCORE, REAL_SCORE = "generator", "fake_score", "real_score"
 
@@ -63,6 +64,7 @@ class Triple:
         self.layouts: dict[str, RoleLayout] = {}
         self.networks: dict[str, nn.Module] = {}
         self.heads: dict[str, dict[str, nn.Module]] = {}
+        self._parked: dict[str, ParkedParameters] = {}
         self._checkpointing = False
         # full copies are taken from the base before adapters are injected into it
         for name, layout in sorted(layouts.items(), key=lambda item: item[1].mode):
@@ -84,12 +86,19 @@ class Triple:
 
     def denoiser(self, role: str) -> Denoiser:
         """The role's denoiser. Cheap: holds no tensor of its own."""
-        if role in self.networks:
-            return Denoiser(self.networks[role], self.family, self.schedule, nullcontext, self.compute_dtype)
-        adapter = None if role == REAL_SCORE else role
-        if adapter is not None and adapter not in self.layouts:
+        if role != REAL_SCORE and role not in self.layouts:
             raise KeyError(f"there is no role {role!r}; there are {[REAL_SCORE, *self.layouts]}")
-        return Denoiser(self.base, self.family, self.schedule, lambda: self.bank.role(adapter), self.compute_dtype)
+        network = self.networks.get(role, self.base)
+        return Denoiser(network, self.family, self.schedule, lambda: self._playing(role), self.compute_dtype)
+
+    @contextmanager
+    def _playing(self, role: str) -> Iterator[None]:
+        """Inside, the role's network is this role."""
+        with ExitStack() as stack:
+            stack.enter_context(self.at_hand(role))
+            if role not in self.networks:
+                stack.enter_context(self.bank.role(None if role == REAL_SCORE else role))
+            yield
 
     def add_role(self, name: str, layout: RoleLayout, *, trainable: bool = True) -> None:
         """Add a role equal to the base.
@@ -180,7 +189,11 @@ class Triple:
         """target <- target + weight (source - target), parameter by parameter, by name (EMA)."""
         values = self.network_parameters(source)
         for key, parameter in self.network_parameters(target).items():
-            parameter.lerp_(values[key].to(parameter.dtype), weight)
+            # where source lives, also for a parked target: another device would round otherwise
+            moved = parameter.to(values[key].device)
+            moved.lerp_(values[key].to(parameter.dtype), weight)
+            if moved is not parameter:
+                parameter.copy_(moved)
 
     def state(self, role: str) -> dict[str, Tensor]:
         """Detached parameters and head buffers of a role, for a checkpoint."""
@@ -209,6 +222,14 @@ class Triple:
             value.copy_(tensors[key])
 
     # ---------------------------------------------------------------- memory
+
+    def park(self, role: str) -> None:
+        """Keep an untrained role in main memory from now on; its denoiser brings it to the device for each forward."""
+        self._parked[role] = ParkedParameters(self.network_parameters(role).values())
+
+    def at_hand(self, role: str) -> AbstractContextManager[None]:
+        """A parked role stays on the device inside, for several forwards in a row; nothing happens to other roles."""
+        return self._parked[role].at_hand() if role in self._parked else nullcontext()
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade compute for memory; each segment recomputes under the role of its own forward."""

@@ -52,7 +52,8 @@ class Grid:
     def draw(self, iteration: int) -> Path:
         """Write the grid of the current student and return its path."""
         denoiser = self.session.triple.denoiser(self.session.student)
-        latents = student_latents(self.session, denoiser, self.cond, self.noise, self.draws)
+        with self.session.triple.at_hand(self.session.student):
+            latents = student_latents(self.session, denoiser, self.cond, self.noise, self.draws)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{iteration:08d}.png"
         tile([self.teacher, self._decoded(latents)]).save(path)

@@ -19,10 +19,12 @@ from stepdistill.errors import Refusal
 from stepdistill.methods.base import Method, RoleKind, Setting
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import Checkpoint, CheckpointInfo, Family
+from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.triple import GENERATOR, RoleLayout, Triple
 from stepdistill.registry import load_family, load_method
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.options import check_model_options
 
 logger = logging.getLogger(__name__)
 EMA = "generator_ema"
@@ -86,6 +88,7 @@ def prepare(config: RunConfig) -> Plan:
     method_config = parse(method_class.Config, config.method_options, where="method")
     info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
     family = load_family(info.family)
+    check_model_options(config, family, method_class.roles(method_config))
     size = _size(config, info)
     latent_shape = info.latent_shape(size)
     schedule = info.schedule.for_tokens(latent_shape[1] * latent_shape[2] // 4)
@@ -119,7 +122,8 @@ def open_session(plan: Plan, device: torch.device | str | None = None) -> Sessio
     config = plan.config
     where = torch.device(device or config.training.device or best_device())
     dtype = DTYPES[config.model.dtype]
-    checkpoint = load_checkpoint(plan.info, dtype, where)
+    checkpoint = load_checkpoint(plan.info, dtype, where, config.model.quantization)
+    lay_out(checkpoint.network, config.model.attention, config.model.channels_last)
     triple = Triple(
         checkpoint.network,
         plan.family,
@@ -139,6 +143,11 @@ def open_session(plan: Plan, device: torch.device | str | None = None) -> Sessio
         triple.enable_gradient_checkpointing()
     if config.init is not None:
         load_initial(triple, Path(config.init), tuple(plan.roles))
+    if "ema" in config.training.offload and EMA in triple.layouts:
+        triple.park(EMA)
+    if config.model.compile:
+        for network in (triple.base, *triple.networks.values()):
+            compile_blocks(network)
     return Session(plan, checkpoint, triple, method, where)
 
 

@@ -189,7 +189,11 @@ class Trainer:
         configured = self.session.plan.config.optimizers
         chosen = {"generator": configured.generator, "fake_score": configured.fake_score}
         roles = self.session.plan.roles
-        return {role: RoleOptimizer(self.triple.parameters(role), chosen[kind]) for role, kind in roles.items()}
+        offload = "optimizer" in self.config.offload
+        return {
+            role: RoleOptimizer(self.triple.parameters(role), chosen[kind], offload=offload)
+            for role, kind in roles.items()
+        }
 
     # ---------------------------------------------------------------- processes
 
