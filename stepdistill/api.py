@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 
 from stepdistill.assets import resolve
 from stepdistill.config import RunConfig
@@ -29,7 +30,7 @@ from stepdistill.training.run import Outcome, describe, open_run, run_config, tr
 from stepdistill.training.session import DTYPES, Session, best_device, prepare
 from stepdistill.watching import StudentWatch
 
-__all__ = ["CollectConfig", "collect", "distill", "dry_run", "export", "load_teacher", "sample"]
+__all__ = ["CollectConfig", "collect", "distill", "dry_run", "export", "leave_processes", "load_teacher", "sample"]
 
 logger = logging.getLogger(__name__)
 PROOF_IMAGES = 2
@@ -45,10 +46,16 @@ def distill(config: RunConfig, output: str | Path | None = None, resume: str | N
     return train(config, output, resume, lambda session, folder: StudentWatch(session, folder, section))
 
 
+def leave_processes() -> None:
+    """End the group of processes that a distributed `distill` joined; nothing where there is one process."""
+    PartialState().destroy_process_group()
+
+
 def dry_run(config: RunConfig) -> list[str]:
     """Check a config as training would, without loading a weight; lines that describe the run. Raises Refusal."""
     plan = prepare(config)
-    check_training_options(config, plan.roles, torch.device(config.training.device or best_device()))
+    device = torch.device(config.training.device or best_device())
+    check_training_options(config, plan.roles, device, sharded=config.training.sharding == "full")
     return describe(plan)
 
 

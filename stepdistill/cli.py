@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from enum import Enum
 from pathlib import Path
@@ -75,6 +76,9 @@ def train(
         typer.echo("\n".join(api.dry_run(run_config)))
         return
     outcome = api.distill(run_config, output, resume)
+    api.leave_processes()
+    if not outcome.leader:
+        return
     if outcome.finished:
         typer.echo(
             f"done: export it with\n  stepdistill export {outcome.folder} --format diffusers-lora --output {outcome.folder}/lora"
@@ -279,7 +283,8 @@ def _specs(text: str | None) -> list[str]:
 
 def main() -> None:
     """Entry point: a refusal is one sentence on stderr and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    leader = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if leader else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "diffusers", "transformers", "accelerate", "torch"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:

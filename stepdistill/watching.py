@@ -6,7 +6,6 @@ RUN/evaluation.jsonl     one line per evaluation
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from stepdistill.evaluation.report import LOWER_IS_BETTER
 from stepdistill.models.conditioning import ImageSize
 from stepdistill.models.triple import GENERATOR
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.folder import EVALUATION, append_line
 from stepdistill.training.grids import student_latents
 from stepdistill.training.session import Session
 from stepdistill.training.watch import Seen
@@ -91,8 +91,7 @@ class StudentWatch:
             }
             decisive = found.get(self.decides)
         if PartialState().is_main_process:
-            with (self.folder / "evaluation.jsonl").open("a") as file:
-                file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+            append_line(self.folder / EVALUATION, iteration, values)
         if decisive is None or not self._is_best(decisive):
             return Seen(values, None)
         return Seen(values, {"iteration": iteration, "metric": self.decides, "value": decisive})
@@ -106,17 +105,20 @@ class StudentWatch:
         state = PartialState()
         denoiser = session.triple.denoiser(role)
         indices = shard(len(self.prompts), state.process_index, state.num_processes)
-        for start in range(0, len(indices), BATCH):
-            rows = indices[start : start + BATCH]
+        # the first process has the most images; the others call a sharded network as often as it does
+        calls = range(0, len(shard(len(self.prompts), 0, state.num_processes)), BATCH)
+        for start in calls:
+            mine = indices[start : start + BATCH]
+            rows = mine or range(1)
             draws = Draws(0, 0, "evaluation", [self.prompts.seeds[i] for i in rows], session.device, session.dtype)
             texts = [self.prompts.prompts[i] for i in rows]
             cond = plan.family.encode(session.checkpoint, texts, [ImageSize.plain(*plan.setting.size)] * len(rows))
             noise = draws.normal("noise", plan.setting.latent_shape)
             with session.triple.at_hand(role):
-                latents = student_latents(session, denoiser, cond, noise, draws)
-            decoded = torch.cat([plan.family.decode(session.checkpoint, latent[None]) for latent in latents])
-            for image in as_uint8(decoded.float().clamp(0, 1), (0, 1), self.protocol.quantize):
-                yield self.chain(image)
+                latents = student_latents(session, denoiser, cond, noise, draws)[: len(mine)]
+            for latent in latents:
+                decoded = plan.family.decode(session.checkpoint, latent[None])
+                yield self.chain(as_uint8(decoded.float().clamp(0, 1), (0, 1), self.protocol.quantize)[0])
 
     def _is_best(self, value: float) -> bool:
         before = checkpoints.best_facts(self.folder / "checkpoints")

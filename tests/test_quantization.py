@@ -197,7 +197,6 @@ def test_the_distance_is_relative_rms() -> None:
     [
         ({"mode": "full"}, r"roles\.generator\.mode is 'full'"),
         ({"model__dtype": "float64"}, r"model\.dtype is 'float64'"),
-        ({"training__sharding": "full"}, r"training\.sharding is 'full'"),
         ({"family": "analytic"}, r"model\.quantization is set.* family 'analytic'"),
     ],
 )

@@ -16,6 +16,7 @@ import torch
 from stepdistill.config import OptimizerConfig, RunConfig, parse
 from stepdistill.errors import Refusal
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.environment import Environment
 from stepdistill.training.optimizers import RoleOptimizer, rate
 from stepdistill.training.run import open_run, train
 from stepdistill.training.trainer import Trainer
@@ -48,6 +49,11 @@ def config(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
         return parse(RunConfig, data, "test")
 
     return make
+
+
+def facts(iteration: int) -> checkpoints.Facts:
+    here = Environment("cpu", 1, 1, False, "float32", "sdpa", False, False, "none", 1, 1, "2")
+    return checkpoints.Facts("dmd2", "base", checkpoints.Counters(iteration), here)
 
 
 def saved(folder: Path) -> Tensors:
@@ -98,7 +104,7 @@ def test_update_counts_and_rates(config: Callable[..., RunConfig], tmp_path: Pat
     train(config(7), tmp_path)
     path = checkpoints.latest(tmp_path / "checkpoints")
     assert path is not None
-    assert checkpoints.read(path).counters["updates"] == {"generator": 3, "fake_score": 7}
+    assert checkpoints.read(path).facts.counters.updates == {"generator": 3, "fake_score": 7}
     lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     rates = [line["generator/lr"] for line in lines if "generator/lr" in line]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
@@ -164,7 +170,7 @@ def test_one_bad_step_leaves_the_parameters_alone(
     assert all(torch.equal(before["fake_score"][k], after["fake_score"][k]) for k in before["fake_score"])
     path = checkpoints.latest(tmp_path / "after/checkpoints")
     assert path is not None
-    assert checkpoints.read(path).counters["skipped"] == 1
+    assert checkpoints.read(path).facts.counters.skipped == 1
 
 
 def test_corrupt_checkpoints_are_skipped_by_name(
@@ -182,22 +188,22 @@ def test_corrupt_checkpoints_are_skipped_by_name(
 
 
 def test_a_failed_write_keeps_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    group = {"generator": {"w": torch.ones(3)}}
+    group = [("generator", {"w": torch.ones(3)})]
     for step in (1, 2):
-        checkpoints.write(tmp_path, step, {}, group, keep=2)
+        checkpoints.write(tmp_path, facts(step), group, keep=2)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoints.write(tmp_path, 3, {}, group, keep=2)
+        checkpoints.write(tmp_path, facts(3), group, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in range(1, 6):
-        checkpoints.write(tmp_path, step, {}, {"generator": {"w": torch.ones(1)}}, keep=2)
+        checkpoints.write(tmp_path, facts(step), [("generator", {"w": torch.ones(1)})], keep=2)
     assert checkpoints.steps(tmp_path) == [4, 5]
 
 

@@ -17,6 +17,7 @@ from stepdistill.methods.base import Batch, Setting
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families.analytic import Analytic, Mixture, MixtureNetwork
+from stepdistill.models.families.unet import UNetFamily
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, RoleLayout, Triple
 
 SD = {
@@ -113,6 +114,9 @@ class ToyUNet:
 
     def feature_module(self, network: nn.Module) -> nn.Module:
         return network.get_submodule("mid_block")
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return UNetFamily.blocks(self, network)  # type: ignore[arg-type]
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: Callable[..., Tensor]) -> None:
         network.enable_gradient_checkpointing(function)  # type: ignore[operator]

@@ -102,12 +102,14 @@ def matching_direction(
         fake = triple.fake_score.x0(x_t, t, cond)
     alpha, sigma = triple.schedule.levels(t, real)
     direction = matching_gradient(x.detach(), real, fake, alpha, sigma, weight)
-    gap = (fake - real).square().mean().sqrt() / (x.detach() - real).square().mean().sqrt().clamp_min(1e-6)
+    own = x.detach().flatten(1)
+    # of each sample first: a mean over samples is the same for any division into micro-batches and processes
+    gap = (fake - real).flatten(1).norm(dim=1) / (own - real.flatten(1)).norm(dim=1).clamp_min(1e-6)
     logged = {
         "dm": 0.5 * direction.square().mean(),
-        "score_gap": gap,
-        "latent_mean": x.detach().mean(),
-        "latent_std": x.detach().std(),
+        "score_gap": gap.mean(),
+        "latent_mean": own.mean(),
+        "latent_std": own.std(1, correction=0).mean(),
     }
     return direction, logged
 

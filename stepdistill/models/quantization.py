@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stepdistill.errors import Refusal
 
@@ -52,6 +53,17 @@ def quantize(network: nn.Module, kind: Quantized, device: torch.device | str) ->
             weight = convert(module.to(device).weight.detach())
             module.weight = nn.Parameter(weight, requires_grad=False)
     network.to(device)
+
+
+def unpacked(tensor: Tensor) -> Tensor:
+    """The values of a quantised weight, in the dtype that it is unpacked to; any other tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor) or find_spec("torchao") is None:
+        return tensor
+    from torchao.quantization import Int8Tensor, NF4Tensor
+
+    if isinstance(tensor, Int8Tensor):
+        return tensor.dequantize()
+    return tensor.get_original_weight() if isinstance(tensor, NF4Tensor) else tensor
 
 
 def _int8() -> Callable[[Tensor], Tensor]:

@@ -10,10 +10,12 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from stepdistill.diffusion.draws import derive_seed
 from stepdistill.diffusion.schedule import NoiseSchedule
@@ -22,6 +24,8 @@ from stepdistill.models.adapters import AdapterBank, LoraSettings, stock_checkpo
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.base import Family
 from stepdistill.models.parking import ParkedParameters
+from stepdistill.models.quantization import unpacked
+from stepdistill.models.sharding import laid_out_like, shard
 
 GENERATOR, FAKE_SCORE, REAL_SCORE = "generator", "fake_score", "real_score"
 
@@ -65,6 +69,7 @@ class Triple:
         self.networks: dict[str, nn.Module] = {}
         self.heads: dict[str, dict[str, nn.Module]] = {}
         self._parked: dict[str, ParkedParameters] = {}
+        self.sharded = False
         self._checkpointing = False
         # full copies are taken from the base before adapters are injected into it
         for name, layout in sorted(layouts.items(), key=lambda item: item[1].mode):
@@ -169,13 +174,16 @@ class Triple:
         Must enclose forward and backward, since checkpointed segments run again in backward.
         """
         others = [p for name in self.layouts if name != role for p in self.parameters(name).values() if p.requires_grad]
+        # FSDP2 copies requires_grad once, when it first gathers a parameter: there the gradients are dropped afterwards
         for parameter in others:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(self.sharded)
         try:
             yield
         finally:
             for parameter in others:
                 parameter.requires_grad_(True)
+                if self.sharded:
+                    parameter.grad = None
 
     @torch.no_grad()
     def copy_role(self, source: str, target: str) -> None:
@@ -219,9 +227,15 @@ class Triple:
                 "use the rank, targets and base it was trained with"
             )
         for key, value in own.items():
-            value.copy_(tensors[key])
+            value.copy_(laid_out_like(value, tensors[key]))
 
-    # ---------------------------------------------------------------- memory
+    # ---------------------------------------------------------------- processes and memory
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Give every process a share of every network (heads stay whole). All roles must be there by now."""
+        for network in (self.base, *self.networks.values()):
+            shard(network, self.family.blocks(network), mesh)
+        self.sharded = True
 
     def park(self, role: str) -> None:
         """Keep an untrained role in main memory from now on; its denoiser brings it to the device for each forward."""
@@ -239,6 +253,14 @@ class Triple:
             *((n, stock_checkpointed) for n in self.networks.values()),
         ]:
             self.family.enable_gradient_checkpointing(network, function)
+
+    def fingerprint(self) -> str:
+        """Names the base by the first values of each of its tensors, before sharding; the same in float32 and bfloat16."""
+        digest = blake2b(digest_size=8)
+        for key, value in self._base_state().items():
+            first = unpacked(value.detach()).flatten()[:64].to("cpu", torch.bfloat16)
+            digest.update(f"{key} {tuple(value.shape)}".encode() + first.float().numpy().tobytes())
+        return digest.hexdigest()
 
     def plain_copy(self) -> nn.Module:
         """A copy of the base without any adapter, in float32 or better."""

@@ -3,8 +3,9 @@
 checkpoints/step-00000500/generator.safetensors            roles, heads included
                           optimizer.generator.safetensors  moments by parameter name
                           rng.safetensors, method.safetensors
-                          state.json                       counters, and size and hash of every other file
+                          state.json                       facts, and size and hash of every other file
             best/                                          a copy of the one that evaluation liked best, with best.json
+            abandoned/                                     those beyond the one from which a run was resumed
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +24,76 @@ from torch import Tensor
 
 from stepdistill.data.tensors import file_hash
 from stepdistill.errors import Refusal
+from stepdistill.training.environment import Environment
 
 logger = logging.getLogger(__name__)
 PREFIX = "step-"
-BEST = "best"
+BEST, ABANDONED = "best", "abandoned"
+
+
+@dataclass
+class Counters:
+    """Where a run stands. `bad_in_row` counts non-finite steps since the last good one, `updates` those of the stage."""
+
+    iteration: int = 0
+    stage: int = 0
+    updates: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
+    bad_in_row: int = 0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says of itself: the method's name, the fingerprint of the base, where it stands, and on what."""
+
+    method: str
+    base: str
+    counters: Counters
+    environment: Environment
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Facts:
+        """Inverse of `dataclasses.asdict`. Raises TypeError, KeyError: of another version."""
+        counters, environment = Counters(**content["counters"]), Environment(**content["environment"])
+        return cls(content["method"], content["base"], counters, environment)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Contents of a checkpoint: counters as JSON, tensors by file stem and name."""
+    """Contents of a checkpoint: its facts, and tensors by file stem and name."""
 
-    counters: dict[str, Any]
+    facts: Facts
     tensors: dict[str, dict[str, Tensor]]
 
 
-def write(
-    folder: Path, step: int, counters: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int
-) -> Path:
+def write(folder: Path, facts: Facts, groups: Iterable[tuple[str, Mapping[str, Tensor]]], keep: int) -> Path:
     """Write `step-N` whole or not at all, then prune to the newest `keep`.
+
+    groups: (file stem, CPU tensors by name), taken one at a time, so that they need not be held together.
 
     Raises:
         OSError: disk full and the like; earlier checkpoints are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{PREFIX}{step:08d}"
+    target = folder / f"{PREFIX}{facts.counters.iteration:08d}"
+    if is_complete(target):  # a resumed run that stopped at once: what is there is what would be written
+        return target
+    for left in folder.glob(f".{PREFIX}*.partial"):  # of a process that was killed as it wrote
+        shutil.rmtree(left, ignore_errors=True)
     aside = folder / f".{target.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         files = {}
-        for stem, group in tensors.items():
+        for stem, group in groups:
             path = aside / f"{stem}.safetensors"
-            save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, path)
+            save_file({key: value.contiguous() for key, value in group.items()}, path)
             _sync(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         state = aside / "state.json"
-        state.write_text(json.dumps({"counters": dict(counters), "files": files}, indent=2, sort_keys=True))
+        state.write_text(json.dumps({"facts": asdict(facts), "files": files}, indent=2, sort_keys=True))
         _sync(state)
-        if target.exists():  # the same step saved twice (a resumed run that stopped at once)
+        _sync(aside)
+        if target.exists():
             shutil.rmtree(target)
         os.replace(aside, target)
         _sync(folder)
@@ -72,26 +105,59 @@ def write(
     return target
 
 
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint is there and is what was written."""
+    try:
+        _verified(path)
+    except Refusal:
+        return False
+    return True
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Move checkpoints beyond `step`, from which a run goes on, to `abandoned/`: pruning must not count them as newer
+    ones, nor `latest` go back to them, and nothing is deleted that somebody may still want."""
+    for later in steps(folder):
+        if later > step:
+            source = folder / f"{PREFIX}{later:08d}"
+            target = folder / ABANDONED / source.name
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(source, target)
+            logger.warning("going on from iteration %d: %s was moved to %s", step, source, target)
+
+
 def read(path: Path) -> Saved:
     """Read and verify one checkpoint.
 
     Raises:
         Refusal: it is incomplete or corrupt.
     """
+    state = _verified(path)
     try:
-        state = json.loads((path / "state.json").read_text())
+        facts = Facts.of(state["facts"])
+    except (TypeError, KeyError) as error:
+        raise Refusal(
+            f"the checkpoint {path} was written by another version ({error}): resume with the version that wrote it"
+        ) from None
+    return Saved(facts, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]})
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The content of state.json, whose every file is what was written."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
         for name, facts in state["files"].items():
             file = path / name
             if file.stat().st_size != facts["bytes"] or file_hash(file) != facts["sha256"]:
                 raise Refusal(
                     f"the checkpoint {path} is corrupt ({name} is not what was written): resume from an earlier one"
                 )
-        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]}
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, Refusal):
             raise
         raise Refusal(f"the checkpoint {path} is incomplete ({error}): resume from an earlier one") from None
-    return Saved(state["counters"], tensors)
+    return state
 
 
 def latest(folder: Path) -> Path | None:
@@ -99,7 +165,7 @@ def latest(folder: Path) -> Path | None:
     for step in reversed(steps(folder)):
         path = folder / f"{PREFIX}{step:08d}"
         try:
-            read(path)
+            _verified(path)
         except Refusal as refusal:
             logger.warning("skipped: %s", refusal)
             continue

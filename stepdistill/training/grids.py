@@ -14,6 +14,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.sampler import sample, teacher_sample
+from stepdistill.training.folder import grid_path
 from stepdistill.training.session import Session
 
 
@@ -32,9 +33,18 @@ def student_latents(session: Session, student: Denoiser, cond: Conditioning, noi
 
 
 class Grid:
-    """Draws `grids/step-N.png`: the teacher's row, drawn once, above the student's."""
+    """Draws `grids/step-N.png`: the teacher's row, drawn once, above the student's.
 
-    def __init__(self, session: Session, folder: Path, count: int, guidance: float, teacher_steps: int = 25) -> None:
+    Args:
+        session: the run's.
+        folder: the run's; None draws and writes nothing, for processes that only have to take part.
+        count: columns.
+        guidance: scale w of the teacher.
+    """
+
+    def __init__(
+        self, session: Session, folder: Path | None, count: int, guidance: float, teacher_steps: int = 25
+    ) -> None:
         plan = session.plan
         self.session, self.folder = session, folder
         prompts = [plan.prompts[i % len(plan.prompts)] for i in range(count)]
@@ -49,15 +59,16 @@ class Grid:
             )
 
     @torch.no_grad()
-    def draw(self, iteration: int) -> Path:
-        """Write the grid of the current student and return its path."""
+    def draw(self, iteration: int) -> None:
+        """Draw the current student. Raises OSError where the disk refuses the picture."""
         denoiser = self.session.triple.denoiser(self.session.student)
         with self.session.triple.at_hand(self.session.student):
             latents = student_latents(self.session, denoiser, self.cond, self.noise, self.draws)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{iteration:08d}.png"
-        tile([self.teacher, self._decoded(latents)]).save(path)
-        return path
+        student = self._decoded(latents)
+        if self.folder is not None:
+            path = grid_path(self.folder, iteration)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tile([self.teacher, student]).save(path)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         rows = [self.session.plan.family.decode(self.session.checkpoint, latent[None]) for latent in latents]

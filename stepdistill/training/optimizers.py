@@ -8,9 +8,11 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stepdistill.config import OptimizerConfig
 from stepdistill.errors import Refusal
+from stepdistill.models.sharding import laid_out_like, norm
 from stepdistill.training.offload import OffloadedState
 
 
@@ -46,9 +48,14 @@ class RoleOptimizer:
         self._offloaded = OffloadedState(self.adam.state) if offload else None
 
     def clip(self) -> Tensor:
-        """Norm of the summed gradient before clipping, float32 scalar; gradients are clipped in place."""
-        limit = self.config.clip or math.inf
-        return nn.utils.clip_grad_norm_(self.parameters.values(), limit, foreach=False)
+        """Norm of the summed gradient before clipping, float64 scalar; gradients are clipped in place."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        total = norm(gradients)
+        factor = self.config.clip / (float(total) + 1e-6) if self.config.clip else 1.0
+        if factor < 1:
+            for gradient in gradients:
+                gradient.mul_(factor)
+        return total
 
     def step(self, update: int) -> float:
         """Apply the gradients with the rate of this update, and return the rate."""
@@ -103,7 +110,7 @@ class RoleOptimizer:
     def _placed(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor | int:
         """A saved value as the optimizer holds it."""
         if key != "step":
-            return value.to(parameter.device, copy=True)
+            return laid_out_like(parameter, value.clone())
         if self.config.kind == "adamw8bit":
             return int(value)
         # fused AdamW keeps its step counts beside the parameters
@@ -129,7 +136,8 @@ def check_adamw8bit(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    fused = all(parameter.device.type == "cuda" for parameter in parameters)
+    # (a fused step takes sharded and whole parameters only apart)
+    fused = all(p.device.type == "cuda" and not isinstance(p, DTensor) for p in parameters)
     # one tensor at a time on the CPU: foreach would hold a temporary as large as all parameters together
     return torch.optim.AdamW(
         parameters,

@@ -52,11 +52,6 @@ def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, R
         raise Refusal(
             f"model.quantization is {model.quantization!r}{source} and model.dtype is 'float64': set model.dtype to float32 or bfloat16"
         )
-    if config.training.sharding == "full":
-        raise Refusal(
-            f"model.quantization is {model.quantization!r}{source} and training.sharding is 'full', which cannot share out "
-            "quantised weights: set model.quantization to none, or training.sharding to replicated"
-        )
     check_quantization()
 
 
@@ -77,20 +72,35 @@ def describe_options(config: RunConfig) -> list[str]:
     return [words for words, is_set in said.items() if is_set]
 
 
-def check_training_options(config: RunConfig, roles: Mapping[str, RoleKind], device: torch.device) -> None:
-    """Whether a run can be trained as its optimizers and `config.training` say; opening a finished run needs none of it.
+def check_training_options(
+    config: RunConfig, roles: Mapping[str, RoleKind], device: torch.device, *, sharded: bool
+) -> None:
+    """Whether a run can be trained as its config says; opening a finished one needs none of it.
+
+    Args:
+        roles: role -> its config section, for the roles that the method trains.
+        device: of the training.
+        sharded: every process holds a share of every network.
 
     Raises:
         Refusal: the first option that cannot work.
     """
     kinds = {"generator": config.optimizers.generator.kind, "fake_score": config.optimizers.fake_score.kind}
-    if any(kinds[section] == "adamw8bit" for section in roles.values()):
+    in_8_bit = [section for section in roles.values() if kinds[section] == "adamw8bit"]
+    if in_8_bit:
         check_adamw8bit(device, torch.float64 if config.model.dtype == "float64" else torch.float32)
-    if config.training.offload and config.training.sharding == "full":
-        raise Refusal(
-            "training.offload is set and training.sharding is 'full', which shares the same tensors out over the processes: "
-            "remove training.offload"
-        )
+    whole_only = {
+        "model.quantization": (config.model.quantization != "none", "none"),
+        "model.compile": (config.model.compile, "false"),
+        "training.offload": (bool(config.training.offload), "[]"),
+        **{f"optimizers.{section}.kind": (True, "adamw") for section in in_8_bit},
+    }
+    for key, (is_set, default) in whole_only.items():
+        if sharded and is_set:
+            raise Refusal(
+                f"{key} is set and the processes share every network out, which works with whole tensors only: "
+                f"set {key} to {default}, or training.sharding to replicated"
+            )
 
 
 @contextmanager

@@ -1,12 +1,4 @@
-"""A run and its folder: started, resumed, opened again.
-
-RUN/config.yaml      the resolved config
-    stats.jsonl      what was computed, one line per `log_every`
-    speed.jsonl      what the machine took for it
-    grids/           teacher above student
-    evaluation.jsonl  where the config has an `evaluation` section
-    checkpoints/     see checkpoint.py
-"""
+"""A run: started, resumed, opened again. What lies in its folder is listed in folder.py and checkpoint.py."""
 
 from __future__ import annotations
 
@@ -17,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 
 from stepdistill.config import ModelConfig, RunConfig, load_config
 from stepdistill.errors import Refusal
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.folder import CONFIG, write_config
 from stepdistill.training.options import check_training_options, describe_options, products
+from stepdistill.training.processes import Processes, check_launcher
 from stepdistill.training.session import Plan, Session, open_session, prepare
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.watch import Watch
 
 logger = logging.getLogger(__name__)
-CONFIG = "config.yaml"
+EXACT_ONLY = ("dtype", "attention", "compile", "channels_last")
+"""Keys of `model` that a resume may change, at the price of exactness."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +34,13 @@ class Outcome:
         folder: the run's.
         finished: False where a signal stopped it early; it can be resumed.
         iteration: iterations done.
+        leader: whether this process speaks for all of them.
     """
 
     folder: Path
     finished: bool
     iteration: int
+    leader: bool = True
 
 
 def train(
@@ -65,6 +61,7 @@ def train(
         Refusal: anything that cannot work, before any weight is loaded.
     """
     folder = Path(output or config.output)
+    check_launcher(config.training)
     checkpoint = _checkpoint(folder, resume)
     _check_folder(folder, config, resume)
     plan = prepare(config)
@@ -75,29 +72,29 @@ def train(
         log_with=list(config.training.trackers) or None,
         project_dir=str(folder),
     )
-    check_training_options(config, plan.roles, accelerator.device)
-    session = open_session(plan, accelerator.device)
-    trainer = Trainer(session, folder, accelerator, watcher(session, folder) if watcher is not None else None)
+    processes = Processes(accelerator, config.training)
+    check_training_options(config, plan.roles, processes.device, sharded=processes.sharded)
+    session = open_session(plan, processes.device)
+    trainer = Trainer(session, folder, processes, watcher(session, folder) if watcher is not None else None)
     if checkpoint is not None:
         trainer.load(checkpoint)
         logger.info("resumed at iteration %d from %s", trainer.counters.iteration, checkpoint)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    if processes.main:
+        write_config(folder, config)
         for line in describe(plan, session):
             logger.info("%s", line)
     if config.training.trackers:
         accelerator.init_trackers("stepdistill", config=_flat(config.model_dump(mode="json")))
     with products(config.training.tf32):
         finished = trainer.run()
-    if not finished:
+    if not finished and processes.main:
         logger.warning(
             "stopped at iteration %d; go on with: stepdistill train %s --output %s --resume latest",
             trainer.counters.iteration,
             folder / CONFIG,
             folder,
         )
-    return Outcome(folder, finished, trainer.counters.iteration)
+    return Outcome(folder, finished, trainer.counters.iteration, processes.main)
 
 
 def open_run(
@@ -127,7 +124,7 @@ def open_run(
     saved = checkpoints.read(newest)
     for role in session.triple.layouts:
         session.triple.load_state(role, saved.tensors[role])
-    return session, int(saved.counters["iteration"])
+    return session, saved.facts.counters.iteration
 
 
 def run_config(folder: str | Path) -> RunConfig:
@@ -205,8 +202,8 @@ def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
     before = load_config(folder / CONFIG)
     for key in ("model", "method", "roles"):
         old, new = before.model_dump(mode="json")[key], config.model_dump(mode="json")[key]
-        if old != new:
-            name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+        names = [name for name in {**old, **new} if key != "model" or name not in EXACT_ONLY]
+        if (name := next((name for name in names if old.get(name) != new.get(name)), None)) is not None:
             raise Refusal(
                 f"the run in {str(folder)!r} has {key}.{name} = {old.get(name)!r} and the config says {new.get(name)!r}: "
                 "resume with the run's own config.yaml, or choose another --output"

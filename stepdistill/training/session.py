@@ -143,12 +143,20 @@ def open_session(plan: Plan, device: torch.device | str | None = None) -> Sessio
         triple.enable_gradient_checkpointing()
     if config.init is not None:
         load_initial(triple, Path(config.init), tuple(plan.roles))
+    return Session(plan, checkpoint, triple, method, where)
+
+
+def settle(session: Session) -> None:
+    """Where training wants it, once the roles are on their processes: the EMA in main memory, the blocks compiled.
+
+    A run that is only opened needs neither.
+    """
+    config, triple = session.plan.config, session.triple
     if "ema" in config.training.offload and EMA in triple.layouts:
         triple.park(EMA)
     if config.model.compile:
         for network in (triple.base, *triple.networks.values()):
             compile_blocks(network)
-    return Session(plan, checkpoint, triple, method, where)
 
 
 def load_initial(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:

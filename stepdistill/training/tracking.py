@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import sys
@@ -14,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from stepdistill.training.folder import SPEED, STATS, append_line
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,22 +22,19 @@ class Tracker:
     """Logs of one run.
 
     `stats.jsonl` holds what a run computed, `speed.jsonl` what the machine took for it: the first is the same for a
-    broken and an unbroken run, the second cannot be. Both are cut at the checkpoint on resume.
+    broken and an unbroken run, the second cannot be.
 
     Args:
         folder: the run's.
         total: last iteration.
-        start: first iteration of this process; later lines of an earlier process are dropped.
+        start: iterations done before this process.
         accelerator: logs to TensorBoard, W&B or trackio where they were asked for.
     """
 
     def __init__(self, folder: Path, total: int, start: int, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
-        self.stats, self.speed = folder / "stats.jsonl", folder / "speed.jsonl"
-        if self.main:
-            for path in (self.stats, self.speed):
-                _cut(path, start)
+        self.stats, self.speed = folder / STATS, folder / SPEED
         self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="it", dynamic_ncols=True)
         self.clock = time.perf_counter()
         self.images = 0
@@ -55,8 +53,8 @@ class Tracker:
         self.clock, self.images = time.perf_counter(), 0
         if not self.main:
             return
-        _append(self.stats, {"iteration": iteration, **values})
-        _append(self.speed, {"iteration": iteration, **pace})
+        append_line(self.stats, iteration, values)
+        append_line(self.speed, iteration, pace)
         losses = {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}
         self.bar.set_postfix(
             {**losses, "img/s": f"{pace['images_per_second']:.1f}", "GB": f"{pace['peak_memory_gb']:.1f}"}
@@ -70,10 +68,11 @@ class Tracker:
 
     def close(self) -> None:
         self.bar.close()
-        try:
-            self.accelerator.end_training()
-        except Exception as error:
-            logger.warning("a tracker failed to close (%s)", error)
+        for tracker in self.accelerator.trackers:  # not `end_training`, which ends the group of processes as well
+            try:
+                tracker.finish()
+            except Exception as error:
+                logger.warning("a tracker failed to close (%s)", error)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -82,22 +81,3 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
-
-
-def _append(path: Path, record: Mapping[str, float]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def _cut(path: Path, start: int) -> None:
-    """Keep the lines up to and including iteration `start`."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["iteration"] <= start:
-                kept.append(line)
-        except (ValueError, KeyError):  # a line cut short by a crash
-            continue
-    path.write_text("".join(line + "\n" for line in kept))

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -21,82 +17,91 @@ from stepdistill.methods.base import Batch, Progress, Rollout, Stage
 from stepdistill.models.triple import GENERATOR
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.batches import BatchSource, sample_numbers
+from stepdistill.training.checkpoint import Counters, Facts
+from stepdistill.training.environment import Environment
+from stepdistill.training.folder import CONFIG, cut_back, write_config
 from stepdistill.training.grids import Grid
 from stepdistill.training.optimizers import RoleOptimizer
-from stepdistill.training.session import EMA, Session
+from stepdistill.training.processes import Processes
+from stepdistill.training.session import EMA, Session, settle
+from stepdistill.training.signals import graceful
 from stepdistill.training.tracking import Tracker
 from stepdistill.training.watch import Watch
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """Where a run stands; saved in every checkpoint. `bad_in_row` counts non-finite steps since the last good one."""
-
-    iteration: int = 0
-    updates: dict[str, int] = field(default_factory=dict)
-    skipped: int = 0
-    bad_in_row: int = 0
+CHECKPOINTS = "checkpoints"
 
 
 class Trainer:
     """Trains a session into a folder.
 
     Args:
-        session: what to train.
+        session: what to train; its roles are placed on the processes here.
         folder: the run's; checkpoints, logs and grids go there.
-        accelerator: device, processes and trackers.
+        processes: those that share the work.
         watch: measures the student as training goes.
     """
 
-    def __init__(self, session: Session, folder: Path, accelerator: Accelerator, watch: Watch | None = None) -> None:
+    def __init__(self, session: Session, folder: Path, processes: Processes, watch: Watch | None = None) -> None:
         self.watch = watch
-        self.session, self.folder, self.accelerator = session, folder, accelerator
+        self.session, self.folder, self.processes = session, folder, processes
         self.config = session.plan.config.training
         self.triple, self.method = session.triple, session.method
+        self.base = self.triple.fingerprint()
+        processes.place(self.triple)
+        settle(session)
         self.counters = Counters(updates={role: 0 for role in session.plan.roles})
-        self.stage = 0
         self.optimizers = self._optimizers()
-        self._stop = False
+        self.environment = Environment.here(session.plan.config, session.device, processes.count, processes.sharded)
 
     # ---------------------------------------------------------------- the loop
 
     def run(self) -> bool:
-        """Train to `max_steps`. True when done, False when a signal asked to stop early; a checkpoint exists either way."""
-        config = self.config
+        """Train to `max_steps`. True when done, False when a signal asked to stop early; a checkpoint exists either way.
+
+        Raises:
+            Refusal: too many non-finite steps in a row, or a last checkpoint that the disk refused.
+        """
+        config, processes = self.config, self.processes
         if self.counters.iteration == 0:
             set_seed(config.seed)
-        tracker = Tracker(self.folder, config.max_steps, self.counters.iteration, self.accelerator)
+        if processes.main:
+            cut_back(self.folder, self.counters.iteration)
+            checkpoints.set_aside(self.folder / CHECKPOINTS, self.counters.iteration)
+        tracker = Tracker(self.folder, config.max_steps, self.counters.iteration, processes.accelerator)
         grid = self._grid()
         numbers = sample_numbers(
             self.counters.iteration,
             config.max_steps,
             batch=config.batch_size,
             accumulation=config.accumulation,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
+            process=processes.index,
+            processes=processes.count,
         )
         source = BatchSource(self.session, config.seed).batches(numbers)
         saved = self.counters.iteration
-        with self._graceful():
-            while self.counters.iteration < config.max_steps and not self._stop:
+        with graceful() as stop:
+            # a signal may reach the processes at different iterations, and they must stop at the same
+            while self.counters.iteration < config.max_steps and not processes.any(stop.asked):
                 self._enter_stage()
                 values = self.iteration([next(source) for _ in range(config.accumulation)])
                 done = self.counters.iteration
-                tracker.advance(config.batch_size * config.accumulation * self.accelerator.num_processes)
+                tracker.advance(config.batch_size * config.accumulation * processes.count)
                 if done % config.log_every == 0 or done == config.max_steps:
-                    tracker.log(done, {key: float(value) for key, value in values.items()})
-                if done % config.save_every == 0:
-                    saved = self._save_and_go_on(saved)
-                if grid is not None and config.grid_every and done % config.grid_every == 0:
-                    grid.draw(done)
+                    tracker.log(done, processes.mean(values))
+                if done % config.save_every == 0 and self.save():
+                    saved = done
+                if config.grid_every and done % config.grid_every == 0:
+                    self._draw(grid)
                 if self.watch is not None and done % self.watch.every == 0:
                     saved = self._look(self.watch, tracker, saved)
-        if saved != self.counters.iteration:
-            self.save()
-        if grid is not None and self.counters.iteration == config.max_steps:
-            grid.draw(self.counters.iteration)
+        if saved != self.counters.iteration and not self.save():
+            raise Refusal(
+                f"the last checkpoint, of iteration {self.counters.iteration}, could not be written to {str(self.folder)!r} (see "
+                f"above), and the newest one there is of iteration {saved}: make room and resume with --resume latest"
+            )
+        if self.counters.iteration == config.max_steps:
+            self._draw(grid)
         tracker.close()
         return self.counters.iteration >= config.max_steps
 
@@ -104,7 +109,7 @@ class Trainer:
         """One iteration: every role that is due, in the method's order, on rollouts made before the first update.
 
         Gradients are the mean over the global batch, whatever its division into micro-batches and processes.
-        Returns the named values to log.
+        Returns the named values to log, of this process's samples.
         """
         progress = self._progress()
         values: dict[str, Tensor] = {}
@@ -126,14 +131,14 @@ class Trainer:
                 if order == 0:
                     rollouts.append(rollout.detach())
                 _accumulate(parts, {"loss": terms.total.detach(), **terms.parts}, len(micro_batches))
-            values |= {f"{role}/{key}": self._mean(value) for key, value in parts.items()}
+            values |= {f"{role}/{key}": value for key, value in parts.items()}
             values |= self._update(role, optimizer)
         self.counters.iteration += 1
         return values
 
     def _update(self, role: str, optimizer: RoleOptimizer) -> dict[str, Tensor]:
         """Reduce, clip, step; a non-finite gradient skips the step on all processes alike."""
-        self._reduce_gradients(optimizer)
+        self.processes.reduce_gradients(optimizer.parameters.values())
         norm = optimizer.clip()
         update = self.counters.updates[role]
         if not bool(torch.isfinite(norm)):
@@ -155,7 +160,7 @@ class Trainer:
         self.counters.updates[role] = update + 1
         if role == GENERATOR and self.config.ema > 0:
             self.triple.lerp_role(EMA, GENERATOR, 1 - self.config.ema)
-        return {f"{role}/grad_norm": norm, f"{role}/lr": torch.tensor(lr)}
+        return {f"{role}/grad_norm": norm, f"{role}/lr": torch.tensor(lr, dtype=torch.float64)}
 
     # ---------------------------------------------------------------- stages
 
@@ -168,16 +173,15 @@ class Trainer:
         return found
 
     def _progress(self) -> Progress:
-        first = self._boundaries()[self.stage][0]
-        return Progress(
-            self.counters.iteration, dict(self.counters.updates), self.stage, self.counters.iteration - first
-        )
+        counters = self.counters
+        first = self._boundaries()[counters.stage][0]
+        return Progress(counters.iteration, dict(counters.updates), counters.stage, counters.iteration - first)
 
     def _enter_stage(self) -> None:
         """At a stage's first iteration: set its roles up and give it optimizers of its own."""
         for index, (first, stage) in enumerate(self._boundaries()):
-            if index > self.stage and self.counters.iteration >= first:
-                self.stage = index
+            if index > self.counters.stage and self.counters.iteration >= first:
+                self.counters.stage = index
                 for role in stage.reset:
                     self.triple.reset_role(role)
                 for source, target in stage.copies:
@@ -195,47 +199,58 @@ class Trainer:
             for role, kind in roles.items()
         }
 
-    # ---------------------------------------------------------------- processes
-
-    def _reduce_gradients(self, optimizer: RoleOptimizer) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in optimizer.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-
-    def _mean(self, value: Tensor) -> Tensor:
-        return value if self.accelerator.num_processes == 1 else self.accelerator.reduce(value, reduction="mean")
-
     # ---------------------------------------------------------------- checkpoints
 
-    def save(self) -> Path | None:
-        """Write a checkpoint of everything that the next iteration depends on (main process only)."""
-        if not self.accelerator.is_main_process:
-            return None
-        tensors: dict[str, Mapping[str, Tensor]] = {role: self.triple.state(role) for role in self.triple.layouts}
-        tensors |= {f"optimizer.{role}": optimizer.state_dict() for role, optimizer in self.optimizers.items()}
-        tensors |= {"method": self.method.state_dict(), "rng": _global_rng()}
-        counters = {**vars(self.counters), "stage": self.stage, "method": self.session.plan.config.method_name}
-        return checkpoints.write(
-            self.folder / "checkpoints", self.counters.iteration, counters, tensors, self.config.keep
-        )
+    def save(self) -> bool:
+        """Write a checkpoint of everything that the next iteration depends on; every process must call this.
+
+        False, on all of them, where the disk refuses it; what was there before is untouched then.
+        """
+        failed = False
+        groups = self._groups()
+        if self.processes.main:
+            counters = replace(self.counters, updates=dict(self.counters.updates))
+            facts = Facts(self.session.plan.config.method_name, self.base, counters, self.environment)
+            try:
+                if not (self.folder / CONFIG).is_file():  # somebody deleted the folder: make it a run again
+                    write_config(self.folder, self.session.plan.config)
+                checkpoints.write(self.folder / CHECKPOINTS, facts, groups, self.config.keep)
+            except OSError as error:
+                failed = True
+                logger.error("the checkpoint of iteration %d could not be written (%s)", self.counters.iteration, error)
+        for _ in groups:  # the shards that were not asked for: putting one together takes all processes
+            pass
+        return not self.processes.any(failed)
+
+    def _groups(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """(name, tensors on the main process's CPU), one at a time."""
+        whole = self.processes.whole
+        for role in self.triple.layouts:
+            yield role, whole(self.triple.state(role))
+        for role, optimizer in self.optimizers.items():
+            yield f"optimizer.{role}", whole(optimizer.state_dict())
+        yield "method", whole(self.method.state_dict())
+        yield "rng", self._global_rng()
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint, into the existing parameters.
 
         Raises:
-            Refusal: corrupt, of another method, or not fitting these roles.
+            Refusal: corrupt, of another method or base, or not fitting these roles.
         """
         saved = checkpoints.read(path)
-        made, mine = saved.counters.pop("method"), self.session.plan.config.method_name
-        if made != mine:
+        facts, mine = saved.facts, self.session.plan.config.method_name
+        if facts.method != mine:
             raise Refusal(
-                f"the checkpoint {path} was made by method {made!r} and the config says {mine!r}: use the run's own config"
+                f"the checkpoint {path} was made by method {facts.method!r} and the config says {mine!r}: use the run's own config"
             )
-        self.stage = int(saved.counters.pop("stage"))
-        self.counters = Counters(**saved.counters)
+        if facts.base != self.base and facts.environment.dtype == self.environment.dtype:
+            raise Refusal(
+                f"the checkpoint {path} was trained on a base with fingerprint {facts.base}, and the weights of "
+                f"{self.session.plan.config.model.path!r} have {self.base}: put the weights back that the run was started with"
+            )
+        self.environment.warn_of(facts.environment)
+        self.counters = facts.counters
         for role in self.triple.layouts:
             if role not in saved.tensors:
                 raise Refusal(
@@ -246,74 +261,58 @@ class Trainer:
         for role, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved.tensors[f"optimizer.{role}"])
         self.method.load_state_dict(saved.tensors["method"])
-        _set_global_rng(saved.tensors["rng"])
+        self._set_global_rng(saved.tensors["rng"])
+
+    def _global_rng(self) -> dict[str, Tensor]:
+        """States of torch's global generators on every process: nothing of ours draws from them, third parties may."""
+        states = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        return {
+            f"{device}.{index}": state
+            for device, mine in states.items()
+            for index, state in enumerate(self.processes.gather(mine))
+        }
+
+    def _set_global_rng(self, states: Mapping[str, Tensor]) -> None:
+        """A process that the saved run did not have leaves its generators alone."""
+        if (state := states.get(f"cpu.{self.processes.index}")) is not None:
+            torch.set_rng_state(state)
+        if torch.cuda.is_available() and (state := states.get(f"cuda.{self.processes.index}")) is not None:
+            torch.cuda.set_rng_state(state)
+
+    # ---------------------------------------------------------------- looking at the student
 
     def _look(self, watch: Watch, tracker: Tracker, saved: int) -> int:
         """Let the watcher measure; the best student's checkpoint is kept beside the newest ones."""
         seen = watch(self.counters.iteration)
         tracker.log(self.counters.iteration, dict(seen.values))
         if seen.best is not None:
-            saved = saved if saved == self.counters.iteration else self._save_and_go_on(saved)
-            if saved == self.counters.iteration and self.accelerator.is_main_process:
-                checkpoints.keep_best(self.folder / "checkpoints", saved, seen.best)
+            if saved != self.counters.iteration and self.save():
+                saved = self.counters.iteration
+            if saved == self.counters.iteration and self.processes.main:
+                try:
+                    checkpoints.keep_best(self.folder / CHECKPOINTS, saved, seen.best)
+                except OSError as error:
+                    logger.error("the best checkpoint so far could not be kept (%s)", error)
         return saved
 
-    def _save_and_go_on(self, before: int) -> int:
-        try:
-            self.save()
-        except OSError as error:
-            logger.error(
-                "the checkpoint at iteration %d could not be written (%s); training goes on",
-                self.counters.iteration,
-                error,
-            )
-            return before
-        return self.counters.iteration
-
-    # ---------------------------------------------------------------- the rest
-
     def _grid(self) -> Grid | None:
-        if self.session.checkpoint.pipeline is None or not self.accelerator.is_main_process:
+        """On the main process; on all of them where networks are sharded, since drawing takes all of them then."""
+        if self.session.checkpoint.pipeline is None or not (self.processes.main or self.processes.sharded):
             return None
         guidance = self.method.recipe().baked_guidance
-        return Grid(self.session, self.folder / "grids", self.config.grid_prompts, guidance)
+        return Grid(self.session, self.folder if self.processes.main else None, self.config.grid_prompts, guidance)
 
-    @contextmanager
-    def _graceful(self) -> Iterator[None]:
-        """SIGINT and SIGTERM finish the iteration first; a second one stops at once."""
-
-        def handle(number: int, _frame: FrameType | None) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            logger.warning("signal %d: finishing this iteration, then saving; once more stops at once", number)
-            self._stop = True
-
-        try:
-            previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread (a notebook server, a test runner): signals belong to others there
-            yield
+    def _draw(self, grid: Grid | None) -> None:
+        if grid is None:
             return
         try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            grid.draw(self.counters.iteration)
+        except OSError as error:
+            logger.warning("the grid of iteration %d could not be written (%s)", self.counters.iteration, error)
 
 
 def _accumulate(parts: dict[str, Tensor], more: Mapping[str, Tensor], count: int) -> None:
     for key, value in more.items():
         parts[key] = parts.get(key, torch.zeros_like(value)) + value.detach() / count
-
-
-def _global_rng() -> dict[str, Tensor]:
-    """State of torch's global generators: nothing of ours draws from them, third-party modules may."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_global_rng(state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

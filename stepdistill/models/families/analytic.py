@@ -138,6 +138,9 @@ class Analytic(Family):
     def lora_targets(self, preset: str) -> tuple[str, ...]:
         return "fc_in", "fc_mid", "fc_out"
 
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return [network.get_submodule("mlp")]
+
     def enable_gradient_checkpointing(self, network: nn.Module, function: Callable[..., Tensor]) -> None:
         """Nothing to save: the network is three small layers."""
 

@@ -76,7 +76,7 @@ class Family(ABC):
 
     @abstractmethod
     def load(self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str) -> Checkpoint:
-        """Load network and pipeline components; the network frozen, in eval mode; the VAE always in float32."""
+        """Load network and pipeline components; the network frozen, in eval mode; the VAE in float32 or better."""
 
     @abstractmethod
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -116,6 +116,10 @@ class Family(ABC):
     @abstractmethod
     def lora_targets(self, preset: str) -> tuple[str, ...]:
         """Module-name suffixes for peft of a preset: `attention`, or `all` (DMD2's list of linears and convolutions)."""
+
+    @abstractmethod
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The network's blocks in the order in which they run: what a sharded network gathers one at a time."""
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: Callable[..., Tensor]) -> None:

@@ -1,0 +1,42 @@
+"""Signals that ask a run to stop: the first one finishes the iteration, the second one stops at once."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stop:
+    """Whether a signal has come."""
+
+    asked: bool = False
+
+
+@contextmanager
+def graceful() -> Iterator[Stop]:
+    """SIGINT and SIGTERM set `asked`; a second one raises KeyboardInterrupt. Handlers are restored afterwards."""
+    stop = Stop()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        logger.warning("signal %d: finishing this iteration, then saving; once more stops at once", number)
+        stop.asked = True
+
+    try:
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread (a notebook server, a test runner): signals belong to others there
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,144 @@
+"""A case for every registered method, and runs of it: what the matrices of tests share.
+
+A new method joins by an entry here; `test_no_method_is_missing` fails until it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from stepdistill.config import RunConfig, parse
+from stepdistill.registry import load_method
+from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.collect import CollectConfig, collect
+
+Tensors = dict[str, dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configured method.
+
+    Attributes:
+        method, options: as in a config's `method`.
+        period: iterations after which the pattern of updates repeats; resume is tested around it.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    period: int = 1
+
+    @property
+    def images(self) -> bool:
+        method = load_method(self.method)
+        return bool(method.needs(method.Config.model_validate(dict(self.options))).images)
+
+
+CASES: Mapping[str, Case] = {
+    "dmd": Case("dmd", {"guidance": 2.0}),
+    "dmd2": Case("dmd2", {"guidance": 2.0, "ratio": 2, "steps": 2}, period=2),
+    "dmd2-gan": Case("dmd2", {"guidance": 2.0, "ratio": 2, "steps": 2, "gan": {"weight": 1e-2}}, period=2),
+    "dmd2-deterministic": Case(
+        "dmd2", {"guidance": 2.0, "ratio": 1, "steps": 2, "transition": "deterministic", "exits": "sample"}
+    ),
+}
+LAYOUTS = {"lora": ("lora", "lora"), "full": ("full", "full"), "mixed": ("lora", "full")}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where runs find their checkpoint and data.
+
+    Attributes:
+        tiny: the fixture of that name.
+        folder: for images and pairs, made when a case needs them.
+    """
+
+    tiny: Callable[..., Path]
+    folder: Path
+
+    def config(
+        self,
+        case: Case,
+        steps: int,
+        *,
+        family: str | None = None,
+        variant: str = "default",
+        layout: str = "lora",
+        dtype: str = "float64",
+        **training: Any,
+    ) -> RunConfig:
+        """A short run; on the analytic family unless another is named or the case needs images."""
+        family = family or ("sd" if case.images else "analytic")
+        model = self.tiny(family, variant)
+        roles = [{"mode": mode, "rank": 4, "alpha": 2} for mode in LAYOUTS[layout]]
+        data: dict[str, Any] = {
+            "model": {"path": str(model), "dtype": dtype},
+            "method": {"name": case.method, **case.options},
+            "roles": {"generator": roles[0], "fake_score": roles[1]},
+            "optimizers": {"generator": {"lr": 1e-3, "warmup": 2}, "fake_score": {"lr": 1e-3}},
+            "data": self._data(case, family, model),
+            "training": {
+                "max_steps": steps, "batch_size": 4, "ema": 0.5, "grid_prompts": 1, "device": "cpu", "log_every": 1,
+                "save_every": 100, **training,
+            },
+        }  # fmt: skip
+        return parse(RunConfig, data, "test")
+
+    def _data(self, case: Case, family: str, model: Path) -> dict[str, Any]:
+        prompts = self.folder / f"{family}.txt"
+        # five of them, so that batches of four end in the middle of an epoch
+        words = [f"mode {k % 4}" for k in range(5)] if family == "analytic" else ["a", "red", "cat", "on", "a mat"]
+        prompts.write_text("\n".join(words))
+        data: dict[str, Any] = {"prompts": str(prompts)}
+        needs = load_method(case.method).needs(load_method(case.method).Config.model_validate(dict(case.options)))
+        if needs.images:
+            data["images"] = str(self._images())
+        if needs.pairs:
+            data["pairs"] = str(self._pairs(case, model, prompts))
+        return data
+
+    def _images(self) -> Path:
+        images = self.folder / "images"
+        if not images.exists():
+            images.mkdir()
+            for index, colour in enumerate(("red", "green", "blue")):
+                Image.new("RGB", (80, 96), colour).save(images / f"{index}.png")
+                (images / f"{index}.txt").write_text(f"a {colour} square")
+        return images
+
+    def _pairs(self, case: Case, model: Path, prompts: Path) -> Path:
+        pairs = self.folder / f"pairs-{model.name}"
+        if not pairs.exists():
+            wanted = {
+                "model": {"path": str(model)}, "prompts": str(prompts), "count": 5, "steps": 2, "device": "cpu",
+                "guidance": case.options["guidance"],
+            }  # fmt: skip
+            collect("pairs", CollectConfig.model_validate(wanted), pairs)
+        return pairs
+
+
+def saved(folder: Path) -> Tensors:
+    """Tensors of a run's newest checkpoint."""
+    path = checkpoints.latest(folder / "checkpoints")
+    assert path is not None
+    return checkpoints.read(path).tensors
+
+
+def equal(a: Tensors, b: Tensors) -> bool:
+    """Bit for bit, the same names included."""
+    return a.keys() == b.keys() and all(
+        a[f].keys() == b[f].keys() and all(torch.equal(a[f][k], b[f][k]) for k in a[f]) for f in a
+    )
+
+
+def difference(a: Tensors, b: Tensors) -> float:
+    """Largest absolute difference of any two numbers, random states left out."""
+    assert a.keys() == b.keys()
+    return max(float((a[f][k].double() - b[f][k].double()).abs().max()) for f in a if f != "rng" for k in a[f])
