@@ -15,6 +15,9 @@ from stepdistill.errors import Refusal
 from stepdistill.models.sharding import laid_out_like, norm
 from stepdistill.training.offload import OffloadedState
 
+CODES = ("qmap1", "qmap2")
+"""What the 256 codes of 8-bit moments mean: one tensor for all parameters, saved once."""
+
 
 def rate(config: OptimizerConfig, update: int) -> float:
     """Learning rate of the update with index `update` (0-based): linear warm-up, then constant, linear or cosine."""
@@ -76,11 +79,11 @@ class RoleOptimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """All that the next update depends on, as `NAME|KEY`; empty before the first step.
 
-        Keys: `exp_avg`, `exp_avg_sq` and `step`; in 8 bit `state1` and `state2` (moments), `absmax1` and `absmax2` (scales
-        of their blocks), `qmap1` and `qmap2` (what the 256 codes mean), and `step`. Small parameters have float32 moments.
+        Keys: `exp_avg`, `exp_avg_sq` and `step`; in 8 bit `state1` and `state2` (moments, float32 for small parameters),
+        `absmax1` and `absmax2` (scales of their blocks), `step`, and without a name `qmap1` and `qmap2` (see CODES).
         """
         return {
-            f"{name}|{key}": torch.as_tensor(value)
+            f"{'' if key in CODES else name}|{key}": torch.as_tensor(value)
             for name, parameter in self.parameters.items()
             for key, value in self.adam.state.get(parameter, {}).items()
         }
@@ -95,6 +98,7 @@ class RoleOptimizer:
         for key, value in state.items():
             name, _, quantity = key.rpartition("|")
             found.setdefault(name, {})[quantity] = value
+        codes = {key: value.to(self._device) for key, value in found.pop("", {}).items()}
         saved = "adamw8bit" if any("state1" in values for values in found.values()) else "adamw"
         if found and saved != self.config.kind:
             raise Refusal(
@@ -103,9 +107,13 @@ class RoleOptimizer:
         for name, parameter in self.parameters.items():
             if name in found:
                 values = {key: self._placed(key, value, parameter) for key, value in found[name].items()}
-                self.adam.state[parameter] = values
+                self.adam.state[parameter] = {**values, **codes} if "absmax1" in values else values
         if self._offloaded is not None:
             self._offloaded.release()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
 
     def _placed(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor | int:
         """A saved value as the optimizer holds it."""
