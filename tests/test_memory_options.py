@@ -273,9 +273,16 @@ def outputs_and_gradients(triple: Triple, cond: Conditioning, role: str) -> dict
         with torch.no_grad():
             real = triple.real_score.x0(drawn, time, cond)
         fake = triple.fake_score.x0(drawn, time, cond)
-        ((drawn - real).square().mean() + (fake * drawn).mean()).backward()
+        features = triple.fake_score.features(drawn, time, cond)
+        ((drawn - real).square().mean() + (fake * drawn).mean() + features.square().mean()).backward()
     found = {key: value.grad.clone() for key, value in triple.parameters(role).items() if value.grad is not None}
-    return {**found, "output.generator": drawn.detach(), "output.real": real, "output.fake": fake.detach()}
+    return {
+        **found,
+        "output.generator": drawn.detach(),
+        "output.real": real,
+        "output.fake": fake.detach(),
+        "features": features.detach(),
+    }
 
 
 def check_compiled(folder: Path, backend: str, checkpointed: bool, mode: str, tolerance: float) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from original_format import sd1
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import stepdistill
@@ -20,8 +22,9 @@ from stepdistill.models import quantization
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families.base import Checkpoint
+from stepdistill.models.kernels import lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.models.quantization import Quantized, quantize
+from stepdistill.models.quantization import Quantized, quantize, unpacked
 from stepdistill.models.triple import RoleLayout, Triple
 from stepdistill.registry import load_family
 from stepdistill.training import checkpoint as checkpoints
@@ -158,6 +161,30 @@ def test_size_and_what_stays(tiny: Callable[..., Path], kind: Quantized, byte: f
     encoder, vae = checkpoint.pipeline.text_encoder, checkpoint.pipeline.vae
     assert {type(p.data) for part in (encoder, vae) for p in part.parameters()} == {Tensor}
     assert (encoder.dtype, vae.dtype) == (torch.bfloat16, torch.float32)
+
+
+@needs_torchao
+def test_a_single_file_is_quantised_like_its_folder(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    parts = [load_file(next((tiny("sd") / name).glob("*.safetensors"))) for name in ("unet", "vae", "text_encoder")]
+    path = tmp_path / "sd.safetensors"
+    save_file({key: value.contiguous() for key, value in sd1(*parts, layers=1).items()}, path)
+    info = inspect_checkpoint(path, config_dir=tiny("sd"))
+    one = load_checkpoint(info, torch.float32, "cpu", "int8").network
+    other = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", "int8").network
+    for key, value in one.state_dict().items():
+        assert torch.equal(unpacked(value), unpacked(other.state_dict()[key])), key
+
+
+@needs_torchao
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_last_leaves_quantised_weights_alone(tiny: Callable[..., Path], kind: Quantized) -> None:
+    plain, other = (
+        load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", kind).network for _ in range(2)
+    )
+    lay_out(other, "sdpa", True)
+    arguments = x_t().detach(), TIME, torch.ones(2, 77, 32)
+    with torch.no_grad():
+        assert torch.allclose(plain(*arguments).sample, other(*arguments).sample, atol=1e-5)
 
 
 @needs_torchao

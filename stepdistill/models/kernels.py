@@ -41,7 +41,10 @@ def lay_out(network: nn.Module, attention: Literal["sdpa", "xformers"], channels
         check_xformers()
         _stock(network).enable_xformers_memory_efficient_attention()
     if channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # convolutions alone have such a layout, and a quantised weight is no tensor to be asked for it
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
