@@ -16,6 +16,7 @@ _PUBLIC = {
     "load_config": "config",
     "distill": "api",
     "dry_run": "api",
+    "cache": "api",
     "collect": "api",
     "CollectConfig": "api",
     "export": "api",
@@ -28,14 +29,14 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
-    from stepdistill.api import CollectConfig, collect, distill, dry_run, export, load_teacher, sample
+    from stepdistill.api import CollectConfig, cache, collect, distill, dry_run, export, load_teacher, sample
     from stepdistill.config import RunConfig, load_config
     from stepdistill.demo import quickstart
     from stepdistill.errors import Refusal
     from stepdistill.evaluating import compare, evaluate, evaluate_images
 
 __all__ = [
-    "CollectConfig", "Refusal", "RunConfig", "collect", "compare", "distill", "dry_run", "evaluate", "evaluate_images",
+    "CollectConfig", "Refusal", "RunConfig", "cache", "collect", "compare", "distill", "dry_run", "evaluate", "evaluate_images",
     "export", "load_config", "load_teacher", "quickstart", "sample",
 ]  # fmt: skip
 

@@ -23,14 +23,18 @@ from stepdistill.exporting.card import push_to_hub as push
 from stepdistill.exporting.proof import QuantizedStudent, final_latents
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.training.caching import Filled, fill
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.grids import as_floats, save_images, tile
 from stepdistill.training.options import check_training_options
+from stepdistill.training.processes import check_launcher
 from stepdistill.training.run import Outcome, describe, open_run, run_config, train
 from stepdistill.training.session import DTYPES, Session, best_device, prepare
 from stepdistill.watching import StudentWatch
 
-__all__ = ["CollectConfig", "collect", "distill", "dry_run", "export", "leave_processes", "load_teacher", "sample"]
+__all__ = [
+    "CollectConfig", "cache", "collect", "distill", "dry_run", "export", "leave_processes", "load_teacher", "sample",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 PROOF_IMAGES = 2
@@ -46,6 +50,11 @@ def distill(config: RunConfig, output: str | Path | None = None, resume: str | N
     return train(config, output, resume, lambda session, folder: StudentWatch(session, folder, section))
 
 
+def cache(config: RunConfig) -> Filled:
+    """Fill the caches of a training config, so that its training finds them warm. See `training.caching.fill`."""
+    return fill(prepare(config))
+
+
 def leave_processes() -> None:
     """End the group of processes that a distributed `distill` joined; nothing where there is one process."""
     PartialState().destroy_process_group()
@@ -53,6 +62,7 @@ def leave_processes() -> None:
 
 def dry_run(config: RunConfig) -> list[str]:
     """Check a config as training would, without loading a weight; lines that describe the run. Raises Refusal."""
+    check_launcher(config.training)
     plan = prepare(config)
     device = torch.device(config.training.device or best_device())
     check_training_options(config, plan.roles, device, sharded=config.training.sharding == "full")

@@ -91,6 +91,21 @@ def train(
 
 
 @app.command()
+def cache(
+    config: Annotated[Path, typer.Argument(help="YAML file of a training run, with a cache section.")],
+    overrides: Overrides = None,
+) -> None:
+    """Encode the prompts and images of a training config once, for all its runs."""
+    from stepdistill import api
+    from stepdistill.config import load_config
+
+    done = api.cache(load_config(config, overrides))
+    typer.echo(
+        f"{done.encoded:,} of {done.entries:,} entries were encoded; {done.folder} holds {done.size / 1e6:,.1f} MB"
+    )
+
+
+@app.command()
 def collect(
     kind: Annotated[Kind, typer.Argument(help="What to collect.")],
     config: Annotated[Path, typer.Argument(help="YAML file.")],

@@ -112,7 +112,7 @@ class StudentWatch:
             rows = mine or range(1)
             draws = Draws(0, 0, "evaluation", [self.prompts.seeds[i] for i in rows], session.device, session.dtype)
             texts = [self.prompts.prompts[i] for i in rows]
-            cond = plan.family.encode(session.checkpoint, texts, [ImageSize.plain(*plan.setting.size)] * len(rows))
+            cond = session.encoder.text(texts, [ImageSize.plain(*plan.setting.size)] * len(rows))
             noise = draws.normal("noise", plan.setting.latent_shape)
             with session.triple.at_hand(role):
                 latents = student_latents(session, denoiser, cond, noise, draws)[: len(mine)]

@@ -63,7 +63,7 @@ def loaded(folder: Path, kind: Any, dtype: torch.dtype = torch.float32) -> tuple
     """A checkpoint with a generator and a fake score, all of whose LoRA matrices are seeded noise."""
     info = inspect_checkpoint(folder)
     family = load_family(info.family)
-    checkpoint = load_checkpoint(info, dtype, "cpu", kind)
+    checkpoint = load_checkpoint(info, dtype, "cpu", quantization=kind)
     layout = RoleLayout("lora", LoraSettings(4, 4.0, family.lora_targets("all")))
     triple = Triple(
         checkpoint.network, family, info.schedule, {"generator": layout, "fake_score": layout}, compute_dtype=dtype
@@ -130,7 +130,7 @@ def test_forward_and_gradients_are_nearly_the_base_s(
 @pytest.mark.parametrize("kind", KINDS)
 def test_roles_share_the_quantised_base(tiny: Callable[..., Path], kind: Quantized) -> None:
     checkpoint, triple, cond = loaded(tiny("sd"), kind)
-    plain = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", kind)
+    plain = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", quantization=kind)
     with torch.no_grad():
         real = triple.real_score.x0(x_t(), TIME, cond)
         untouched = triple.family.call(plain.network, x_t(), TIME.expand(2).double(), cond)
@@ -147,7 +147,7 @@ def test_size_and_what_stays(tiny: Callable[..., Path], kind: Quantized, byte: f
     """Linear layers of the network shrink; its convolutions, the text encoder and the VAE do not."""
     from torchao.quantization import Int8Tensor, NF4Tensor
 
-    checkpoint = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.bfloat16, "cpu", kind)
+    checkpoint = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.bfloat16, "cpu", quantization=kind)
     linears = [m for m in checkpoint.network.modules() if isinstance(m, nn.Linear)]
     held = 0
     for layer in linears:
@@ -169,8 +169,8 @@ def test_a_single_file_is_quantised_like_its_folder(tiny: Callable[..., Path], t
     path = tmp_path / "sd.safetensors"
     save_file({key: value.contiguous() for key, value in sd1(*parts, layers=1).items()}, path)
     info = inspect_checkpoint(path, config_dir=tiny("sd"))
-    one = load_checkpoint(info, torch.float32, "cpu", "int8").network
-    other = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", "int8").network
+    one = load_checkpoint(info, torch.float32, "cpu", quantization="int8").network
+    other = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", quantization="int8").network
     for key, value in one.state_dict().items():
         assert torch.equal(unpacked(value), unpacked(other.state_dict()[key])), key
 
@@ -179,7 +179,8 @@ def test_a_single_file_is_quantised_like_its_folder(tiny: Callable[..., Path], t
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels_last_leaves_quantised_weights_alone(tiny: Callable[..., Path], kind: Quantized) -> None:
     plain, other = (
-        load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", kind).network for _ in range(2)
+        load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", quantization=kind).network
+        for _ in range(2)
     )
     lay_out(other, "sdpa", True)
     arguments = x_t().detach(), TIME, torch.ones(2, 77, 32)

@@ -149,15 +149,33 @@ class ImageFolder:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a folder of {len(self)}")
-        numbers = torch.rand(3, generator=draws, dtype=torch.float64).tolist()
+        numbers = placement(draws)
         for step in range(len(self)):
             position = (index + step) % len(self)
             picture = self._decode(position)
             self._refuse_too_many_bad()
             if picture is not None:
-                image, crop = self._cropped(picture, numbers)
+                spread = numbers[1:] if self.crop == "random" else None
+                image, crop = self._cropped(picture, self.mirrors(numbers), spread)
                 return ImageItem(image, self.captions[position], crop, self.paths[position], position)
         raise Refusal(f"none of the {len(self)} images in {str(self.folder)!r} can be read: replace them")
+
+    def centred(self, index: int, mirrored: bool) -> ImageItem | None:
+        """The very file at a position, cropped at the centre, as it is or mirrored; None where it cannot be read.
+
+        Raises:
+            Refusal: as `read`.
+        """
+        picture = self._decode(index)
+        self._refuse_too_many_bad()
+        if picture is None:
+            return None
+        image, crop = self._cropped(picture, mirrored, None)
+        return ImageItem(image, self.captions[index], crop, self.paths[index], index)
+
+    def mirrors(self, numbers: Sequence[float]) -> bool:
+        """Whether an item with this `placement` is mirrored."""
+        return self.flip and numbers[0] < 0.5
 
     @property
     def bad(self) -> tuple[Path, ...]:
@@ -189,18 +207,18 @@ class ImageFolder:
                 log.warning("skipping unreadable image %s (%s)", self.paths[index], reason)
             return None
 
-    def _cropped(self, picture: Image.Image, numbers: Sequence[float]) -> tuple[Tensor, Crop]:
-        """The item's pixels, and its crop; `numbers` in [0, 1) are for flip, top and left."""
+    def _cropped(self, picture: Image.Image, mirrored: bool, spread: Sequence[float] | None) -> tuple[Tensor, Crop]:
+        """The item's pixels, and its crop: top and left by `spread` in [0, 1), at the centre where that is None."""
         height, width = self.size
         scale = max(height / picture.height, width / picture.width)
         # rounding may fall short of the target by a pixel
         resized = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
         whole = picture.resize(resized, Image.Resampling.LANCZOS)
-        if self.flip and numbers[0] < 0.5:
+        if mirrored:
             whole = ImageOps.mirror(whole)
         spare = (whole.height - height, whole.width - width)
-        if self.crop == "random":
-            top, left = (math.floor(number * (room + 1)) for number, room in zip(numbers[1:], spare, strict=True))
+        if spread is not None:
+            top, left = (math.floor(number * (room + 1)) for number, room in zip(spread, spare, strict=True))
         else:
             top, left = spare[0] // 2, spare[1] // 2
         pixels = np.array(whole.crop((left, top, left + width, top + height)))
@@ -216,6 +234,12 @@ class ImageFolder:
             f"{len(found)} of {len(self)} images ({len(found) / len(self):.1%}) in {str(self.folder)!r} are unreadable, "
             f"such as {first}, but max_bad_share allows {self.max_bad_share:.1%}: repair or remove them, or raise it"
         )
+
+
+def placement(draws: torch.Generator) -> list[float]:
+    """Three numbers in [0, 1) that place an item: for flip, top and left."""
+    numbers: list[float] = torch.rand(3, generator=draws, dtype=torch.float64).tolist()
+    return numbers
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from stepdistill.errors import Refusal
-from stepdistill.models.families.base import Checkpoint, CheckpointInfo, Family
+from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part
 from stepdistill.models.families.single_file import CONFIGS, FAMILY_OF, architecture
 from stepdistill.models.files import (
     FALLBACK_VARIANTS,
@@ -70,25 +70,32 @@ def load_checkpoint(
     info: CheckpointInfo,
     dtype: torch.dtype,
     device: torch.device | str,
+    parts: frozenset[Part] = PARTS,
     quantization: Quantized | Literal["none"] = "none",
 ) -> Checkpoint:
     """Load what `inspect_checkpoint` described; network and text encoders in `dtype`, the VAE in float32.
 
+    parts: what is wanted in memory; see `Family.load`.
     quantization: of the network alone; see `models/quantization.py`.
 
     Raises:
         Refusal: weights are absent, pickled, or do not fit the configs; found before any of them is read.
     """
-    if info.single_file is None and not Path(info.source).expanduser().exists():
-        _download_weights(info)
+    fetch_weights(info)
     family: Family = load_family(info.family)
     if quantization == "none":
-        return family.load(info, dtype, device)
-    checkpoint = family.load(info, dtype, "cpu")
+        return family.load(info, dtype, device, parts)
+    checkpoint = family.load(info, dtype, "cpu", parts)
     quantize(checkpoint.network, quantization, device)
     if checkpoint.pipeline is not None:
         checkpoint.pipeline.to(device)
     return checkpoint
+
+
+def fetch_weights(info: CheckpointInfo) -> None:
+    """Have the weight files of a hub id on this disk; nothing to do for a folder or a file. Raises Refusal."""
+    if info.single_file is None and not Path(info.source).expanduser().exists():
+        _download_weights(info)
 
 
 def _inspect_file(source: str, path: Path, family: str | None, config_dir: str | Path | None) -> CheckpointInfo:

@@ -218,13 +218,16 @@ class Triple:
             Refusal: missing or unexpected keys, or another shape; nothing is changed then.
         """
         own = self.state(role)
-        missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         reshaped = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
-        if missing or unexpected or reshaped:
+        faults = {
+            "missing": own.keys() - tensors.keys(),
+            "unexpected": tensors.keys() - own.keys(),
+            "differently shaped": reshaped,
+        }
+        if any(faults.values()):
+            told = "; ".join(f"{len(keys)} {what} ({_some(sorted(keys))})" for what, keys in faults.items() if keys)
             raise Refusal(
-                f"the saved {role} does not fit this one: {len(missing)} missing, {len(unexpected)} unexpected and "
-                f"{len(reshaped)} differently shaped tensors (first: {(missing + unexpected + reshaped)[0]!r}): "
-                "use the rank, targets and base it was trained with"
+                f"the saved {role} does not fit this one, with tensors {told}: use the rank, targets and base it was trained with"
             )
         for key, value in own.items():
             value.copy_(laid_out_like(value, tensors[key]))
@@ -275,3 +278,8 @@ class Triple:
             for key, value in self.base.state_dict().items()
             if ".lora_" not in key
         }
+
+
+def _some(names: list[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from stepdistill.data.images import ImageBatch, ImageItem
 from stepdistill.data.loader import IndexStream, Prefetcher, Samples
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.methods.base import Batch
-from stepdistill.models.conditioning import Conditioning, ImageSize
+from stepdistill.models.conditioning import ImageSize
+from stepdistill.training.encoding import TrainingImage, size_of
 from stepdistill.training.session import Session
 
 
@@ -18,7 +18,7 @@ class BatchSource:
     """Micro-batches of a run, in order, from any iteration on.
 
     Args:
-        session: its plan names the data, its checkpoint encodes them.
+        session: its plan names the data, its encoder encodes them.
         seed: of the data order.
     """
 
@@ -28,10 +28,10 @@ class BatchSource:
         self.size = ImageSize.plain(*plan.setting.size)
         self.prompts = IndexStream(len(plan.prompts), derive_seed(seed, "prompts"))
         self.pairs = IndexStream(len(plan.pairs), derive_seed(seed, "pairs")) if plan.pairs is not None else None
-        self.images: Samples[ImageItem] | None = None
-        if plan.images is not None:
+        self.images: Samples[TrainingImage] | None = None
+        if plan.images is not None and session.encoder.images is not None:
             stream = IndexStream(len(plan.images), derive_seed(seed, "images"))
-            self.images = Samples(plan.images, stream, seed)
+            self.images = Samples(session.encoder.images, stream, seed)
 
     def batches(self, numbers: Iterator[Sequence[int]]) -> Iterator[tuple[Sequence[int], Batch]]:
         """(sample numbers, batch) for every micro-batch; images are read ahead by `data.workers` threads."""
@@ -51,26 +51,23 @@ class BatchSource:
             yield samples, self._batch(samples, items)
 
     @torch.no_grad()
-    def _batch(self, samples: Sequence[int], items: list[ImageItem] | None) -> Batch:
-        session, plan = self.session, self.session.plan
+    def _batch(self, samples: Sequence[int], items: list[TrainingImage] | None) -> Batch:
+        encoder, plan = self.session.encoder, self.session.plan
         prompts = [plan.prompts[self.prompts.index(g)] for g in samples]
         sizes = [self.size] * len(samples)
-        cond = plan.family.encode(session.checkpoint, prompts, sizes)
-        null = plan.family.null(session.checkpoint, sizes, plan.config.model.negative_prompt)
-        batch = Batch(cond, null)
+        batch = Batch(encoder.text(prompts, sizes), encoder.null(sizes))
         if items is not None:
-            batch = self._with_images(batch, ImageBatch.of(items), samples)
+            batch = self._with_images(batch, items, samples)
         if plan.pairs is not None and self.pairs is not None:
             batch = self._with_pairs(batch, samples, sizes)
         return batch
 
-    def _with_images(self, batch: Batch, images: ImageBatch, samples: Sequence[int]) -> Batch:
+    def _with_images(self, batch: Batch, images: Sequence[TrainingImage], samples: Sequence[int]) -> Batch:
         session, plan = self.session, self.session.plan
-        sizes = [ImageSize(crop.original, crop.offset, crop.target) for crop in images.crops]
         draws = Draws(plan.config.training.seed, 0, "data", samples, session.device)
         noise = draws.normal("posterior", plan.setting.latent_shape)
-        latents = plan.family.encode_images(session.checkpoint, images.images.to(session.device), noise)
-        cond = plan.family.encode(session.checkpoint, images.captions, sizes)
+        latents = session.encoder.latents(images, noise)
+        cond = session.encoder.text([item.caption for item in images], [size_of(item.crop) for item in images])
         return Batch(batch.cond, batch.null, latents.to(session.dtype), cond)
 
     def _with_pairs(self, batch: Batch, samples: Sequence[int], sizes: Sequence[ImageSize]) -> Batch:
@@ -80,9 +77,7 @@ class BatchSource:
         items = [plan.pairs[self.pairs.index(g)] for g in samples]
         noise = torch.stack([item.noise for item in items]).to(session.device, session.dtype)
         latents = torch.stack([item.latents for item in items]).to(session.device, session.dtype)
-        cond: Conditioning = plan.family.encode(
-            session.checkpoint, [plan.prompts[item.prompt] for item in items], sizes
-        )
+        cond = session.encoder.text([plan.prompts[item.prompt] for item in items], sizes)
         return Batch(batch.cond, batch.null, batch.images, batch.image_cond, noise, latents, cond)
 
 

@@ -52,8 +52,7 @@ class Grid:
         self.draws = Draws(plan.config.training.seed, 0, "grid", range(count), session.device, session.dtype)
         self.noise = self.draws.normal("noise", plan.setting.latent_shape)
         with torch.no_grad():
-            self.cond = plan.family.encode(session.checkpoint, prompts, sizes)
-            null = plan.family.null(session.checkpoint, sizes, plan.config.model.negative_prompt)
+            self.cond, null = session.encoder.text(prompts, sizes), session.encoder.null(sizes)
             self.teacher = self._decoded(
                 teacher_sample(session.triple.real_score, self.cond, null, self.noise, teacher_steps, guidance)
             )

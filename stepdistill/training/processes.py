@@ -30,22 +30,28 @@ def check_launcher(config: TrainingConfig, environment: Mapping[str, str] = os.e
     """Refuse what `accelerate launch` asked for and a triple cannot do; needs no accelerator, loads no weight.
 
     Raises:
-        Refusal: DeepSpeed, FSDP 1, or sharding over a single process.
+        Refusal: DeepSpeed, FSDP 1 or its loading on one process only, sharding over a single process.
     """
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise Refusal(
             "the launcher asks for DeepSpeed, whose engine holds one network with one optimizer, and a triple has several of "
             "both: launch with configs/accelerate/fsdp2_8gpu.yaml to shard, or ddp_8gpu.yaml to replicate"
         )
-    if _fsdp_asked(environment) and environment.get("FSDP_VERSION", "1") != "2":
+    fsdp, alone = _fsdp_asked(environment), int(environment.get("WORLD_SIZE", "1")) == 1
+    if fsdp and environment.get("FSDP_VERSION", "1") != "2":
         raise Refusal(
             "the launcher asks for FSDP version 1, which flattens parameters and so cannot tell adapters apart: "
             "set fsdp_version: 2 in its config"
         )
-    if config.sharding == "full" and int(environment.get("WORLD_SIZE", "1")) == 1:
+    if fsdp and environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
         raise Refusal(
-            "training.sharding is 'full' and there is one process, which would hold everything: start several with "
-            "'accelerate launch --num_processes N -m stepdistill.cli train ...', or set it to 'replicated'"
+            "the launcher asks for fsdp_cpu_ram_efficient_loading, which leaves the text encoders empty on all processes but "
+            "one: set it to false in its config"
+        )
+    if alone and (config.sharding == "full" or (config.sharding == "auto" and fsdp)):
+        raise Refusal(
+            "sharding was asked for and there is one process, which would hold everything: start several with "
+            "'accelerate launch --num_processes N -m stepdistill.cli train ...', or set training.sharding to 'replicated'"
         )
 
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from stepdistill.config import ModelConfig, RunConfig, load_config
 from stepdistill.errors import Refusal
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.caching import warm
 from stepdistill.training.folder import CONFIG, write_config
 from stepdistill.training.options import check_training_options, describe_options, products
 from stepdistill.training.processes import Processes, check_launcher
@@ -74,7 +75,7 @@ def train(
     )
     processes = Processes(accelerator, config.training)
     check_training_options(config, plan.roles, processes.device, sharded=processes.sharded)
-    session = open_session(plan, processes.device)
+    session = open_session(plan, processes.device, warm(plan, processes.device))
     trainer = Trainer(session, folder, processes, watcher(session, folder) if watcher is not None else None)
     if checkpoint is not None:
         trainer.load(checkpoint)

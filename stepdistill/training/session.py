@@ -18,12 +18,13 @@ from stepdistill.data.tensors import TensorFolder
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Method, RoleKind, Setting
 from stepdistill.models.adapters import LoraSettings
-from stepdistill.models.families.base import Checkpoint, CheckpointInfo, Family
+from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family
 from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.triple import GENERATOR, RoleLayout, Triple
 from stepdistill.registry import load_family, load_method
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.encoding import Encoder, Warm, make_encoder
 from stepdistill.training.options import check_model_options
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Session:
 
     plan: Plan
     checkpoint: Checkpoint
+    encoder: Encoder
     triple: Triple
     method: Method[Any]
     device: torch.device
@@ -110,6 +112,7 @@ def prepare(config: RunConfig) -> Plan:
     prompts = read_prompts(data.prompts, data.prompt_column)
     images = pairs = None
     if needs.images and data.images is not None:
+        _check_cache(config)
         images = ImageFolder(data.images, size, crop=data.crop, flip=data.flip, max_bad_share=data.max_bad_share)
     if needs.pairs and data.pairs is not None:
         pairs = TensorFolder(data.pairs)
@@ -117,13 +120,15 @@ def prepare(config: RunConfig) -> Plan:
     return Plan(config, info, family, method_class, method_config, setting, prompts, images, pairs)
 
 
-def open_session(plan: Plan, device: torch.device | str | None = None) -> Session:
-    """Load the checkpoint and build triple and method."""
+def open_session(plan: Plan, device: torch.device | str | None = None, warm: Warm | None = None) -> Session:
+    """Load the checkpoint and build triple and method; what warm caches make needless is not loaded."""
     config = plan.config
     where = torch.device(device or config.training.device or best_device())
     dtype = DTYPES[config.model.dtype]
-    checkpoint = load_checkpoint(plan.info, dtype, where, config.model.quantization)
+    parts = warm.parts if warm is not None else PARTS
+    checkpoint = load_checkpoint(plan.info, dtype, where, parts, config.model.quantization)
     lay_out(checkpoint.network, config.model.attention, config.model.channels_last)
+    encoder = make_encoder(plan.family, checkpoint, config.model.negative_prompt, plan.images, warm, where)
     triple = Triple(
         checkpoint.network,
         plan.family,
@@ -143,7 +148,7 @@ def open_session(plan: Plan, device: torch.device | str | None = None) -> Sessio
         triple.enable_gradient_checkpointing()
     if config.init is not None:
         load_initial(triple, Path(config.init), tuple(plan.roles))
-    return Session(plan, checkpoint, triple, method, where)
+    return Session(plan, checkpoint, encoder, triple, method, where)
 
 
 def settle(session: Session) -> None:
@@ -207,6 +212,14 @@ def _size(config: RunConfig, info: CheckpointInfo) -> tuple[int, int]:
             f"model.size is {list(size)}, and the sides of this model must be multiples of {info.downsampling * 2}: change it"
         )
     return size
+
+
+def _check_cache(config: RunConfig) -> None:
+    if config.cache is not None and config.cache.latents and config.data.crop == "random":
+        raise Refusal(
+            "cache.latents keeps one crop of every image and data.crop is 'random', which wants a new one each time: set "
+            "data.crop to center, or cache.latents to false"
+        )
 
 
 def _check_pairs(

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from methods import CASES, Bench, difference, equal, saved
 
-from stepdistill.config import RunConfig
+from stepdistill.config import EvaluationConfig, RunConfig
+from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.folder import write_config
 from stepdistill.training.run import train
 
@@ -29,10 +31,11 @@ class Launch:
     folder: Path
     jobs: list[dict[str, str | None]] = field(default_factory=list)
 
-    def add(self, config: RunConfig, name: str, resume: str | None = None) -> None:
+    def add(self, config: RunConfig, name: str, resume: str | None = None, fault: str | None = None) -> None:
         place = self.folder / "configs" / f"{len(self.jobs)}"
         write_config(place, config)
-        self.jobs.append({"config": str(place / "config.yaml"), "output": str(self.folder / name), "resume": resume})
+        output = str(self.folder / name)
+        self.jobs.append({"config": str(place / "config.yaml"), "output": output, "resume": resume, "fault": fault})
 
     def run(self) -> None:
         file = self.folder / "jobs.json"
@@ -57,8 +60,31 @@ def together(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
             launch.add(make(last), f"{name}-{kind}")
             launch.add(make(case.period + 1), f"{name}-{kind}-broken")
             launch.add(make(last), f"{name}-{kind}-broken", "latest")
+    for kind in KINDS:
+        plain = bench.config(CASES["dmd2"], 5, batch_size=2, sharding=kind, layout=LAYOUT[kind])
+        for fault in ("nan", "stop", "record"):
+            launch.add(plain, f"{fault}-{kind}", fault=fault)
+        launch.add(plain, f"stop-{kind}", "latest")
+    launch.add(half(bench), "half")
+    launch.add(watched(bench), "watched")
     launch.run()
     return bench, folder
+
+
+def half(bench: Bench) -> RunConfig:
+    """A frozen bfloat16 base under float32 adapters and a head, checkpointed, sharded: dtypes mix in every block."""
+    return bench.config(
+        CASES["dmd2-gan"], 1, batch_size=1, sharding="full", dtype="bfloat16", gradient_checkpointing=True, ema=0.0
+    )
+
+
+def watched(bench: Bench) -> RunConfig:
+    """Sharded and measured as it trains: three images over two processes, so that one has a call without an image."""
+    config = bench.config(CASES["dmd2"], 2, family="sd", dtype="float32", batch_size=1, sharding="full")
+    prompts, reference = bench.folder / "three.txt", bench._images()
+    prompts.write_text("a cat\na dog\na hat")
+    section = EvaluationConfig(every=2, prompts=str(prompts), reference=str(reference), images=3, features="random")
+    return config.model_copy(update={"evaluation": section})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,3 +108,60 @@ def test_two_processes_equal_one(together: tuple[Bench, Path], tmp_path: Path, n
 def test_resume_is_bit_identical(together: tuple[Bench, Path], name: str, kind: str) -> None:
     _, folder = together
     assert equal(saved(folder / f"{name}-{kind}"), saved(folder / f"{name}-{kind}-broken"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_is_no_number_on_one_process_skips_on_both(together: tuple[Bench, Path], kind: str) -> None:
+    """Iteration 2 updates both roles; both steps are skipped by both processes, and the run goes on."""
+    _, folder = together
+    path = checkpoints.latest(folder / f"nan-{kind}/checkpoints")
+    assert path is not None
+    found = checkpoints.read(path)
+    assert (found.facts.counters.skipped, found.facts.counters.bad_in_row) == (2, 0)
+    assert found.facts.counters.updates == {"generator": 2, "fake_score": 4}
+    assert all(bool(tensor.isfinite().all()) for group in found.tensors.values() for tensor in group.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_to_one_process_stops_both_at_one_iteration(together: tuple[Bench, Path], kind: str) -> None:
+    _, folder = together
+    assert equal(saved(folder / f"stop-{kind}"), saved(folder / f"record-{kind}"))
+    lines = [json.loads(line) for line in (folder / f"stop-{kind}/stats.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_differs_and_rollouts_are_equally_long(together: tuple[Bench, Path], kind: str) -> None:
+    _, folder = together
+    first, second = (
+        [json.loads(line) for line in (folder / f"record-{kind}-{rank}.jsonl").read_text().splitlines()]
+        for rank in (0, 1)
+    )
+    assert [line["t"] for line in first] == [line["t"] for line in second]
+    assert len({t for line in first for t in line["t"]}) == 2  # both exits of a ladder of two were drawn
+    drawn = [x for line in first + second for x in line["x"]]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_dtypes_mix_in_a_sharded_block(together: tuple[Bench, Path], tmp_path: Path) -> None:
+    """bfloat16 sums in another order, so close is all that gradients can be; what is trained stays float32."""
+    bench, folder = together
+    joint = half(bench).training.model_copy(update={"batch_size": 2, "sharding": "auto"})
+    train(half(bench).model_copy(update={"training": joint}), tmp_path / "one")
+    ours, theirs = saved(folder / "half"), saved(tmp_path / "one")
+    for role in ("generator", "fake_score"):
+        assert all(tensor.dtype == torch.float32 for tensor in ours[role].values())
+        mine, its = (
+            torch.cat([t.flatten() for key, t in group[f"optimizer.{role}"].items() if key.endswith("|exp_avg")])
+            for group in (ours, theirs)
+        )
+        assert float((mine - its).norm() / its.norm()) < 0.1
+
+
+def test_a_sharded_student_is_measured_and_drawn(together: tuple[Bench, Path]) -> None:
+    _, folder = together
+    line = json.loads((folder / "watched/evaluation.jsonl").read_text())
+    assert line["iteration"] == 2
+    assert sum(key.startswith("evaluation/generator_ema/fid") for key in line) == 1
+    assert (folder / "watched/checkpoints/best/best.json").is_file()
+    assert (folder / "watched/grids/step-00000002.png").is_file()

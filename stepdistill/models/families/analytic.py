@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,7 @@ from stepdistill.diffusion.prediction import Prediction, from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning, ImageSize
-from stepdistill.models.families.base import Checkpoint, CheckpointInfo, Family
+from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part, Posterior
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ class Analytic(Family):
             source, folder, None, self.name, config, scheduler, schedule, config["dimension"], 1, (1, 1)
         )
 
-    def load(self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str) -> Checkpoint:
+    def load(
+        self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
+    ) -> Checkpoint:
+        # nothing to leave out: the classes are in the config, and the network is a kilobyte
         config = info.network_config
         means = torch.tensor(config["means"], dtype=torch.float64)
         mixture = Mixture(means, torch.tensor(config["weights"], dtype=torch.float64), float(config["std"]))
@@ -120,7 +123,13 @@ class Analytic(Family):
     def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
         return self.encode(checkpoint, [negative_prompt] * len(sizes), sizes)
 
-    def encode_images(self, checkpoint: Checkpoint, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encoder_files(self, info: CheckpointInfo, part: Literal["text", "images"]) -> dict[str, Path]:
+        return {"network/config.json": info.folder / "network" / "config.json"} if part == "text" else {}
+
+    def encoding_bytes(self, info: CheckpointInfo, dtype: torch.dtype) -> int:
+        return len(info.network_config["classes"]) * torch.float64.itemsize
+
+    def posterior(self, checkpoint: Checkpoint, images: Tensor) -> Posterior:
         raise Refusal("an analytic mixture has no images: use prompts only")
 
     def decode(self, checkpoint: Checkpoint, latents: Tensor) -> Tensor:

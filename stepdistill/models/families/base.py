@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.models.conditioning import Conditioning, ImageSize
+
+Part: TypeAlias = Literal["network", "text", "images"]
+"""What can be left out of memory: the denoising network, the text encoders, the encoder half of the autoencoder."""
+PARTS: frozenset[Part] = frozenset(("network", "text", "images"))
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,26 @@ class CheckpointInfo:
 
 @dataclass
 class Checkpoint:
-    """A loaded checkpoint. `pipeline` holds the stock diffusers pipeline (its network included); None for `analytic`."""
+    """A loaded checkpoint. `pipeline` holds the stock diffusers pipeline (its network included); None for `analytic`.
+
+    A network that was left out is on the meta device: its config and shapes are there, its weights are not.
+    """
 
     info: CheckpointInfo
     network: nn.Module
     pipeline: DiffusionPipeline | None
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Gaussian over the scaled latents of B images, as the autoencoder gives it: mean and std, (B, C, h, w), in its dtype."""
+
+    mean: Tensor
+    std: Tensor
+
+    def draw(self, noise: Tensor | None) -> Tensor:
+        """The latents that standard normal noise of the mean's shape leads to; the mean where there is none."""
+        return self.mean if noise is None else self.mean + self.std * noise.to(self.mean)
 
 
 class Family(ABC):
@@ -75,8 +94,13 @@ class Family(ABC):
         """Read and check the configs of a checkpoint; loads no weight. Raises Refusal."""
 
     @abstractmethod
-    def load(self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str) -> Checkpoint:
-        """Load network and pipeline components; the network frozen, in eval mode; the VAE in float32 or better."""
+    def load(
+        self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
+    ) -> Checkpoint:
+        """Load network and pipeline components; the network frozen, in eval mode; the VAE in float32 or better.
+
+        Of a part that is not in `parts` no weight stays in memory. Decoding comes with the network.
+        """
 
     @abstractmethod
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -93,9 +117,29 @@ class Family(ABC):
     def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
         """The unconditional branch as the stock pipeline builds it for this negative prompt, one row per size."""
 
+    def time_ids(self, sizes: Sequence[ImageSize]) -> Tensor | None:
+        """What `encode` makes of the sizes alone, (B, 6), on the CPU; None where sizes condition nothing."""
+        return None
+
     @abstractmethod
+    def encoder_files(self, info: CheckpointInfo, part: Literal["text", "images"]) -> dict[str, Path]:
+        """Name in the checkpoint -> file, of all that decides what `encode` and `null`, or `posterior`, say.
+
+        Raises:
+            Refusal: the weights are not there.
+        """
+
+    @abstractmethod
+    def encoding_bytes(self, info: CheckpointInfo, dtype: torch.dtype) -> int:
+        """Bytes of one prompt's conditioning where the text encoders run in `dtype`, its time ids left out."""
+
+    @abstractmethod
+    def posterior(self, checkpoint: Checkpoint, images: Tensor) -> Posterior:
+        """What the autoencoder says of images (B, 3, H, W) in [-1, 1]."""
+
     def encode_images(self, checkpoint: Checkpoint, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Scaled (and shifted) latents of images (B, 3, H, W) in [-1, 1]; posterior mean, or a sample if noise is given."""
+        return self.posterior(checkpoint, images).draw(noise)
 
     @abstractmethod
     def decode(self, checkpoint: Checkpoint, latents: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families import tiny
-from stepdistill.models.families.base import Checkpoint
+from stepdistill.models.families.base import Checkpoint, CheckpointInfo
 from stepdistill.models.families.unet import UNetFamily, stock_pipeline
 from stepdistill.models.families.weights import ModelClass
+from stepdistill.models.files import read_json
 
 SCHEDULERS: Mapping[str, tiny.Config] = {
     "default": tiny.SDXL_SCHEDULER,
@@ -40,7 +41,7 @@ class SDXL(UNetFamily):
         text, _, pooled, _ = pipeline.encode_prompt(
             list(prompts), device=pipeline.text_encoder_2.device, do_classifier_free_guidance=False
         )
-        return Conditioning(text, pooled, _time_ids(sizes, text))
+        return Conditioning(text, pooled, self.time_ids(sizes).to(text.device))
 
     @torch.no_grad()
     def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
@@ -53,7 +54,15 @@ class SDXL(UNetFamily):
             do_classifier_free_guidance=True,
             negative_prompt=[negative_prompt] * len(sizes) if negative_prompt else None,
         )
-        return Conditioning(text, pooled, _time_ids(sizes, text))
+        return Conditioning(text, pooled, self.time_ids(sizes).to(text.device))
+
+    def time_ids(self, sizes: Sequence[ImageSize]) -> Tensor:
+        """(B, 6) float32: original height and width, crop top and left, target height and width."""
+        return torch.tensor([size.time_ids() for size in sizes], dtype=torch.float32)
+
+    def encoding_bytes(self, info: CheckpointInfo, dtype: torch.dtype) -> int:
+        pooled = int(read_json(info.folder / "text_encoder_2" / "config.json")["projection_dim"])
+        return super().encoding_bytes(info, dtype) + pooled * dtype.itemsize
 
     def added_conditioning(self, cond: Conditioning) -> dict[str, Tensor] | None:
         if cond.pooled is None or cond.time_ids is None:
@@ -83,8 +92,3 @@ class SDXL(UNetFamily):
                 add_watermarker=False,
             )
         tiny.write(pipeline, folder)
-
-
-def _time_ids(sizes: Sequence[ImageSize], like: Tensor) -> Tensor:
-    """(B, 6) float32: original height and width, crop top and left, target height and width."""
-    return torch.tensor([size.time_ids() for size in sizes], dtype=torch.float32, device=like.device)

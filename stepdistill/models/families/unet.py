@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import diffusers
 import torch
@@ -17,10 +17,10 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families import single_file as files_of_one
-from stepdistill.models.families.base import Checkpoint, CheckpointInfo, Family
+from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part, Posterior
 from stepdistill.models.families.clip import tokenizer_of
 from stepdistill.models.families.weights import ModelClass, check_folder
-from stepdistill.models.files import licence, read_header, read_json, variant_of
+from stepdistill.models.files import licence, read_header, read_json, variant_of, weights
 from stepdistill.registry import nearest
 
 LORA_TARGETS: Mapping[str, tuple[str, ...]] = {
@@ -77,21 +77,36 @@ class UNetFamily(Family):
             licence=licence(folder) if single_file is None else None,
         )
 
-    def load(self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str) -> Checkpoint:
+    def load(
+        self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
+    ) -> Checkpoint:
+        absent = self._absent(parts)
         with warnings.catch_warnings():
             # diffusers 0.42 renames torch_dtype, which the versions before it know only
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            pipeline = self._load_folder(info, dtype) if info.single_file is None else self._load_file(info, dtype)
+            load = self._load_folder if info.single_file is None else self._load_file
+            pipeline = load(info, dtype, absent)
+        if "images" not in parts and pipeline.vae is not None:
+            pipeline.vae.encoder = pipeline.vae.quant_conv = None
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         pipeline.to(device)
+        if "unet" in absent:
+            with torch.device("meta"):
+                return Checkpoint(info, UNet2DConditionModel.from_config(dict(info.network_config)), pipeline)
         return Checkpoint(info, pipeline.unet, pipeline)
 
     def _classes(self) -> dict[str, ModelClass]:
         return {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **self.text_encoders}
 
-    def _load_folder(self, info: CheckpointInfo, dtype: torch.dtype) -> DiffusionPipeline:
+    def _absent(self, parts: frozenset[Part]) -> dict[str, None]:
+        """Components that are not loaded, as diffusers wants to be told."""
+        network = [] if "network" in parts else ["unet"]
+        text = [] if "text" in parts else list(self.text_encoders)
+        return dict.fromkeys([*network, *text, *([] if parts & {"network", "images"} else ["vae"])])
+
+    def _load_folder(self, info: CheckpointInfo, dtype: torch.dtype, absent: Mapping[str, None]) -> DiffusionPipeline:
         for component, model_class in self._classes().items():
             check_folder(info.folder, component, model_class)
         # diffusers takes the plain file of each component that lacks this variant
@@ -102,24 +117,46 @@ class UNetFamily(Family):
             variant=min(variants, default=None),
             use_safetensors=True,
             local_files_only=True,
+            **absent,
         )
 
-    def _load_file(self, info: CheckpointInfo, dtype: torch.dtype) -> DiffusionPipeline:
+    def _load_file(self, info: CheckpointInfo, dtype: torch.dtype, absent: Mapping[str, None]) -> DiffusionPipeline:
         path, folder = str(info.single_file), str(info.folder)
         files_of_one.check_file(Path(path), read_header(Path(path)), info.folder, self._classes())
-        vae = AutoencoderKL.from_single_file(
-            path, config=folder, subfolder="vae", torch_dtype=_vae_dtype(dtype), local_files_only=True
-        )
+        vae = None
+        if "vae" not in absent:
+            vae = AutoencoderKL.from_single_file(
+                path, config=folder, subfolder="vae", torch_dtype=_vae_dtype(dtype), local_files_only=True
+            )
         scheduler_class = vars(diffusers)[info.scheduler_config["_class_name"]]
         return self.pipeline_class.from_single_file(
             path,
             config=folder,
             torch_dtype=dtype,
             local_files_only=True,
-            vae=vae,
             scheduler=scheduler_class.from_config(dict(info.scheduler_config)),
             **{name: tokenizer_of(info.folder / name) for name in self.tokenizers},
+            **{**absent, "vae": vae},
         )
+
+    def encoder_files(self, info: CheckpointInfo, part: Literal["text", "images"]) -> dict[str, Path]:
+        components = tuple(self.text_encoders) if part == "text" else ("vae",)
+        paths = [info.folder / component / "config.json" for component in components]
+        if info.single_file is None:
+            paths += [path for name in components for path in weights(info.folder, name)[variant_of(info.folder, name)]]
+        if part == "text":
+            # the index says whether an empty prompt is zeros
+            paths.append(info.folder / "model_index.json")
+            paths += [path for name in self.tokenizers for path in sorted((info.folder / name).glob("*"))]
+        found = {path.relative_to(info.folder).as_posix(): path for path in paths if path.is_file()}
+        return found if info.single_file is None else {**found, "single file": info.single_file}
+
+    def encoding_bytes(self, info: CheckpointInfo, dtype: torch.dtype) -> int:
+        configs = [read_json(info.folder / name / "config.json") for name in self.text_encoders]
+        told = read_json(info.folder / self.tokenizers[0] / "tokenizer_config.json").get("model_max_length")
+        longest = int(configs[0]["max_position_embeddings"])
+        tokens = longest if told is None else min(longest, int(told))
+        return tokens * sum(int(config["hidden_size"]) for config in configs) * dtype.itemsize
 
     # ---------------------------------------------------------------- the network
 
@@ -183,13 +220,12 @@ class UNetFamily(Family):
 
     # ---------------------------------------------------------------- the autoencoder
 
-    def encode_images(self, checkpoint: Checkpoint, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    def posterior(self, checkpoint: Checkpoint, images: Tensor) -> Posterior:
         vae = _vae(checkpoint)
         with torch.autocast(images.device.type, enabled=False):
-            posterior = vae.encode(images.to(vae.dtype)).latent_dist
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
-        shift, scale = _shift_and_scale(vae, latents)
-        return (latents - shift) * scale
+            raw = vae.encode(images.to(vae.dtype)).latent_dist
+        shift, scale = _shift_and_scale(vae, raw.mean)
+        return Posterior((raw.mean - shift) * scale, raw.std * scale)
 
     def decode(self, checkpoint: Checkpoint, latents: Tensor) -> Tensor:
         vae = _vae(checkpoint)

@@ -1,0 +1,221 @@
+"""The one place where a run's prompts and images become conditioning and latents: live, or from a cache.
+
+Both encode row by row. What a sample is told is then the same to the bit whatever its neighbours in a batch, and so
+whether it was encoded now or when the cache was filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from stepdistill.data.cache import EntryFolder, null_key, text_key
+from stepdistill.data.images import Crop, ImageFolder, ImageItem, placement
+from stepdistill.data.loader import Readable
+from stepdistill.errors import Refusal
+from stepdistill.models.conditioning import Conditioning, ImageSize
+from stepdistill.models.families.base import Checkpoint, Family, Part, Posterior
+
+
+@dataclass(frozen=True)
+class LatentItem:
+    """One image as the autoencoder sees it: the posterior's mean and std, (C, h, w) each; caption and crop."""
+
+    mean: Tensor
+    std: Tensor
+    caption: str
+    crop: Crop
+
+
+TrainingImage: TypeAlias = ImageItem | LatentItem
+
+
+class Encoder(Protocol):
+    """What a run asks of text encoders and autoencoder.
+
+    Attributes:
+        images: the run's images; None where it has none.
+    """
+
+    images: Readable[TrainingImage] | None
+
+    def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+        """Conditioning of B prompts, on the session's device."""
+
+    def null(self, sizes: Sequence[ImageSize]) -> Conditioning:
+        """The unconditional branch for the run's negative prompt, one row per size."""
+
+    def latents(self, items: Sequence[TrainingImage], noise: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) of items of `images`, drawn from their posteriors with noise of that shape."""
+
+
+class LiveEncoder:
+    """Asks the checkpoint's own encoders.
+
+    Args:
+        family, checkpoint: with the encoders in memory that are going to be asked.
+        negative_prompt: of the unconditional branch.
+        images: the run's images.
+    """
+
+    def __init__(
+        self, family: Family, checkpoint: Checkpoint, negative_prompt: str, images: Readable[TrainingImage] | None
+    ) -> None:
+        self.family, self.checkpoint, self.negative_prompt, self.images = family, checkpoint, negative_prompt, images
+        self._null: Conditioning | None = None
+
+    @torch.no_grad()
+    def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+        rows = zip(prompts, sizes, strict=True)
+        return Conditioning.cat([self.family.encode(self.checkpoint, [prompt], [size]) for prompt, size in rows])
+
+    @torch.no_grad()
+    def null(self, sizes: Sequence[ImageSize]) -> Conditioning:
+        if self._null is None:
+            self._null = self.family.null(self.checkpoint, sizes[:1], self.negative_prompt)
+        return sized(self.family, self._null.expand(len(sizes)), sizes)
+
+    @torch.no_grad()
+    def latents(self, items: Sequence[TrainingImage], noise: Tensor) -> Tensor:
+        rows = [self._posterior(item, noise.device).draw(eps[None]) for item, eps in zip(items, noise, strict=True)]
+        return torch.cat(rows)
+
+    def _posterior(self, item: TrainingImage, device: torch.device) -> Posterior:
+        if isinstance(item, LatentItem):
+            return Posterior(item.mean[None].to(device), item.std[None].to(device))
+        return self.family.posterior(self.checkpoint, item.image[None].to(device))
+
+
+class CachedEncoder:
+    """Reads text conditioning from a cache.
+
+    Args:
+        entries: of the run's text encoders; hold all of its prompts, its captions and its unconditional branch.
+        live: for latents, and for prompts that are not of the run; asked for the latter only where `keeps_text`.
+        keeps_text: the text encoders are in memory.
+        device: where conditioning is wanted.
+    """
+
+    def __init__(self, entries: EntryFolder, live: LiveEncoder, keeps_text: bool, device: torch.device) -> None:
+        self.entries, self.live, self.keeps_text, self.device = entries, live, keeps_text, device
+        self.images = live.images
+        self._null = from_entry(entries[null_key(live.negative_prompt)]).to(device)
+
+    def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+        rows = [self._row(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)]
+        return Conditioning.cat(rows)
+
+    def null(self, sizes: Sequence[ImageSize]) -> Conditioning:
+        return sized(self.live.family, self._null.expand(len(sizes)), sizes)
+
+    def latents(self, items: Sequence[TrainingImage], noise: Tensor) -> Tensor:
+        return self.live.latents(items, noise)
+
+    def _row(self, prompt: str, size: ImageSize) -> Conditioning:
+        key = text_key(prompt)
+        if key in self.entries:
+            return sized(self.live.family, from_entry(self.entries[key]).to(self.device), [size])
+        if not self.keeps_text:
+            raise RuntimeError(f"the text encoders have left memory, and the prompt {prompt!r} is not in the cache")
+        return self.live.text([prompt], [size])
+
+
+class CachedImages:
+    """A folder of images whose latents are in a cache: the same items as `ImageFolder.read`, encoded.
+
+    Args:
+        folder: the images, cropped at their centres.
+        entries: of the run's autoencoder.
+        keys: of every position of the folder the keys as it is and, where the folder flips, mirrored; a position without
+            an entry is an unreadable file and is replaced by the next one, as `ImageFolder` does.
+
+    Raises:
+        Refusal: no image is in the cache, since none can be read.
+    """
+
+    def __init__(self, folder: ImageFolder, entries: EntryFolder, keys: Sequence[Sequence[str]]) -> None:
+        self.folder, self.entries, self.keys = folder, entries, keys
+        self._readable = [bool(own) and all(key in entries for key in own) for own in keys]
+        if not any(self._readable):
+            raise Refusal(f"none of the {len(keys)} images in {str(folder.folder)!r} can be read: replace them")
+
+    def read(self, index: int, draws: torch.Generator) -> LatentItem:
+        """Item at a position, mirrored by `draws`, of which three numbers are taken."""
+        mirrored = self.folder.mirrors(placement(draws))
+        count = len(self.keys)
+        position = next(p % count for p in range(index, index + count) if self._readable[p % count])
+        entry = self.entries[self.keys[position][mirrored]]
+        top, left, height, width, *target = entry["crop"].tolist()
+        crop = Crop((height, width), (top, left), (target[0], target[1]))
+        return LatentItem(entry["mean"], entry["std"], self.folder.captions[position], crop)
+
+
+@dataclass(frozen=True)
+class Warm:
+    """Caches that hold all that a run needs.
+
+    Attributes:
+        text: text embeddings; None where they are not cached.
+        images: latents of the run's images; None where they are not cached, or the run has no images.
+        parts: of the checkpoint, what a session still needs in memory.
+    """
+
+    text: EntryFolder | None
+    images: CachedImages | None
+    parts: frozenset[Part]
+
+
+def make_encoder(
+    family: Family,
+    checkpoint: Checkpoint,
+    negative_prompt: str,
+    images: ImageFolder | None,
+    warm: Warm | None,
+    device: torch.device,
+) -> Encoder:
+    """The encoder of a run, with its caches where there are any."""
+    cached = warm.images if warm is not None else None
+    live = LiveEncoder(family, checkpoint, negative_prompt, cached or images)
+    if warm is None or warm.text is None:
+        return live
+    return CachedEncoder(warm.text, live, "text" in warm.parts, device)
+
+
+def size_of(crop: Crop) -> ImageSize:
+    """What a crop conditions a network with."""
+    return ImageSize(crop.original, crop.offset, crop.target)
+
+
+def sized(family: Family, cond: Conditioning, sizes: Sequence[ImageSize]) -> Conditioning:
+    """These rows with the time ids of these sizes."""
+    ids = family.time_ids(sizes)
+    return replace(cond, time_ids=None if ids is None else ids.to(cond.text.device))
+
+
+def text_entry(cond: Conditioning) -> dict[str, Tensor]:
+    """One row of conditioning as an entry; what the mask hides at the end of the text is cut off."""
+    row = {item.name: value[0] for item in fields(cond) if (value := vars(cond)[item.name]) is not None}
+    row.pop("time_ids", None)
+    if cond.mask is not None:
+        seen = cond.mask[0].nonzero()
+        row["text"] = row["text"][: int(seen.max()) + 1 if len(seen) else 0]
+    return row
+
+
+def from_entry(entry: Mapping[str, Tensor]) -> Conditioning:
+    """The row (B = 1) that `text_entry` took apart, without time ids; zeros stand where the mask hides the text."""
+    cond = Conditioning(**{name: tensor[None] for name, tensor in entry.items()})
+    if cond.mask is None:
+        return cond
+    hidden = cond.mask.shape[1] - cond.text.shape[1]
+    return replace(cond, text=torch.nn.functional.pad(cond.text, (0, 0, 0, hidden)))
+
+
+def image_entry(posterior: Posterior, crop: Crop) -> dict[str, Tensor]:
+    """One image as an entry."""
+    places = torch.tensor([*crop.offset, *crop.original, *crop.target])
+    return {"mean": posterior.mean[0], "std": posterior.std[0], "crop": places}
