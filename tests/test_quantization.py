@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from original_format import sd1
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import stepdistill
 from stepdistill.config import RunConfig, parse
+from stepdistill.data.tensors import TensorFolder
 from stepdistill.errors import Refusal
 from stepdistill.exporting.proof import Proof, QuantizedStudent
 from stepdistill.models import quantization
@@ -28,6 +31,7 @@ from stepdistill.models.quantization import Quantized, quantize, unpacked
 from stepdistill.models.triple import RoleLayout, Triple
 from stepdistill.registry import load_family
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.run import open_run, train
 from stepdistill.training.session import prepare
 
@@ -124,6 +128,45 @@ def test_forward_and_gradients_are_nearly_the_base_s(
     assert found[0][2].keys() == found[1][2].keys() == exact.parameters("generator").keys()
     assert torch.equal(found[1][1], found[2][1])
     assert all(torch.equal(found[1][2][key], found[2][2][key]) for key in found[1][2])
+
+
+class Doubled(nn.Module):
+    """A layer whose input nobody else holds."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.inputs: list[weakref.ref[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = 2 * x
+        self.inputs.append(weakref.ref(doubled))
+        return self.layer(doubled).relu()  # type: ignore[no-any-return]
+
+
+@needs_torchao
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_frees_the_input_of_a_quantised_layer(kind: Quantized) -> None:
+    """What bitsandbytes' 8-bit layer does not do: it keeps the input where autograd cannot drop it."""
+    block = Doubled(nn.Linear(64, 64)).requires_grad_(False)
+    quantize(block, kind, "cpu")
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = checkpoint(block, x, use_reentrant=False)
+    assert block.inputs[0]() is None
+    out.sum().backward()
+    assert x.grad is not None
+    assert len(block.inputs) == 2
+
+
+@needs_torchao
+def test_a_quantised_teacher_says_so(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = {"path": str(tiny("sd")), "quantization": "int8"}
+    common = {"prompts": "builtin:general", "count": 2, "guidance": 2.0, "steps": 2, "device": "cpu"}
+    for name, changes in (("coarse", {}), ("exact", {"quantization": "none"})):
+        collect("pairs", CollectConfig.model_validate({**common, "model": model | changes}), tmp_path / name)
+    coarse, exact = (TensorFolder(tmp_path / name) for name in ("coarse", "exact"))
+    assert (coarse.fingerprint.precision, exact.fingerprint.precision) == ("float32, int8", "float32")
+    assert 0 < relative(coarse[0].latents, exact[0].latents) < 0.05
 
 
 @needs_torchao
