@@ -114,7 +114,8 @@ class StudentWatch:
             texts = [self.prompts.prompts[i] for i in rows]
             cond = session.encoder.text(texts, [ImageSize.plain(*plan.setting.size)] * len(rows))
             noise = draws.normal("noise", plan.setting.latent_shape)
-            latents = student_latents(session, denoiser, cond, noise, draws)[: len(mine)]
+            with session.triple.at_hand(role):
+                latents = student_latents(session, denoiser, cond, noise, draws)[: len(mine)]
             for latent in latents:
                 decoded = plan.family.decode(session.checkpoint, latent[None])
                 yield self.chain(as_uint8(decoded.float().clamp(0, 1), (0, 1), self.protocol.quantize)[0])
