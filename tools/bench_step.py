@@ -9,7 +9,8 @@ race    DMD2 with both roles as LoRAs on one base against `plain_dmd2.py`, in on
         same prompt, image latents, noise, exits, ladder and ratio; the first turn of each is not counted. The ratio of
         seconds is from here, the ratio of memory from the rows.
 
-Everything is float32 with gradient checkpointing, batch 1, random weights of full size. A turn is `--ratio` iterations,
+Everything is float32, batch 1, random weights of full size; gradient checkpointing is on in both or, by default, in
+neither. A turn is `--ratio` iterations,
 that is one update of DMD2's generator and `--ratio` of its fake score. The package's text embeddings are made once (its
 runs read them from a cache); the plain iteration runs CLIP-L every time. What would pass `--limit` is left out and says so.
 """
@@ -62,6 +63,8 @@ LAYOUTS = ("lora/lora", "lora/full", "full/full")
 """Generator / fake score."""
 GUIDANCE = 7.0
 PROMPT = "a photograph of a red house by the sea"
+SHAPE = ("model", "resolution", "rank", "targets", "steps", "ratio", "turns", "threads", "checkpointing")
+"""What all cases of a report have in common."""
 BARS = {"seconds": 1.3, "memory": 0.45}
 """At least so many times the speed, at most so much of the memory."""
 
@@ -80,6 +83,7 @@ class Case:
     ratio: int
     turns: int
     threads: int
+    checkpointing: bool
 
     @property
     def whole_networks(self) -> int:
@@ -170,6 +174,7 @@ def plain(case: Case) -> Contestant:
         ratio=case.ratio,
         guidance=GUIDANCE,
         gan_weight=GAN_WEIGHT,
+        checkpointing=case.checkpointing,
     )
     images = torch.zeros(1, 4, case.resolution // 8, case.resolution // 8)
     weights = {GENERATOR: [*iteration.generator.parameters()], FAKE_SCORE: iteration.critic_parameters}
@@ -197,7 +202,10 @@ def ours(case: Case) -> Contestant:
             cond, null = encode(tokens.input_ids)[0].split(1)
         prompt = Conditioning(cond), Conditioning(null)
     network = random_unet(case.model, torch.float32)
-    run = assemble(case.model, case.resolution, network, case.method, options, layouts, prompt=prompt)
+    run = assemble(
+        case.model, case.resolution, network, case.method, options, layouts, prompt=prompt,
+        checkpointing=case.checkpointing,
+    )  # fmt: skip
 
     def iteration(number: int) -> Mapping[str, Tensor]:
         progress = Progress(number, {role: number for role in run.optimizers}, 0, number)
@@ -262,6 +270,8 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="sd15-half")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--methods", nargs="*", choices=method_names(), default=method_names())
+    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=LAYOUTS)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in both")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--targets", default="attention", help="LoRA targets: a preset of the family")
     parser.add_argument("--steps", type=int, default=4, help="network calls of DMD2's student")
@@ -275,11 +285,8 @@ def main() -> None:
     if options.measure_here:
         print(json.dumps(asdict(measure(Case(**json.loads(options.measure_here))))))
         return
-    shape = {
-        key: vars(options)[key]
-        for key in ("model", "resolution", "rank", "targets", "steps", "ratio", "turns", "threads")
-    }
-    cases = [Case(method=name, layout=layout, **shape) for name in options.methods for layout in LAYOUTS]
+    shape = {key: vars(options)[key] for key in SHAPE}
+    cases = [Case(method=name, layout=layout, **shape) for name in options.methods for layout in options.layouts]
     three = Case(method=PLAIN, layout="full/full", **shape)
     rows = []
     for case in [*cases, *([three] if MODELS[options.model][0] == "sd" else [])]:

@@ -123,6 +123,7 @@ def assemble(
     *,
     prompt: tuple[Conditioning, Conditioning] | None = None,
     copies: torch.dtype | None = None,
+    checkpointing: bool = True,
 ) -> Run:
     """A triple on `network` with its method, optimizers that hold their moments, and a batch of one sample.
 
@@ -151,7 +152,8 @@ def assemble(
         {role: layouts[kind] for role, kind in roles.items()},
         compute_dtype=next(network.parameters()).dtype,
     )
-    triple.enable_gradient_checkpointing()
+    if checkpointing:
+        triple.enable_gradient_checkpointing()
     if copies is not None:
         for copy in triple.networks.values():
             copy.to(copies)

@@ -53,11 +53,13 @@ class PlainDMD2:
         gan_weight: float = 5e-3,
         critic_weight: float = 1e-2,
         lr: float = 1e-5,
+        checkpointing: bool = False,
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.generator, self.fake_score = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-        for network in (self.generator, self.fake_score):
-            network.enable_gradient_checkpointing()
+        if checkpointing:
+            for network in (self.generator, self.fake_score):
+                network.enable_gradient_checkpointing()
         self.tokenizer, self.text_encoder = tokenizer, text_encoder.eval().requires_grad_(False)
         self.head, self.scheduler = head, scheduler
         self.ratio, self.guidance = ratio, guidance
