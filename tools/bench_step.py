@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from benchlib import (
@@ -96,7 +96,7 @@ class Row:
     """One process.
 
     Attributes:
-        seconds: per iteration, one number a turn, without the first.
+        seconds, cpu_seconds: per iteration, one number a turn, without the first.
         peak_gb: of 10^9 bytes, the interpreter and its libraries included (`baseline_gb`).
         first_losses: of the first iteration, by role.
         trained: whether the weights of each role moved.
@@ -106,11 +106,19 @@ class Row:
     method: str
     layout: str
     seconds: Sequence[float] = ()
+    cpu_seconds: Sequence[float] = ()
     peak_gb: float | None = None
     baseline_gb: float | None = None
     first_losses: Mapping[str, float] = field(default_factory=dict)
     trained: Mapping[str, bool] = field(default_factory=dict)
     left_out: str | None = None
+
+
+class Seconds(NamedTuple):
+    """By the clock, and of processor time, which other work on the machine hardly changes."""
+
+    wall: float
+    cpu: float
 
 
 class Contestant:
@@ -129,15 +137,16 @@ class Contestant:
         self.first_losses: dict[str, float] = {}
         self.before = self.norms()
 
-    def turn(self) -> float:
-        """Seconds per iteration over `ratio` iterations."""
-        began = time.perf_counter()
+    def turn(self) -> Seconds:
+        """Of an iteration, as the mean over `ratio` of them."""
+        began, busy = time.perf_counter(), time.process_time()
         for _ in range(self.case.ratio):
             losses = self.run(self.done)
             if self.done == 0:
                 self.first_losses = {role: float(loss) for role, loss in losses.items()}
             self.done += 1
-        return (time.perf_counter() - began) / self.case.ratio
+        wall, cpu = time.perf_counter() - began, time.process_time() - busy
+        return Seconds(round(wall / self.case.ratio, 4), round(cpu / self.case.ratio, 4))
 
     def norms(self) -> dict[str, float]:
         return {
@@ -221,11 +230,12 @@ def measure(case: Case) -> Row:
     contestant = plain(case) if case.method == PLAIN else ours(case)
     contestant.turn()
     forget_peak()
-    seconds = [round(contestant.turn(), 4) for _ in range(case.turns)]
+    turns = [contestant.turn() for _ in range(case.turns)]
     return Row(
         method=case.method,
         layout=case.layout,
-        seconds=seconds,
+        seconds=[turn.wall for turn in turns],
+        cpu_seconds=[turn.cpu for turn in turns],
         peak_gb=round(resident("VmHWM") / GB, 4),
         baseline_gb=round(baseline / GB, 4),
         first_losses=contestant.first_losses,
@@ -254,12 +264,14 @@ def race(mine: Case, theirs: Case) -> dict[str, Any]:
     torch.set_num_threads(mine.threads)
     shared, whole = ours(mine), plain(theirs)
     turns = [(shared.turn(), whole.turn()) for _ in range(1 + mine.turns)][1:]
-    ratios = [second / first for first, second in turns]
+    ratios = [second.wall / first.wall for first, second in turns]
+    busy = [second.cpu / first.cpu for first, second in turns]
     return {
-        "seconds": [round(first, 4) for first, _ in turns],
-        "seconds_three_networks": [round(second, 4) for _, second in turns],
+        "shared": [first._asdict() for first, _ in turns],
+        "three_networks": [second._asdict() for _, second in turns],
         "ratio": round(statistics.median(ratios), 3),
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "cpu_ratio": round(statistics.median(busy), 3),
         "first_losses": [shared.first_losses, whole.first_losses],
         "trained": [shared.trained(), whole.trained()],
     }

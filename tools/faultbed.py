@@ -64,11 +64,11 @@ class Tally:
 
 
 class Trainee:
-    """One `stepdistill train` process (or the launcher of two), its output in a file beside the run."""
+    """One `stepdistill train` process (or the launcher of two), its output in a file of the folder `logs`."""
 
-    def __init__(self, command: Sequence[str], run: Path) -> None:
+    def __init__(self, command: Sequence[str], run: Path, logs: Path) -> None:
         self.run = run
-        self.log = run.with_name(f"{run.name}-{time.monotonic_ns()}.log")
+        self.log = logs / f"{run.name}-{time.monotonic_ns()}.log"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
@@ -143,14 +143,20 @@ class Bed:
 
     Args:
         folder: where everything goes; new.
-        kills: how often the faults that come at random moments are made.
+        kills: how often the faults that come at random moments are made; longer runs for more of them.
         seed: of those moments.
+
+    Attributes:
+        steps: iterations of a run.
+        save_every: iterations between its checkpoints.
     """
 
     def __init__(self, folder: Path, kills: int, seed: int) -> None:
         self.folder, self.kills = folder, kills
         self.random = random.Random(seed)
-        self.references: dict[tuple[Kind, int, int], Path] = {}
+        self.steps = 40 + 8 * kills
+        self.save_every = 5
+        self.unbroken: dict[tuple[Kind, int, int], Trainee] = {}
 
     # ---------------------------------------------------------------- runs
 
@@ -183,8 +189,6 @@ class Bed:
         path.write_text(yaml.safe_dump(config))
         return path
 
-    save_every = 5
-
     def start(
         self,
         config: Path,
@@ -198,22 +202,26 @@ class Bed:
         program = ["-m", "stepdistill.cli"] if fault is None else [str(FAULTY), *fault]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
         command = [sys.executable, *launcher, *program, "train", str(config), "--output", str(run)]
-        return Trainee([*command, *(["--resume", "latest"] if resume else [])], run)
+        return Trainee([*command, *(["--resume", "latest"] if resume else [])], run, self.folder)
+
+    def begin_reference(self, kind: Kind, steps: int, ranks: int = 1) -> Trainee:
+        """Start the unbroken run of this kind, once; it may go on while others are hit."""
+        key = (kind, steps, ranks)
+        if key not in self.unbroken:
+            run = self.folder / f"unbroken-{kind}-{steps}-{ranks}"
+            self.unbroken[key] = self.start(self.config(kind, steps), run, ranks=ranks)
+        return self.unbroken[key]
 
     def reference(self, kind: Kind, steps: int, ranks: int = 1) -> Path:
-        """The finished folder of an unbroken run.
+        """The finished folder of the unbroken run.
 
         Raises:
             Lost: it did not finish.
         """
-        key = (kind, steps, ranks)
-        if key not in self.references:
-            run = self.folder / f"unbroken-{kind}-{steps}-{ranks}"
-            trainee = self.start(self.config(kind, steps), run, ranks=ranks)
-            if trainee.ended() != 0:
-                raise Lost(f"the unbroken run failed: {trainee.last_line()}")
-            self.references[key] = run
-        return self.references[key]
+        trainee = self.begin_reference(kind, steps, ranks)
+        if trainee.ended() != 0:
+            raise Lost(f"the unbroken run failed: {trainee.last_line()}")
+        return trainee.run
 
     def finish(
         self, config: Path, run: Path, reference: Path, tally: Tally, *, ranks: int = 1, reached: int | None = None

@@ -13,9 +13,7 @@ from pathlib import Path
 
 from faultbed import PATIENCE, Bed, Kind, Lost, NotRun, Tally, Trainee, compare, due, iteration, newest
 
-STEPS = 40
-"""Iterations of the runs that are hit once."""
-SLOW = ("slow-iteration", "0.05")
+SLOW = ("slow-iteration", "0.05@0")
 
 
 @contextmanager
@@ -74,8 +72,8 @@ def _kill_again_and_again(
     bed: Bed, tally: Tally, moment: Callable[[Trainee, Path], bool], fault: tuple[str, str] | None
 ) -> None:
     """Start, wait for the moment (False: it was missed), kill, resume ...; a run that is done is followed by another."""
-    steps = STEPS + 8 * bed.kills
-    config, reference = bed.config("points", steps), None
+    config = bed.config("points", bed.steps)
+    bed.begin_reference("points", bed.steps)
     for number in range(1 + bed.kills):
         run = bed.folder / f"{tally.fault}-{number}"
         with one_run(tally):
@@ -95,8 +93,7 @@ def _kill_again_and_again(
                 if "resumed at" in trainee.text():
                     tally.steps_lost += max(0, before - trainee.resumed_at())
                 before = due(run, bed.save_every)
-            reference = reference or bed.reference("points", steps)
-            bed.finish(config, run, reference, tally)
+            bed.finish(config, run, bed.reference("points", bed.steps), tally)
         if tally.injected >= bed.kills:
             return
 
@@ -126,14 +123,14 @@ def broken_files(bed: Bed, tally: Tally) -> None:
     def remove(folder: Path) -> None:
         (folder / "rng.safetensors").unlink()
 
-    config, reference = bed.config("points", STEPS), bed.reference("points", STEPS)
+    config, reference = bed.config("points", bed.steps), bed.reference("points", bed.steps)
     for breakage in (cut, garble, empty, nonsense, remove)[: bed.kills]:
         run = bed.folder / f"{tally.fault}-{breakage.__name__}"
         with one_run(tally):
             shutil.copytree(reference, run)
             breakage(newest(run))
             tally.injected += 1
-            bed.finish(config, run, reference, tally, reached=STEPS - bed.save_every)
+            bed.finish(config, run, reference, tally, reached=bed.steps - bed.save_every)
 
 
 def full_disk(bed: Bed, tally: Tally) -> None:
@@ -154,9 +151,8 @@ def full_disk(bed: Bed, tally: Tally) -> None:
 
 
 def _on_a_full_disk(bed: Bed, tally: Tally, disk: Path, run: Path, freed: bool) -> None:
-    config, reference, ballast = bed.config("points", STEPS), bed.reference("points", STEPS), disk / "ballast"
+    config, reference, ballast = bed.config("points", bed.steps), bed.reference("points", bed.steps), disk / "ballast"
     trainee = bed.start(config, run, fault=SLOW)
-    # its output goes to the disk of the tests, not to the full one
     reached(trainee, bed.save_every + 2)
     _fill(ballast)
     tally.injected += 1
@@ -190,7 +186,7 @@ def _fill(ballast: Path) -> None:
 def deleted_folder(bed: Bed, tally: Tally) -> None:
     """Someone deletes the run's folder: what was deleted is gone, the run goes on, its end is that of the unbroken one."""
     run = bed.folder / tally.fault
-    config, reference = bed.config("points", STEPS), bed.reference("points", STEPS)
+    config, reference = bed.config("points", bed.steps), bed.reference("points", bed.steps)
     with one_run(tally):
         trainee = bed.start(config, run, fault=SLOW)
         reached(trainee, bed.save_every + 2)
@@ -212,7 +208,7 @@ def deleted_folder(bed: Bed, tally: Tally) -> None:
 def sigterm(bed: Bed, tally: Tally) -> None:
     """SIGTERM: the iteration is finished and saved, exit 0, and the command that goes on is printed."""
     run = bed.folder / tally.fault
-    config, reference = bed.config("points", STEPS), bed.reference("points", STEPS)
+    config, reference = bed.config("points", bed.steps), bed.reference("points", bed.steps)
     with one_run(tally):
         trainee = bed.start(config, run, fault=SLOW)
         reached(trainee, bed.save_every + 2)
@@ -228,18 +224,16 @@ def sigterm(bed: Bed, tally: Tally) -> None:
 def two_sigints(bed: Bed, tally: Tally) -> None:
     """A second SIGINT does not wait for a long iteration."""
     run = bed.folder / tally.fault
-    config, reference = bed.config("points", STEPS), bed.reference("points", STEPS)
+    config, reference = bed.config("points", bed.steps), bed.reference("points", bed.steps)
     with one_run(tally):
-        trainee = bed.start(config, run, fault=("slow-iteration", "4"))
-        if not trainee.wait_for(lambda: (run / "config.yaml").exists()):
-            raise Lost(f"the run did not start: {trainee.last_line()}")
-        reached(trainee, 1)
+        trainee = bed.start(config, run, fault=("slow-iteration", "60@7"))
+        reached(trainee, 7)
         trainee.send(signal.SIGINT)
         if not trainee.wait_for(lambda: "once more stops at once" in trainee.text()):
             raise Lost(f"one SIGINT stopped it at once: {trainee.last_line()}")
         trainee.send(signal.SIGINT)
         tally.injected += 1
-        if trainee.ended(patience=3) == 0:
+        if trainee.ended(patience=30) == 0:
             raise Lost("two SIGINTs ended it as if all were well")
         bed.finish(config, run, reference, tally)
 
@@ -268,7 +262,7 @@ def _raising(bed: Bed, tally: Tally, kind: Kind, fault: tuple[str, str], steps: 
 def bad_tracker(bed: Bed, tally: Tally) -> None:
     """A tracker that raises at every line: named, and that is all."""
     run = bed.folder / tally.fault
-    config, reference = bed.config("points", STEPS, ["tensorboard"]), bed.reference("points", STEPS)
+    config, reference = bed.config("points", bed.steps, ["tensorboard"]), bed.reference("points", bed.steps)
     with one_run(tally):
         trainee = bed.start(config, run, fault=("bad-tracker", "tensorboard"))
         tally.injected += 1
@@ -284,7 +278,7 @@ def bad_tracker(bed: Bed, tally: Tally) -> None:
 
 def nan_on_one_rank(bed: Bed, tally: Tally) -> None:
     """A NaN on one rank of two: both skip the step, and end as if both had had it."""
-    config, said, runs = bed.config("points", STEPS), [], []
+    config, said, runs = bed.config("points", bed.steps), [], []
     with one_run(tally):
         for who in ("1", "all"):
             run = bed.folder / f"{tally.fault}-{who}"
@@ -305,7 +299,7 @@ def nan_on_one_rank(bed: Bed, tally: Tally) -> None:
 def dead_rank(bed: Bed, tally: Tally) -> None:
     """kill -9 of one rank of two: the launcher ends with an error, and the run goes on from its checkpoint."""
     run = bed.folder / tally.fault
-    config, reference = bed.config("points", STEPS), bed.reference("points", STEPS, ranks=2)
+    config, reference = bed.config("points", bed.steps), bed.reference("points", bed.steps, ranks=2)
     with one_run(tally):
         trainee = bed.start(config, run, ranks=2, fault=SLOW)
         reached(trainee, bed.save_every + 2)

@@ -1,11 +1,11 @@
 """The `stepdistill` command with one fault built in: python tools/faulty.py FAULT VALUE ARGUMENTS...
 
-slow-sync SECONDS        every sync of a checkpoint's file takes so much longer
-slow-iteration SECONDS   so does every iteration
-nan RANK@ITERATION       the fake score's loss is NaN on that rank ("all" for every rank); at the end, each rank says what it
-                         holds
-bad-read SAMPLE          reading the images' item of that global sample number raises
-bad-tracker NAME         that tracker raises at every line
+slow-sync SECONDS                  every sync of a checkpoint's file takes so much longer
+slow-iteration SECONDS@ITERATION   so does every iteration from that one on
+nan RANK@ITERATION                 the fake score's loss is NaN on that rank ("all" for every rank); at the end, each rank
+                                   says what it holds
+bad-read SAMPLE                    reading the images' item of that global sample number raises
+bad-tracker NAME                   that tracker raises at every line
 
 Product code knows nothing of this: the faults are put in from outside, before the command runs.
 """
@@ -46,10 +46,12 @@ def slow_sync(value: str) -> None:
 
 
 def slow_iteration(value: str) -> None:
+    seconds, _, first = value.partition("@")
     iteration = Trainer.iteration
 
     def slow(self: Trainer, batches: Any) -> Any:
-        time.sleep(float(value))
+        if self.counters.iteration >= int(first):
+            time.sleep(float(seconds))
         return iteration(self, batches)
 
     Trainer.iteration = slow  # type: ignore[method-assign]
