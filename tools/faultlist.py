@@ -154,23 +154,24 @@ def _on_a_full_disk(bed: Bed, tally: Tally, disk: Path, run: Path, freed: bool) 
     config, reference, ballast = bed.config("points", bed.steps), bed.reference("points", bed.steps), disk / "ballast"
     trainee = bed.start(config, run, fault=SLOW)
     reached(trainee, bed.save_every + 2)
-    _fill(ballast)
-    tally.injected += 1
-    if freed:
-        if not trainee.wait_for(lambda: "could not be written" in trainee.text()):
+    try:
+        _fill(ballast)
+        tally.injected += 1
+        if freed and not trainee.wait_for(lambda: "the checkpoint of iteration" in trainee.text()):
             raise Lost(f"it did not outlive the full disk: {trainee.last_line()}")
+        code = None if freed else trainee.ended()
+    finally:
         ballast.unlink()
+    if code is None:
         if trainee.ended() != 0:
             raise Lost(f"it did not outlive the full disk: {trainee.last_line()}")
         compare(run, reference)
-    else:
-        code = trainee.ended()
-        ballast.unlink()
-        if code == 0:
-            raise Lost("its last checkpoint could not be written and it ended as if all were well")
-        if "Traceback" in trainee.text():
-            raise Lost(f"it ended with a traceback and not with a sentence: {trainee.last_line()}")
-        bed.finish(config, run, reference, tally, reached=bed.save_every)
+        return
+    if code == 0:
+        raise Lost("its last checkpoint could not be written and it ended as if all were well")
+    if "Traceback" in trainee.text():
+        raise Lost(f"it ended with a traceback and not with a sentence: {trainee.last_line()}")
+    bed.finish(config, run, reference, tally, reached=bed.save_every)
 
 
 def _fill(ballast: Path) -> None:
