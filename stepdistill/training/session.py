@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,30 @@ def prepare(config: RunConfig) -> Plan:
     Raises:
         Refusal: the first thing that cannot work, in one sentence.
     """
+    # before the checkpoint, whose configs may have to be downloaded
+    parse(load_method(config.method_name).Config, config.method_options, where="method")
+    info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
+    plan = without_data(config, info)
+    data, size = config.data, plan.setting.size
+    needs = plan.method_class.needs(plan.method_config)
+    prompts = read_prompts(str(data.prompts), data.prompt_column)
+    images = pairs = None
+    if needs.images and data.images is not None:
+        images = ImageFolder(data.images, size, crop=data.crop, flip=data.flip, max_bad_share=data.max_bad_share)
+    if needs.pairs and data.pairs is not None:
+        pairs = TensorFolder(data.pairs)
+        _check_pairs(pairs, prompts, plan.method_config, plan.setting.latent_shape)
+    return replace(plan, prompts=prompts, images=images, pairs=pairs)
+
+
+def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
+    """The plan of a config on a checkpoint, checked but for its data, of which nothing is read.
+
+    Raises:
+        Refusal: model, method and the kinds of data that the config names do not go together.
+    """
     method_class = load_method(config.method_name)
     method_config = parse(method_class.Config, config.method_options, where="method")
-    info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
     family = load_family(info.family)
     size = _size(config, info)
     latent_shape = info.latent_shape(size)
@@ -103,23 +124,23 @@ def prepare(config: RunConfig) -> Plan:
     method_class(method_config, setting).recipe()
     if data.prompts is None:
         raise Refusal("data.prompts is not set: give a .txt, .jsonl, .csv or .parquet file, or 'builtin:general'")
-    needs = method_class.needs(method_config)
-    prompts = read_prompts(data.prompts, data.prompt_column)
-    images = pairs = None
-    if needs.images and data.images is not None:
-        images = ImageFolder(data.images, size, crop=data.crop, flip=data.flip, max_bad_share=data.max_bad_share)
-    if needs.pairs and data.pairs is not None:
-        pairs = TensorFolder(data.pairs)
-        _check_pairs(pairs, prompts, method_config, latent_shape)
-    return Plan(config, info, family, method_class, method_config, setting, prompts, images, pairs)
+    nothing = PromptList((), data.prompts, "")
+    return Plan(config, info, family, method_class, method_config, setting, nothing, None, None)
 
 
 def open_session(plan: Plan, device: torch.device | str | None = None) -> Session:
     """Load the checkpoint and build triple and method."""
     config = plan.config
     where = torch.device(device or config.training.device or best_device())
-    dtype = DTYPES[config.model.dtype]
-    checkpoint = load_checkpoint(plan.info, dtype, where)
+    session = assemble(plan, load_checkpoint(plan.info, DTYPES[config.model.dtype], where), where)
+    if config.init is not None:
+        load_initial(session.triple, Path(config.init), tuple(plan.roles))
+    return session
+
+
+def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device) -> Session:
+    """Triple and method on a checkpoint that is on the device `where` already."""
+    config, dtype = plan.config, DTYPES[plan.config.model.dtype]
     triple = Triple(
         checkpoint.network,
         plan.family,
@@ -137,8 +158,6 @@ def open_session(plan: Plan, device: torch.device | str | None = None) -> Sessio
         triple.add_copy(EMA, GENERATOR)
     if config.training.gradient_checkpointing:
         triple.enable_gradient_checkpointing()
-    if config.init is not None:
-        load_initial(triple, Path(config.init), tuple(plan.roles))
     return Session(plan, checkpoint, triple, method, where)
 
 
