@@ -21,7 +21,7 @@ from stepdistill.training.batches import sample_numbers
 from stepdistill.training.session import Plan
 
 ROLLOUT = "rollout"
-COUNTED = 256
+COUNTED = 120
 """Iterations that are walked through to find the average of network calls that are drawn by lot."""
 LISTED = 100_000
 """Iterations whose due roles are looked at."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from stepdistill.planning.ghost import Ghost, run
+from stepdistill.planning.ghost import Ghost, Memory, run
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -57,6 +57,7 @@ class Meter(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.flops = Flops()
+        self._shapes = Memory()
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
@@ -69,7 +70,7 @@ class Meter(TorchDispatchMode):
         self.peak = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = run(func, args, kwargs or {})
+        out = run(func, args, kwargs or {}, self._shapes)
         if isinstance(out, Tensor):
             self._hold(out)
         elif isinstance(out, list | tuple):
@@ -80,7 +81,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def _hold(self, tensor: Tensor) -> None:
-        storage = (tensor.inner if type(tensor) is Ghost else tensor).untyped_storage()
+        storage = (tensor.meta if type(tensor) is Ghost else tensor).untyped_storage()
         key = id(storage)
         if key in self._storages:
             return

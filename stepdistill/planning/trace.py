@@ -153,11 +153,11 @@ class _Tracer:
 
     @torch.no_grad()
     def _batch(self) -> Batch:
-        """A micro-batch as `BatchSource` makes it; what a cache holds is not watched, since no encoder runs for it."""
+        """A micro-batch of the shapes that `BatchSource` makes."""
         plan, checkpoint, rows = self.plan, self.session.checkpoint, self.training.batch_size
-        cache, needs = plan.config.cache, plan.method_class.needs(plan.method_config)
+        needs = plan.method_class.needs(plan.method_config)
         sizes, prompts = [ImageSize.plain(*plan.setting.size)] * rows, [""] * rows
-        with self._watched(TEXT, cache is None or not cache.text):
+        with self._watched(TEXT):
             cond = plan.family.encode(checkpoint, prompts, sizes)
             null = plan.family.null(checkpoint, sizes, plan.config.model.negative_prompt)
             again = plan.family.encode(checkpoint, prompts, sizes) if needs.images or needs.pairs else None
@@ -165,7 +165,7 @@ class _Tracer:
         batch = Batch(cond, null)
         if needs.images:
             images = ghost(torch.empty(rows, 3, *plan.setting.size, device="meta"))
-            with self._watched(IMAGES, cache is None or not cache.latents):
+            with self._watched(IMAGES):
                 encoded = plan.family.encode_images(checkpoint, images, latents).to(self.session.dtype)
             batch = Batch(cond, null, encoded, again)
         if needs.pairs:
@@ -178,7 +178,7 @@ class _Tracer:
         session, plan = self.session, self.plan
         rows, guidance = [0] * self.training.grid_prompts, session.method.recipe().baked_guidance
         noise = torch.zeros(len(rows), *plan.setting.latent_shape, dtype=session.dtype)
-        with self._watched(GRID, True):
+        with self._watched(GRID):
             cond, null = batch.cond[rows], batch.null[rows]
             time = min(TIME, plan.setting.schedule.terminal_time)
             latents = session.triple.real_score.guided(noise, time, cond, null, guidance)
@@ -187,10 +187,7 @@ class _Tracer:
     # ---------------------------------------------------------------- the meter
 
     @contextmanager
-    def _watched(self, name: str, watched: bool) -> Iterator[None]:
-        if not watched:
-            yield
-            return
+    def _watched(self, name: str) -> Iterator[None]:
         self.meter.restart()
         with self.meter:
             yield
