@@ -45,17 +45,13 @@ def _checkpointing(config: RunConfig, processes: int) -> Change | None:
     return "training.gradient_checkpointing=true", changed(config, "training", gradient_checkpointing=True)
 
 
-def _cached_text(config: RunConfig, processes: int) -> Change | None:
-    if config.cache is None:
-        cache = CacheConfig(folder="cache", latents=False)
-        return "cache={folder: cache, latents: false}", config.model_copy(update={"cache": cache})
-    return None if config.cache.text else ("cache.text=true", changed(config, "cache", text=True))
-
-
-def _cached_latents(config: RunConfig, processes: int) -> Change | None:
-    if config.cache is None or config.cache.latents:
+def _cached(config: RunConfig, processes: int) -> Change | None:
+    cache = config.cache
+    if cache is None:
+        return "cache={folder: cache}", config.model_copy(update={"cache": CacheConfig(folder="cache")})
+    if cache.text and cache.latents:
         return None
-    return "cache.latents=true", changed(config, "cache", latents=True)
+    return "cache.text=true with cache.latents=true", changed(config, "cache", text=True, latents=True)
 
 
 def _small_batch(config: RunConfig, processes: int) -> Change | None:
@@ -118,8 +114,7 @@ def _adapter(role: RoleKind, config: RunConfig, processes: int) -> Change | None
 
 STEPS: tuple[Step, ...] = (
     _checkpointing,
-    _cached_text,
-    _cached_latents,
+    _cached,
     _small_batch,
     _small_grid,
     partial(_small_moments, "generator"),

@@ -44,7 +44,8 @@ def hollow(module: nn.Module) -> None:
     """Replace a module's parameters and buffers on the meta device, in place, by ghosts."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            part.register_parameter(name, nn.Parameter(ghost(parameter), parameter.requires_grad))
+            if parameter.is_meta:
+                part.register_parameter(name, nn.Parameter(ghost(parameter), parameter.requires_grad))
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:
                 part.register_buffer(name, ghost(buffer))

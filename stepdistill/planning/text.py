@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stepdistill.planning.loop import ROLLOUT
 from stepdistill.planning.report import GB, Forecast, NetworkCalls
 
 
@@ -18,7 +19,7 @@ def lines(forecast: Forecast) -> Iterator[str]:
     yield from _memory(forecast)
     yield from ("", "network calls per iteration and GPU (mean)")
     for call in forecast.calls:
-        yield f"  {_described(call):<52} {call.calls:>8.2f} calls, {call.rows:>8.2f} rows"
+        yield f"  {_described(call):<58} {call.calls:>8.2f} calls, {call.rows:>8.2f} rows"
     yield from _compute(forecast)
     yield from _disk(forecast)
     yield from _verdict(forecast)
@@ -42,9 +43,9 @@ def _memory(forecast: Forecast) -> Iterator[str]:
 
 
 def _described(call: NetworkCalls) -> str:
-    how = [word for word, said in (("features", call.features), ("with gradient", call.gradient)) if said]
-    phase = "rollout" if call.phase == "rollout" else f"loss of {call.phase}"
-    return f"{phase}: {call.network}{f' ({chr(44).join(how)})' if how else ''}".replace(",", ", ")
+    how = ", ".join(word for word, said in (("features", call.features), ("with gradient", call.gradient)) if said)
+    phase = call.phase if call.phase == ROLLOUT else f"loss of {call.phase}"
+    return f"{phase}: {call.network}" + (f" ({how})" if how else "")
 
 
 def _compute(forecast: Forecast) -> Iterator[str]:

@@ -15,7 +15,7 @@ from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Progress
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families.base import Checkpoint
-from stepdistill.planning.ghost import ghost, hollow
+from stepdistill.planning.ghost import hollow
 from stepdistill.planning.loop import CallCounter, Walk, run_micro_batch
 from stepdistill.planning.meter import Flops, Meter, normalise_in_float32
 from stepdistill.training.session import DTYPES, Plan, Session, assemble
@@ -80,7 +80,9 @@ def outline(plan: Plan) -> Session:
 
 
 def trace(session: Session, walk: Walk) -> Trace:
-    """Run the iterations that `walk` chose, and draw a grid. The outlined session's weights become ghosts.
+    """Run the iterations that `walk` chose, and draw a grid. An outlined session's weights become ghosts.
+
+    A session with real weights is traced as well, at the price of the work itself: the tests hold the two together.
 
     Raises:
         Refusal: the method's course depends on what a network says, which a plan cannot know.
@@ -102,8 +104,9 @@ class _Tracer:
         self.training = self.plan.config.training
         self.meter = Meter()
         self.phases: list[Phase] = []
-        # ghosts are said to lie on the CPU: a machine without CUDA can differentiate there only
-        session.device = torch.device("cpu")
+        if session.device.type == "meta":
+            # where ghosts are said to lie: a machine without CUDA can differentiate on its CPU only
+            session.device = torch.device("cpu")
         triple = session.triple
         heads = (head for named in triple.heads.values() for head in named.values())
         for module in chain([triple.base], triple.networks.values(), heads, companions(session.checkpoint).values()):
@@ -139,8 +142,7 @@ class _Tracer:
             self._end(f"{role} forward", role, gradients, also=gradients if accumulating else 0)
             if accumulating:
                 for parameter in parameters:
-                    parameter.grad = ghost(parameter)
-                self.meter.hold(p.grad for p in parameters if p.grad is not None)
+                    parameter.grad = torch.zeros_like(parameter)
             loss.backward()
             self._end(f"{role} backward", role, gradients)
             for parameter in parameters:
@@ -161,10 +163,10 @@ class _Tracer:
             cond = plan.family.encode(checkpoint, prompts, sizes)
             null = plan.family.null(checkpoint, sizes, plan.config.model.negative_prompt)
             again = plan.family.encode(checkpoint, prompts, sizes) if needs.images or needs.pairs else None
-        latents = torch.zeros(rows, *plan.setting.latent_shape, dtype=self.session.dtype)
+        latents = torch.zeros(rows, *plan.setting.latent_shape, dtype=self.session.dtype, device=self.session.device)
         batch = Batch(cond, null)
         if needs.images:
-            images = ghost(torch.empty(rows, 3, *plan.setting.size, device="meta"))
+            images = torch.zeros(rows, 3, *plan.setting.size, device=self.session.device)
             with self._watched(IMAGES):
                 encoded = plan.family.encode_images(checkpoint, images, latents).to(self.session.dtype)
             batch = Batch(cond, null, encoded, again)
@@ -177,7 +179,7 @@ class _Tracer:
         """The dearest moments of a sample grid: the guided teacher on all its prompts at once, and one image decoded."""
         session, plan = self.session, self.plan
         rows, guidance = [0] * self.training.grid_prompts, session.method.recipe().baked_guidance
-        noise = torch.zeros(len(rows), *plan.setting.latent_shape, dtype=session.dtype)
+        noise = torch.zeros(len(rows), *plan.setting.latent_shape, dtype=session.dtype, device=session.device)
         with self._watched(GRID):
             cond, null = batch.cond[rows], batch.null[rows]
             time = min(TIME, plan.setting.schedule.terminal_time)
