@@ -106,6 +106,26 @@ def cache(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="Card: h200, h100, a100, l40s, 5090, 4090, 3090, l4, ...")] = "h100",
+    processes: Annotated[int, typer.Option(min=1, help="Processes of the run, one a card.")] = 1,
+    memory: Annotated[float | None, typer.Option(help="GB of a card; its own by default.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the plan here as well.")] = None,
+) -> None:
+    """Say what a run will take in memory, work and time; downloads nothing and loads no weight."""
+    from stepdistill.config import load_config
+    from stepdistill.planning import lines
+    from stepdistill.planning import plan as run
+
+    forecast = run(load_config(config, overrides), gpu, processes, memory)
+    if json is not None:
+        forecast.save(json)
+    typer.echo("\n".join(lines(forecast)))
+
+
+@app.command()
 def collect(
     kind: Annotated[Kind, typer.Argument(help="What to collect.")],
     config: Annotated[Path, typer.Argument(help="YAML file.")],

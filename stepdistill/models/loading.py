@@ -56,7 +56,7 @@ def inspect_checkpoint(
         )
     if path.is_dir():
         folder = path
-    elif _HUB_ID.fullmatch(source):
+    elif is_hub_id(source):
         folder = _download(source, None, _CONFIGS)
     else:
         raise Refusal(f"there is no file or folder {source!r}: give a path that exists, or a hub id like 'owner/name'")
@@ -64,6 +64,11 @@ def inspect_checkpoint(
     found = load_family(family) if family is not None else _family_of(folder)
     refuse_pickles(folder)
     return found.inspect(source, folder, None)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a name that is no path here could be a repository of the hub, `owner/name`."""
+    return _HUB_ID.fullmatch(source) is not None
 
 
 def load_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,33 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     Raises:
         Refusal: the first thing that cannot work, in one sentence.
     """
+    # before the checkpoint, whose configs may have to be downloaded
+    parse(load_method(config.method_name).Config, config.method_options, where="method")
+    info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
+    plan = without_data(config, info)
+    data, size = config.data, plan.setting.size
+    needs = plan.method_class.needs(plan.method_config)
+    prompts = read_prompts(str(data.prompts), data.prompt_column)
+    source = pairs = buckets = None
+    if images and needs.images and data.images is not None:
+        source = open_images(data, size, config.training.seed)
+        _check_cache(config, source)
+    if needs.pairs and data.pairs is not None:
+        pairs = TensorFolder(data.pairs)
+        _check_pairs(pairs, prompts, plan.method_config, plan.setting.latent_shape)
+    if images and data.buckets:
+        buckets = _buckets(config, info, source, pairs)
+    return replace(plan, prompts=prompts, images=source, pairs=pairs, buckets=buckets)
+
+
+def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
+    """The plan of a config on a checkpoint, checked but for its data, of which nothing is read.
+
+    Raises:
+        Refusal: model, method and the kinds of data that the config names do not go together.
+    """
     method_class = load_method(config.method_name)
     method_config = parse(method_class.Config, config.method_options, where="method")
-    info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
     family = load_family(info.family)
     check_model_options(config, family, method_class.roles(method_config))
     size = config.model.size or info.default_size
@@ -116,28 +140,31 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     method_class(method_config, setting).recipe()
     if data.prompts is None:
         raise Refusal("data.prompts is not set: give a .txt, .jsonl, .csv or .parquet file, or 'builtin:general'")
-    needs = method_class.needs(method_config)
-    prompts = read_prompts(data.prompts, data.prompt_column)
-    source = pairs = buckets = None
-    if images and needs.images and data.images is not None:
-        source = open_images(data, size, config.training.seed)
-        _check_cache(config, source)
-    if needs.pairs and data.pairs is not None:
-        pairs = TensorFolder(data.pairs)
-        _check_pairs(pairs, prompts, method_config, latent_shape)
-    if images and data.buckets:
-        buckets = _buckets(config, info, source, pairs)
-    return Plan(config, info, family, method_class, method_config, setting, prompts, source, pairs, buckets)
+    nothing = PromptList((), data.prompts, "")
+    return Plan(config, info, family, method_class, method_config, setting, nothing, None, None, None)
 
 
 def open_session(plan: Plan, device: torch.device | str | None = None, warm: Warm | None = None) -> Session:
     """Load the checkpoint and build triple and method; what warm caches make needless is not loaded."""
     config = plan.config
     where = torch.device(device or config.training.device or best_device())
-    dtype = DTYPES[config.model.dtype]
-    parts = warm.parts if warm is not None else PARTS
-    checkpoint = load_checkpoint(plan.info, dtype, where, parts, config.model.quantization)
+    checkpoint = load_checkpoint(
+        plan.info,
+        DTYPES[config.model.dtype],
+        where,
+        warm.parts if warm is not None else PARTS,
+        config.model.quantization,
+    )
     lay_out(checkpoint.network, config.model.attention, config.model.channels_last)
+    session = assemble(plan, checkpoint, where, warm)
+    if config.init is not None:
+        load_initial(session.triple, Path(config.init), tuple(plan.roles))
+    return session
+
+
+def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm | None = None) -> Session:
+    """Triple and method on a checkpoint that is on the device `where` already."""
+    config, dtype = plan.config, DTYPES[plan.config.model.dtype]
     encoder = make_encoder(plan.family, checkpoint, config.model.negative_prompt, plan.images, warm, where)
     triple = Triple(
         checkpoint.network,
@@ -156,8 +183,6 @@ def open_session(plan: Plan, device: torch.device | str | None = None, warm: War
         triple.add_copy(EMA, GENERATOR)
     if config.training.gradient_checkpointing:
         triple.enable_gradient_checkpointing()
-    if config.init is not None:
-        load_initial(triple, Path(config.init), tuple(plan.roles))
     return Session(plan, checkpoint, encoder, triple, method, where)
 
 

@@ -98,12 +98,12 @@ class Analytic(Family):
         self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
     ) -> Checkpoint:
         # nothing to leave out: the classes are in the config, and the network is a kilobyte
-        config = info.network_config
-        means = torch.tensor(config["means"], dtype=torch.float64)
-        mixture = Mixture(means, torch.tensor(config["weights"], dtype=torch.float64), float(config["std"]))
-        network = MixtureNetwork(mixture, info.schedule, int(config["width"]))
+        network = _network(info)
         network.load_state_dict(load_file(info.folder / "network" / "weights.safetensors"))
         return Checkpoint(info, network.to(device, dtype).eval().requires_grad_(False), None)
+
+    def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
+        return Checkpoint(info, _network(info).to("meta", dtype).eval().requires_grad_(False), None)
 
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return network(x_t, t, cond.text)  # type: ignore[no-any-return]
@@ -163,6 +163,14 @@ class Analytic(Family):
         angles = torch.arange(4, dtype=torch.float64) * torch.pi / 2
         means = 2 * torch.stack([angles.cos(), angles.sin()], 1)
         write_mixture(folder, means, torch.full((4,), 0.25, dtype=torch.float64), 0.25, variant, seed)
+
+
+def _network(info: CheckpointInfo) -> MixtureNetwork:
+    """The network of a checkpoint's config, its MLP untrained."""
+    config = info.network_config
+    means = torch.tensor(config["means"], dtype=torch.float64)
+    mixture = Mixture(means, torch.tensor(config["weights"], dtype=torch.float64), float(config["std"]))
+    return MixtureNetwork(mixture, info.schedule, int(config["width"]))
 
 
 def write_mixture(

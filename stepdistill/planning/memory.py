@@ -1,0 +1,169 @@
+"""From the sizes of a run's parts and the phases of its iterations to one GPU's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from stepdistill.config import OptimizerConfig, RunConfig
+from stepdistill.models.triple import REAL_SCORE
+from stepdistill.planning.hardware import RUNTIME
+from stepdistill.planning.report import Memory, Parameters, Part
+from stepdistill.planning.trace import IMAGES, TEXT, Phase, companions, size_of
+from stepdistill.training.session import EMA, Session
+
+NF4_BLOCK = 64
+"""Weights that share one scale of a byte in int4."""
+MOMENT_BLOCK, MOMENT_LEAST = 256, 4096
+"""bitsandbytes: numbers that share one float32 scale, and the size of the smallest tensor whose moments are in 8 bit."""
+VAE = "vae"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of all that lives from one iteration to the next, and the numbers of parameters, nothing divided yet.
+
+    Attributes:
+        base: frozen network, as configured: quantised or not.
+        unpacked: its largest linear layer in the base's dtype, which a quantised product needs; 0 without quantisation.
+        roles: trained parameters of each role without heads.
+        heads: of all discriminator heads.
+        ema: the averaged copy.
+        optimizers: what each role's optimizer keeps.
+        encoders: text encoders together.
+        vae: autoencoder.
+        parameters: of all these.
+    """
+
+    base: int
+    unpacked: int
+    roles: dict[str, int]
+    heads: int
+    ema: int
+    optimizers: dict[str, int]
+    encoders: int
+    vae: int
+    parameters: tuple[Parameters, ...]
+
+
+def sizes_of(session: Session, config: RunConfig) -> Sizes:
+    """Sizes of an outlined session, held as the config says."""
+    triple, plan = session.triple, session.plan
+    base = {key: value for key, value in triple.base.named_parameters() if ".lora_" not in key}
+    linear = linear_weights(triple.base)
+    kind = config.model.quantization
+    saved = sum(size_of([weight]) - quantized_size(weight, kind) for weight in linear)
+    others = companions(session.checkpoint)
+    roles = {role: triple.network_parameters(role) for role in plan.roles}
+    heads = [head for named in triple.heads.values() for head in named.values()]
+    ema = triple.network_parameters(EMA) if EMA in triple.layouts else {}
+    configured = {"generator": config.optimizers.generator, "fake_score": config.optimizers.fake_score}
+    optimizers = {
+        role: optimizer_size(triple.parameters(role).values(), configured[section])
+        for role, section in plan.roles.items()
+    }
+    held = {role: "full" if triple.layouts[role].lora is None else "LoRA" for role in roles}
+    parameters = [
+        Parameters(name=f"{REAL_SCORE} (the base)", count=_count(base.values()), trained=False),
+        *(
+            Parameters(name=f"{role} ({held[role]})", count=_count(own.values()), trained=True)
+            for role, own in roles.items()
+        ),
+        Parameters(name="heads", count=sum(_count(head.parameters()) for head in heads), trained=True),
+        Parameters(name="ema", count=_count(ema.values()), trained=False),
+        *(Parameters(name=name, count=_count(part.parameters()), trained=False) for name, part in others.items()),
+    ]
+    buffers = size_of(buffer for buffer in triple.base.buffers())
+    return Sizes(
+        base=size_of(base.values()) + buffers - saved,
+        unpacked=0 if kind == "none" else max(map(_bytes, linear), default=0),
+        roles={role: size_of(own.values()) for role, own in roles.items()},
+        heads=sum(size_of(head.parameters()) for head in heads),
+        ema=size_of(ema.values()),
+        optimizers=optimizers,
+        encoders=sum(size_of(part.parameters()) for name, part in others.items() if name != VAE),
+        vae=sum(size_of(part.parameters()) for name, part in others.items() if name == VAE),
+        parameters=tuple(item for item in parameters if item.count),
+    )
+
+
+def memory_of(sizes: Sizes, phases: Iterable[Phase], config: RunConfig, processes: int, capacity: int) -> Memory:
+    """The peak of one GPU and its parts; what a process holds of each network is its share where the run is sharded."""
+    share = processes if config.training.sharding == "full" else 1
+    offload, cache = config.training.offload, config.cache
+    constant = {
+        "base": (sizes.base + share - 1) // share + sizes.unpacked,
+        **{f"{role} weights": -(-held // share) for role, held in sizes.roles.items()},
+        "heads": sizes.heads,
+        "ema": 0 if "ema" in offload else -(-sizes.ema // share),
+        "text encoders": 0 if cache is not None and cache.text else sizes.encoders,
+        "autoencoder": sizes.vae,
+        "runtime (assumed)": RUNTIME if config.training.device != "cpu" else 0,
+    }
+    moments = {f"{role} optimizer": -(-held // share) for role, held in sizes.optimizers.items()}
+    resident = {name: 0 if "optimizer" in offload else held for name, held in moments.items()}
+    skipped = {TEXT} if cache is not None and cache.text else set()
+    skipped |= {IMAGES} if cache is not None and cache.latents else set()
+    found: dict[str, dict[str, int]] = {}
+    for phase in phases:
+        if phase.name in skipped:
+            continue
+        # a forward holds gradients where micro-batches came before it; what is no gradient is activation
+        gradients = min(phase.gradients, phase.transient) if _has_gradients(phase, config) else 0
+        extra = {"gradients": -(-gradients // share), "activations": phase.transient - gradients}
+        found[phase.name] = {**constant, **resident, **extra}
+        if phase.role and phase.name.endswith("backward"):
+            own = f"{phase.role} optimizer"
+            stepping = {**resident, own: moments[own]}
+            found[f"{phase.role} step"] = {**constant, **stepping, "gradients": -(-phase.gradients // share)}
+    peaks = {name: sum(parts.values()) for name, parts in found.items()}
+    highest = max(peaks, key=peaks.__getitem__)
+    return Memory(
+        parts=tuple(Part(name=name, bytes=held) for name, held in found[highest].items() if held),
+        phases=tuple(Part(name=name, bytes=peak) for name, peak in peaks.items()),
+        peak_phase=highest,
+        capacity=capacity,
+    )
+
+
+def linear_weights(network: nn.Module) -> list[Tensor]:
+    """Weights of the frozen linear layers: what quantisation packs."""
+    return [
+        module.weight
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    ]
+
+
+def quantized_size(weight: Tensor, kind: str) -> int:
+    """Bytes of a linear layer's weight under `model.quantization`: packed values and their scales."""
+    numbers = weight.numel()
+    if kind == "int8":
+        return numbers + weight.shape[0] * weight.element_size()
+    if kind == "int4" and numbers % NF4_BLOCK == 0:
+        return numbers // 2 + numbers // NF4_BLOCK
+    return size_of([weight])
+
+
+def optimizer_size(parameters: Iterable[Tensor], config: OptimizerConfig) -> int:
+    """Bytes that AdamW keeps from its first step on: two moments and a float32 count for each tensor."""
+    if config.kind == "adamw":
+        return sum(2 * _bytes(parameter) + 4 for parameter in parameters)
+    return sum(
+        2 * (p.numel() + 4 * -(-p.numel() // MOMENT_BLOCK)) if p.numel() >= MOMENT_LEAST else 8 * p.numel()
+        for p in parameters
+    )
+
+
+def _has_gradients(phase: Phase, config: RunConfig) -> bool:
+    return phase.name.endswith("backward") or config.training.accumulation > 1
+
+
+def _bytes(tensor: Tensor) -> int:
+    return size_of([tensor])
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

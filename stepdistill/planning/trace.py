@@ -1,0 +1,203 @@
+"""One micro-batch of the run's own code on weights without content: what its phases hold in memory and compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.draws import Draws
+from stepdistill.errors import Refusal
+from stepdistill.methods.base import Batch, Progress
+from stepdistill.models.conditioning import Conditioning, ImageSize
+from stepdistill.models.families.base import Checkpoint
+from stepdistill.planning.ghost import hollow
+from stepdistill.planning.loop import CallCounter, Walk, run_micro_batch
+from stepdistill.planning.meter import Flops, Meter, normalise_in_float32
+from stepdistill.training.session import DTYPES, Plan, Session, assemble
+
+TEXT, IMAGES, GRID = "encode text", "encode images", "draw grid"
+TIME = 500.0
+"""Native time at which the grid's network is called; any will do."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a micro-batch.
+
+    Attributes:
+        name: `encode text`, `encode images`, `ROLE forward`, `ROLE backward` or `draw grid`.
+        role: whose update it belongs to; empty where it is no role's.
+        transient: bytes at its peak beyond weights and what optimizers keep, gradients included.
+        gradients: bytes of those gradients once all are there.
+        flops: operations done in it.
+    """
+
+    name: str
+    role: str
+    transient: int
+    gradients: int
+    flops: Flops
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a micro-batch takes.
+
+    Attributes:
+        phases: of the traced iterations in their order, with a sample grid at the end.
+        per_row: operations for one row of a forward of a role's network, by (role, whether it is left for its features).
+        cond: the conditioning of the batch, for its shapes.
+    """
+
+    phases: tuple[Phase, ...]
+    per_row: Mapping[tuple[str, bool], Flops]
+    cond: Conditioning
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, ghosts or not."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def companions(checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    """The checkpoint's networks beside the denoising one, by component: text encoders and autoencoder."""
+    parts = checkpoint.pipeline.components if checkpoint.pipeline is not None else {}
+    return {
+        name: part for name, part in parts.items() if isinstance(part, nn.Module) and part is not checkpoint.network
+    }
+
+
+def outline(plan: Plan) -> Session:
+    """The session that training would open, every weight on the meta device."""
+    checkpoint = plan.family.outline(plan.info, DTYPES[plan.config.model.dtype])
+    with torch.device("meta"):
+        return assemble(plan, checkpoint, torch.device("meta"))
+
+
+def trace(session: Session, walk: Walk) -> Trace:
+    """Run the iterations that `walk` chose, and draw a grid. An outlined session's weights become ghosts.
+
+    A session with real weights is traced as well, at the price of the work itself: the tests hold the two together.
+
+    Raises:
+        Refusal: the method's course depends on what a network says, which a plan cannot know.
+    """
+    try:
+        return _Tracer(session).run(walk)
+    except NotImplementedError as error:
+        raise Refusal(
+            f"the method {session.plan.config.method_name!r} lets a network's output decide what is computed ({error}), which "
+            "cannot be planned: measure a short run of it instead"
+        ) from None
+
+
+class _Tracer:
+    """A session whose weights are ghosts, and the meter that watches them."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.plan = session, session.plan
+        self.training = self.plan.config.training
+        self.meter = Meter()
+        self.phases: list[Phase] = []
+        if session.device.type == "meta":
+            # where ghosts are said to lie: a machine without CUDA can differentiate on its CPU only
+            session.device = torch.device("cpu")
+        triple = session.triple
+        heads = (head for named in triple.heads.values() for head in named.values())
+        for module in chain([triple.base], triple.networks.values(), heads, companions(session.checkpoint).values()):
+            hollow(module)
+            if self.training.device != "cpu":
+                normalise_in_float32(module)
+            self.meter.hold(chain(module.parameters(), module.buffers()))
+        self.weights, self.before = self.meter.live, Flops()
+
+    def run(self, walk: Walk) -> Trace:
+        per_row = dict[tuple[str, bool], Flops]()
+        batch = self._batch()
+        with self.meter:
+            for progress in walk.dearest:
+                with CallCounter(self.session.triple, lambda: self.meter.flops) as counter:
+                    self._micro_batch(batch, progress, counter)
+                for call, done in counter.work.items():
+                    per_row[call.network, call.features] = done * (1 / counter.found[call].rows)
+        if self.session.checkpoint.pipeline is not None:
+            self._grid(batch)
+        return Trace(tuple(self.phases), per_row, batch.cond)
+
+    def _micro_batch(self, batch: Batch, progress: Progress, counter: CallCounter) -> None:
+        training, triple = self.training, self.session.triple
+        samples = range(training.batch_size)
+        draws = Draws(training.seed, progress.iteration, "", samples, self.session.device, self.session.dtype)
+
+        def finish(role: str, loss: Tensor) -> None:
+            parameters = list(triple.parameters(role).values())
+            gradients = size_of(parameters)
+            accumulating = training.accumulation > 1
+            # the gradients of the micro-batches before are there all along
+            self._end(f"{role} forward", role, gradients, also=gradients if accumulating else 0)
+            if accumulating:
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+            loss.backward()
+            self._end(f"{role} backward", role, gradients)
+            for parameter in parameters:
+                parameter.grad = None
+            self.meter.restart()
+
+        run_micro_batch(self.session.method, triple, batch, progress, draws, counter, finish)
+
+    # ---------------------------------------------------------------- data
+
+    @torch.no_grad()
+    def _batch(self) -> Batch:
+        """A micro-batch of the shapes that `BatchSource` makes."""
+        plan, checkpoint, rows = self.plan, self.session.checkpoint, self.training.batch_size
+        needs = plan.method_class.needs(plan.method_config)
+        sizes, prompts = [ImageSize.plain(*plan.setting.size)] * rows, [""] * rows
+        with self._watched(TEXT):
+            cond = plan.family.encode(checkpoint, prompts, sizes)
+            null = plan.family.null(checkpoint, sizes, plan.config.model.negative_prompt)
+            again = plan.family.encode(checkpoint, prompts, sizes) if needs.images or needs.pairs else None
+        latents = torch.zeros(rows, *plan.setting.latent_shape, dtype=self.session.dtype, device=self.session.device)
+        batch = Batch(cond, null)
+        if needs.images:
+            images = torch.zeros(rows, 3, *plan.setting.size, device=self.session.device)
+            with self._watched(IMAGES):
+                encoded = plan.family.encode_images(checkpoint, images, latents).to(self.session.dtype)
+            batch = Batch(cond, null, encoded, again)
+        if needs.pairs:
+            batch = Batch(cond, null, batch.images, batch.image_cond, latents, latents, again)
+        return batch
+
+    @torch.no_grad()
+    def _grid(self, batch: Batch) -> None:
+        """The dearest moments of a sample grid: the guided teacher on all its prompts at once, and one image decoded."""
+        session, plan = self.session, self.plan
+        rows, guidance = [0] * self.training.grid_prompts, session.method.recipe().baked_guidance
+        noise = torch.zeros(len(rows), *plan.setting.latent_shape, dtype=session.dtype, device=session.device)
+        with self._watched(GRID):
+            cond, null = batch.cond[rows], batch.null[rows]
+            time = min(TIME, plan.setting.schedule.terminal_time)
+            latents = session.triple.real_score.guided(noise, time, cond, null, guidance)
+            plan.family.decode(session.checkpoint, latents[:1])
+
+    # ---------------------------------------------------------------- the meter
+
+    @contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        self.meter.restart()
+        with self.meter:
+            yield
+        self._end(name)
+
+    def _end(self, name: str, role: str = "", gradients: int = 0, also: int = 0) -> None:
+        meter = self.meter
+        transient = meter.peak - self.weights + also
+        self.phases.append(Phase(name, role, transient, gradients, meter.flops - self.before))
+        self.before = meter.flops
+        meter.restart()
