@@ -15,7 +15,7 @@ from checkpoints import refusal
 
 from stepdistill import cli
 from stepdistill.config import CacheConfig, OptimizerConfig, RunConfig, load_config, parse
-from stepdistill.planning import Forecast, lines, plan
+from stepdistill.planning import Forecast, advice, lines, plan
 from stepdistill.planning.forecast import changed
 from stepdistill.planning.hardware import GPUS, gpu_named
 from stepdistill.planning.memory import optimizer_size, quantized_size
@@ -59,8 +59,8 @@ def config(name: str, /, **sections: Any) -> RunConfig:
 def small(tiny: Callable[..., Path]) -> Callable[..., RunConfig]:
     """A tiny run whose data are not there, planned for a GPU."""
 
-    def make(layout: str = "lora", **training: Any) -> RunConfig:
-        roles = {role: {"mode": layout, "rank": 64} for role in ("generator", "fake_score")}
+    def make(layout: str = "lora", rank: int = 64, **training: Any) -> RunConfig:
+        roles = {role: {"mode": layout, "rank": rank} for role in ("generator", "fake_score")}
         run = config(str(tiny("sd")), roles=roles, training={"device": "cuda", "gradient_checkpointing": False})
         return changed(run, "training", **training)
 
@@ -131,22 +131,28 @@ def test_every_shipped_config_is_planned(name: str) -> None:
 # ---------------------------------------------------------------- advice and variants
 
 
-def test_advice_is_what_planning_again_says(small: Callable[..., RunConfig]) -> None:
+@pytest.fixture
+def little_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny network gains little by any change."""
+    monkeypatch.setattr(advice, "LEAST", 1)
+
+
+def test_advice_is_what_planning_again_says(small: Callable[..., RunConfig], little_counts: None) -> None:
     """Applied one on top of the other, the changes give the peaks that were told, the last of which fits."""
     run = small(batch_size=4)
     run = changed(run, "optimizers", fake_score=OptimizerConfig(lr=1e-5, kind="adamw8bit"))
     before = plan(run)
     # the assumed 0.8 GB of the runtime dwarf a tiny network
-    target = (0.8e9 + 0.25 * (before.memory.peak - 0.8e9)) / 1e9
+    target = (0.8e9 + 0.5 * (before.memory.peak - 0.8e9)) / 1e9
     forecast = plan(run, memory_gb=target)
     assert forecast.advice[0].change == "training.gradient_checkpointing=true"
     peak = before.memory.peak
     for item in forecast.advice:
-        assert item.gain == peak - item.peak
+        assert item.gain == peak - item.peak > 0
         peak = item.peak
         for change in item.change.split(" with "):
             run = overridden(run, change)
-        assert plan(run).memory.peak == item.peak, item.change
+    assert plan(run).memory.peak == peak
     assert forecast.advice[-1].peak <= target * 1e9
     assert "does not fit" in "\n".join(lines(forecast))
     assert "even so" not in "\n".join(lines(forecast))
@@ -163,8 +169,8 @@ def overridden(run: RunConfig, change: str) -> RunConfig:
     return parse(RunConfig, raw, "test")
 
 
-def test_nothing_helps_against_no_memory(small: Callable[..., RunConfig]) -> None:
-    said = "\n".join(lines(plan(small("full"), memory_gb=0.1)))
+def test_nothing_helps_against_no_memory(small: Callable[..., RunConfig], little_counts: None) -> None:
+    said = "\n".join(lines(plan(small("full", rank=4), memory_gb=0.1)))
     assert "roles.fake_score.mode=lora" in said
     assert "even so it does not fit" in said
 

@@ -26,7 +26,8 @@ def lines(forecast: Forecast) -> Iterator[str]:
 
 
 def gigabytes(count: float) -> str:
-    return f"{count / GB:.2f} GB"
+    """GB, or MB where it is less than a tenth of one."""
+    return f"{count / GB:.2f} GB" if count >= GB / 10 else f"{count / 1e6:.1f} MB"
 
 
 def _memory(forecast: Forecast) -> Iterator[str]:
