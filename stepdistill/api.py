@@ -20,14 +20,16 @@ from stepdistill.errors import Refusal
 from stepdistill.exporting import ExportFormat, check_output, export_role
 from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.exporting.card import push_to_hub as push
+from stepdistill.exporting.proof import QuantizedStudent, final_latents
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.training.caching import Filled, fill
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.grids import as_floats, save_images, tile
+from stepdistill.training.options import check_training_options
 from stepdistill.training.processes import check_launcher
-from stepdistill.training.run import Outcome, describe, open_run, train
-from stepdistill.training.session import DTYPES, best_device, prepare
+from stepdistill.training.run import Outcome, describe, open_run, run_config, train
+from stepdistill.training.session import DTYPES, Session, best_device, prepare
 from stepdistill.watching import StudentWatch
 
 __all__ = [
@@ -61,7 +63,10 @@ def leave_processes() -> None:
 def dry_run(config: RunConfig) -> list[str]:
     """Check a config as training would, without loading a weight; lines that describe the run. Raises Refusal."""
     check_launcher(config.training)
-    return describe(prepare(config))
+    plan = prepare(config)
+    device = torch.device(config.training.device or best_device())
+    check_training_options(config, plan.roles, device, sharded=config.training.sharding == "full")
+    return describe(plan)
 
 
 def load_teacher(model: str, dtype: str = "float32", device: str | None = None) -> Checkpoint:
@@ -92,10 +97,9 @@ def export(
     """
     check_output(Path(output))
     # a half-precision base is widened: the proof is exact, and the LoRA's float32 weights are the same on either
+    quantized = _quantized_student(run, device, checkpoint)
     session, iteration = open_run(run, device, full_precision=True, checkpoint=checkpoint)
-    plan = session.plan
     logger.info("exporting the %s of iteration %d", session.student.replace("_", " "), iteration)
-    prompts = [plan.prompts[i % len(plan.prompts)] for i in range(PROOF_IMAGES)]
     folder = export_role(
         session.checkpoint,
         session.triple,
@@ -103,9 +107,10 @@ def export(
         session.method.recipe(),
         format,
         Path(output),
-        prompts=prompts,
+        prompts=_proof_prompts(session),
         seeds=list(range(PROOF_IMAGES)),
         half=half,
+        quantized=quantized,
     )
     if push_to_hub is not None:
         push(folder, push_to_hub)
@@ -164,6 +169,24 @@ def sample(
     tile(list(drawn.split(columns))).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     return paths
+
+
+def _proof_prompts(session: Session) -> list[str]:
+    prompts = session.plan.prompts
+    return [prompts[i % len(prompts)] for i in range(PROOF_IMAGES)]
+
+
+def _quantized_student(
+    run: str | Path, device: str | None, checkpoint: Literal["latest", "best"]
+) -> QuantizedStudent | None:
+    """What the student draws on its quantised base, for the proof's prompts and seeds; None where the base is not."""
+    model = run_config(run).model
+    if model.quantization == "none":
+        return None
+    session, _ = open_run(run, device, checkpoint=checkpoint)
+    recipe, seeds = session.method.recipe(), list(range(PROOF_IMAGES))
+    latents = final_latents(session.checkpoint, session.triple, session.student, recipe, _proof_prompts(session), seeds)
+    return QuantizedStudent(f"a base in {model.quantization} ({model.dtype} elsewhere)", latents.cpu())
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stepdistill.errors import Refusal
+from stepdistill.presets import with_preset
 
 S = TypeVar("S", bound="Settings")
 
@@ -183,8 +184,11 @@ class RunConfig(Settings):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a training config and apply `a.b=value` overrides (values in YAML syntax). Raises as `read_settings`."""
-    return read_settings(RunConfig, path, overrides)
+    """Read a training config, apply `a.b=value` overrides (values in YAML syntax), and put its preset beneath.
+
+    Raises as `read_settings`.
+    """
+    return parse(RunConfig, with_preset(_read(path, overrides)), where=Path(path).name)
 
 
 def read_settings(section: type[S], path: str | Path, overrides: list[str] | None = None) -> S:
@@ -193,6 +197,10 @@ def read_settings(section: type[S], path: str | Path, overrides: list[str] | Non
     Raises:
         Refusal: missing file, not YAML, unknown key, wrong type or range.
     """
+    return parse(section, _read(path, overrides), where=Path(path).name)
+
+
+def _read(path: str | Path, overrides: list[str] | None) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise Refusal(
@@ -206,7 +214,7 @@ def read_settings(section: type[S], path: str | Path, overrides: list[str] | Non
         raise Refusal(f"{str(file)!r} holds no mapping at its top level: start from one of the files in configs/")
     for override in overrides or []:
         _apply(data, override)
-    return parse(section, data, where=file.name)
+    return data
 
 
 def parse(section: type[S], data: Any, where: str) -> S:

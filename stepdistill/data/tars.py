@@ -4,7 +4,7 @@
 
 `0007.jpg` with `0007.txt`, `0007.caption` or `0007.json` is an image with its caption. The headers are scanned once; from
 then on a sample is read by its offset, in any order, so that it is the same whatever the layout of the work and a resumed
-run needs no state. A million members are scanned in 40 s, and the index takes 450 bytes a sample.
+run needs no state. A million members are scanned in about a minute, and the index takes 450 bytes a sample.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _members(shard: Path) -> dict[str, dict[str, Extent]]:
                 if stem:
                     extent = Extent(dot + suffix.lower(), member.offset_data, member.size)
                     found.setdefault(folder + slash + stem, {})[extent.suffix] = extent
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError) as error:
         raise Refusal(
             f"{str(shard)!r} is no uncompressed tar file ({error}): unpack .tar.gz shards first, or write it again"
         ) from None

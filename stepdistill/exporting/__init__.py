@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,11 +18,20 @@ from stepdistill.exporting.artefact import load_artefact
 from stepdistill.exporting.card import write_card
 from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, write_diffusers_lora, write_kohya_lora
 from stepdistill.exporting.pipeline import write_pipeline
-from stepdistill.exporting.proof import HALF_TOLERANCE, TOLERANCE, make_proof, reproduction_script, verify
+from stepdistill.exporting.proof import (
+    HALF_TOLERANCE,
+    TOLERANCE,
+    Proof,
+    QuantizedStudent,
+    make_proof,
+    reproduction_script,
+    verify,
+)
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import Triple
 
+logger = logging.getLogger(__name__)
 ExportFormat = Literal["diffusers-lora", "kohya-lora", "pipeline"]
 FILES: dict[ExportFormat, str] = {
     "diffusers-lora": DIFFUSERS_FILE,
@@ -47,8 +57,11 @@ def export_role(
     prompts: Sequence[str],
     seeds: Sequence[int],
     half: bool = False,
+    quantized: QuantizedStudent | None = None,
 ) -> Path:
     """Prove, write aside, verify with a fresh stock pipeline, rename. Nothing is left where anything fails.
+
+    quantized: what the student drew while its base was quantised; the card says how far that is from what is exported.
 
     Raises:
         Refusal: a non-empty folder, a layout that the format cannot hold, non-finite tensors, or a failed proof.
@@ -78,7 +91,14 @@ def export_role(
         script = reproduction_script(base, format, FILES[format], tolerance)
         (aside / "reproduce.py").write_text(script)
         write_card(
-            checkpoint.info, triple.family.pipeline_name, recipe, format, FILES[format], folder, aside / "README.md"
+            checkpoint.info,
+            triple.family.pipeline_name,
+            recipe,
+            format,
+            FILES[format],
+            folder,
+            aside / "README.md",
+            notes=[_distance(quantized, proof)] if quantized is not None else [],
         )
         if folder.exists():
             folder.rmdir()
@@ -87,3 +107,13 @@ def export_role(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return folder
+
+
+def _distance(quantized: QuantizedStudent, proof: Proof) -> str:
+    """A sentence for card and log."""
+    text = (
+        f"It was trained on {quantized.base}; on the unquantised base, which these files are for and were proved on, the final "
+        f"latents of the proof differ from those by {quantized.difference(proof):.2%} (relative rms)."
+    )
+    logger.info("%s", text)
+    return text

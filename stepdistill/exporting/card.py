@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -11,9 +12,17 @@ from stepdistill.models.recipe import Recipe
 
 
 def write_card(
-    info: CheckpointInfo, pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Path, target: Path
+    info: CheckpointInfo,
+    pipeline_name: str,
+    recipe: Recipe,
+    format: str,
+    file: str,
+    folder: Path,
+    target: Path,
+    notes: Sequence[str] = (),
 ) -> None:
-    """Write the card to `target`: base and its licence, method, recipe, and usage code that works when pasted."""
+    """Write the card to `target`: base and its licence, method, recipe, further sentences (`notes`), and usage code that
+    works when pasted."""
     tags = ["text-to-image", "diffusers", "stepdistill", recipe.method] + (["lora"] if format != "pipeline" else [])
     data = ModelCardData(
         base_model=recipe.base,
@@ -28,6 +37,7 @@ def write_card(
         "pipeline": "The folder is a diffusers pipeline.",
     }
     height, width = recipe.resolution
+    more = "".join(f"* {note}\n" for note in notes)
     text = f"""# {recipe.num_inference_steps}-step {Path(recipe.base).name}
 
 Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_steps} network calls an image.
@@ -36,7 +46,7 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
 * Scheduler `{recipe.scheduler_class}`, timesteps {list(recipe.timesteps or recipe.sigmas)}, {height}x{width} pixels.
 * Guidance w = {recipe.baked_guidance:g} is baked in: sample with guidance off (`guidance_scale=1`). Negative prompts do nothing.
 * The licence is the base model's ({info.licence or "the base states none"}).
-
+{more}
 ```python
 {usage(pipeline_name, recipe, format, file, folder)}
 ```

@@ -25,6 +25,24 @@ HALF_TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
+class QuantizedStudent:
+    """What the student drew on the base that it was trained on.
+
+    Attributes:
+        base: how that base was held, in words.
+        latents: final latents, (N, C, h, w), of the proof's prompts and seeds.
+    """
+
+    base: str
+    latents: Tensor
+
+    def difference(self, proof: Proof) -> float:
+        """Relative rms: how far the exported student's final latents are from these, over the rms of these."""
+        mine = self.latents.float().cpu()
+        return float((proof.latents.float() - mine).square().mean().sqrt() / mine.square().mean().sqrt())
+
+
+@dataclass(frozen=True)
 class Proof:
     """What the live generator drew.
 
@@ -57,27 +75,37 @@ def make_proof(
     checkpoint: Checkpoint, triple: Triple, role: str, recipe: Recipe, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Proof:
     """Sample the live role with our own sampler, drawing noise in the order of diffusers' pipelines."""
-    size = recipe.resolution
-    shape = checkpoint.info.latent_shape(size)
-    device = next(checkpoint.network.parameters()).device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    draws = [
-        torch.stack([torch.randn(shape, generator=g) for g in generators]) for _ in range(recipe.num_inference_steps)
-    ]
-    cond = triple.family.encode(checkpoint, prompts, [ImageSize.plain(*size)] * len(prompts))
-    schedule, transition = triple.schedule, recipe.transition()
-
-    def run(name: str) -> Tensor:
-        denoiser = triple.denoiser(name)
-        return sample(
-            lambda x, t: denoiser.x0(x, t, cond), schedule, draws[0].to(device), recipe.ladder(schedule), transition,
-            lambda index: draws[index + 1].to(device),
-        )  # fmt: skip
-
-    latents = run(role)
+    draws = _noise(checkpoint, recipe, seeds)
+    latents = final_latents(checkpoint, triple, role, recipe, prompts, seeds)
+    base_latents = final_latents(checkpoint, triple, REAL_SCORE, recipe, prompts, seeds)
     images = torch.cat([triple.family.decode(checkpoint, latent[None]) for latent in latents])
     fresh = torch.stack(draws[1:]) if len(draws) > 1 else torch.zeros(0, *draws[0].shape)
-    return Proof(tuple(prompts), tuple(seeds), draws[0], fresh, latents.cpu(), images.cpu(), run(REAL_SCORE).cpu())
+    return Proof(tuple(prompts), tuple(seeds), draws[0], fresh, latents.cpu(), images.cpu(), base_latents.cpu())
+
+
+@torch.no_grad()
+def final_latents(
+    checkpoint: Checkpoint, triple: Triple, role: str, recipe: Recipe, prompts: Sequence[str], seeds: Sequence[int]
+) -> Tensor:
+    """Where a role ends up from the noise of these seeds, (N, C, h, w), on the checkpoint's device."""
+    device = next(checkpoint.network.parameters()).device
+    draws = [noise.to(device) for noise in _noise(checkpoint, recipe, seeds)]
+    cond = triple.family.encode(checkpoint, prompts, [ImageSize.plain(*recipe.resolution)] * len(prompts))
+    schedule, denoiser = triple.schedule, triple.denoiser(role)
+    with triple.at_hand(role):
+        return sample(
+            lambda x, t: denoiser.x0(x, t, cond), schedule, draws[0], recipe.ladder(schedule), recipe.transition(),
+            lambda index: draws[index + 1],
+        )  # fmt: skip
+
+
+def _noise(checkpoint: Checkpoint, recipe: Recipe, seeds: Sequence[int]) -> list[Tensor]:
+    """Noise of every step, each (N, C, h, w), as a pipeline draws it from the seeds' generators."""
+    shape = checkpoint.info.latent_shape(recipe.resolution)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [
+        torch.stack([torch.randn(shape, generator=g) for g in generators]) for _ in range(recipe.num_inference_steps)
+    ]
 
 
 @torch.no_grad()

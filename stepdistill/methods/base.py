@@ -43,7 +43,7 @@ class Setting:
     """The problem a method is posed: everything it may know of teacher and run.
 
     Attributes:
-        schedule: the teacher's, with any dynamic shift resolved for the run's size.
+        schedule: the teacher's, with any dynamic shift resolved for `size`, whatever the buckets.
         latent_shape: (C, h, w) of x_t at `size`; a batch may say otherwise.
         feature_channels: of the network's feature module.
         feature_size: (h, w) of its output for the smallest image of the run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,8 +62,10 @@ class AdapterBank:
         unmatched = [target for target, count in suffixes_present(self.network, settings.targets).items() if count == 0]
         if unmatched:
             raise Refusal(f"no module of the network matches the LoRA targets {unmatched}: mend roles.*.targets")
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(seed)
+            # peft says of a quantised base that it cannot merge into it; nothing here ever does
+            warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass.*")
             try:
                 inject_adapter_in_model(settings.peft(), self.network, adapter_name=name)
             except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -22,6 +23,7 @@ from stepdistill.models.files import (
     refuse_pickles,
     weights,
 )
+from stepdistill.models.quantization import Quantized, quantize
 from stepdistill.registry import family_names, load_family, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -65,18 +67,29 @@ def inspect_checkpoint(
 
 
 def load_checkpoint(
-    info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
+    info: CheckpointInfo,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    parts: frozenset[Part] = PARTS,
+    quantization: Quantized | Literal["none"] = "none",
 ) -> Checkpoint:
     """Load what `inspect_checkpoint` described; network and text encoders in `dtype`, the VAE in float32.
 
     parts: what is wanted in memory; see `Family.load`.
+    quantization: of the network alone; see `models/quantization.py`.
 
     Raises:
         Refusal: weights are absent, pickled, or do not fit the configs; found before any of them is read.
     """
     fetch_weights(info)
     family: Family = load_family(info.family)
-    return family.load(info, dtype, device, parts)
+    if quantization == "none":
+        return family.load(info, dtype, device, parts)
+    checkpoint = family.load(info, dtype, "cpu", parts)
+    quantize(checkpoint.network, quantization, device)
+    if checkpoint.pipeline is not None:
+        checkpoint.pipeline.to(device)
+    return checkpoint
 
 
 def fetch_weights(info: CheckpointInfo) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal
@@ -23,6 +23,8 @@ from stepdistill.errors import Refusal
 from stepdistill.models.adapters import AdapterBank, LoraSettings, stock_checkpointed
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.base import Family
+from stepdistill.models.parking import ParkedParameters
+from stepdistill.models.quantization import unpacked
 from stepdistill.models.sharding import laid_out_like, shard
 
 GENERATOR, FAKE_SCORE, REAL_SCORE = "generator", "fake_score", "real_score"
@@ -66,6 +68,7 @@ class Triple:
         self.layouts: dict[str, RoleLayout] = {}
         self.networks: dict[str, nn.Module] = {}
         self.heads: dict[str, dict[str, nn.Module]] = {}
+        self._parked: dict[str, ParkedParameters] = {}
         self.sharded = False
         self._checkpointing = False
         # full copies are taken from the base before adapters are injected into it
@@ -88,12 +91,19 @@ class Triple:
 
     def denoiser(self, role: str) -> Denoiser:
         """The role's denoiser. Cheap: holds no tensor of its own."""
-        if role in self.networks:
-            return Denoiser(self.networks[role], self.family, self.schedule, nullcontext, self.compute_dtype)
-        adapter = None if role == REAL_SCORE else role
-        if adapter is not None and adapter not in self.layouts:
+        if role != REAL_SCORE and role not in self.layouts:
             raise KeyError(f"there is no role {role!r}; there are {[REAL_SCORE, *self.layouts]}")
-        return Denoiser(self.base, self.family, self.schedule, lambda: self.bank.role(adapter), self.compute_dtype)
+        network = self.networks.get(role, self.base)
+        return Denoiser(network, self.family, self.schedule, lambda: self._playing(role), self.compute_dtype)
+
+    @contextmanager
+    def _playing(self, role: str) -> Iterator[None]:
+        """Inside, the role's network is this role."""
+        with ExitStack() as stack:
+            stack.enter_context(self.at_hand(role))
+            if role not in self.networks:
+                stack.enter_context(self.bank.role(None if role == REAL_SCORE else role))
+            yield
 
     def add_role(self, name: str, layout: RoleLayout, *, trainable: bool = True) -> None:
         """Add a role equal to the base.
@@ -187,7 +197,11 @@ class Triple:
         """target <- target + weight (source - target), parameter by parameter, by name (EMA)."""
         values = self.network_parameters(source)
         for key, parameter in self.network_parameters(target).items():
-            parameter.lerp_(values[key].to(parameter.dtype), weight)
+            # where source lives, also for a parked target: another device would round otherwise
+            moved = parameter.to(values[key].device)
+            moved.lerp_(values[key].to(parameter.dtype), weight)
+            if moved is not parameter:
+                parameter.copy_(moved)
 
     def state(self, role: str) -> dict[str, Tensor]:
         """Detached parameters and head buffers of a role, for a checkpoint."""
@@ -226,6 +240,14 @@ class Triple:
             shard(network, self.family.blocks(network), mesh)
         self.sharded = True
 
+    def park(self, role: str) -> None:
+        """Keep an untrained role in main memory from now on; its denoiser brings it to the device for each forward."""
+        self._parked[role] = ParkedParameters(self.network_parameters(role).values())
+
+    def at_hand(self, role: str) -> AbstractContextManager[None]:
+        """A parked role stays on the device inside, for several forwards in a row; nothing happens to other roles."""
+        return self._parked[role].at_hand() if role in self._parked else nullcontext()
+
     def enable_gradient_checkpointing(self) -> None:
         """Trade compute for memory; each segment recomputes under the role of its own forward."""
         self._checkpointing = True
@@ -239,7 +261,7 @@ class Triple:
         """Names the base by the first values of each of its tensors, before sharding; the same in float32 and bfloat16."""
         digest = blake2b(digest_size=8)
         for key, value in self._base_state().items():
-            first = value.detach().flatten()[:64].to("cpu", torch.bfloat16)
+            first = unpacked(value.detach()).flatten()[:64].to("cpu", torch.bfloat16)
             digest.update(f"{key} {tuple(value.shape)}".encode() + first.float().numpy().tobytes())
         return digest.hexdigest()
 

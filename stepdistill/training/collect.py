@@ -19,6 +19,7 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import ImageSize
 from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.sampler import teacher_sample
 from stepdistill.registry import load_family
@@ -99,13 +100,17 @@ class _Teacher:
             raise ValueError("no model in the config")
         model = config.model
         info = inspect_checkpoint(resolve(model.path), model.family, model.config_dir)
-        self.config, self.name, self.precision = config, model.path, model.dtype
+        self.config, self.name = config, model.path
+        self.precision = model.dtype if model.quantization == "none" else f"{model.dtype}, {model.quantization}"
         self.size = model.size or info.default_size
         self.shape = info.latent_shape(self.size)
         self.schedule: NoiseSchedule = info.schedule.for_tokens(self.shape[1] * self.shape[2] // 4)
         self.family = load_family(info.family)
         self.device = torch.device(config.device or best_device())
-        self.checkpoint = load_checkpoint(info, DTYPES[model.dtype], self.device)
+        self.checkpoint = load_checkpoint(info, DTYPES[model.dtype], self.device, quantization=model.quantization)
+        lay_out(self.checkpoint.network, model.attention, model.channels_last)
+        if model.compile:
+            compile_blocks(self.checkpoint.network)
         self.denoiser = Denoiser(self.checkpoint.network, self.family, self.schedule)
         self.negative_prompt = model.negative_prompt
         self.sampler = "euler, shifted" if self.schedule.is_flow else "ddim, trailing"

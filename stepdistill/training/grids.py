@@ -61,7 +61,9 @@ class Grid:
     def draw(self, iteration: int) -> None:
         """Draw the current student. Raises OSError where the disk refuses the picture."""
         denoiser = self.session.triple.denoiser(self.session.student)
-        student = self._decoded(student_latents(self.session, denoiser, self.cond, self.noise, self.draws))
+        with self.session.triple.at_hand(self.session.student):
+            latents = student_latents(self.session, denoiser, self.cond, self.noise, self.draws)
+        student = self._decoded(latents)
         if self.folder is not None:
             path = grid_path(self.folder, iteration)
             path.parent.mkdir(parents=True, exist_ok=True)

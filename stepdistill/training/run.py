@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from stepdistill.config import RunConfig, load_config
+from stepdistill.config import ModelConfig, RunConfig, load_config
 from stepdistill.errors import Refusal
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.caching import warm
 from stepdistill.training.folder import CONFIG, write_config
+from stepdistill.training.options import check_training_options, describe_options, products
 from stepdistill.training.processes import Processes, check_launcher
 from stepdistill.training.session import Plan, Session, open_session, prepare
 from stepdistill.training.trainer import Trainer
@@ -72,8 +73,9 @@ def train(
         log_with=list(config.training.trackers) or None,
         project_dir=str(folder),
     )
-    session = open_session(plan, accelerator.device, warm(plan, accelerator.device))
     processes = Processes(accelerator, config.training)
+    check_training_options(config, plan.roles, processes.device, sharded=processes.sharded)
+    session = open_session(plan, processes.device, warm(plan, processes.device))
     trainer = Trainer(session, folder, processes, watcher(session, folder) if watcher is not None else None)
     if checkpoint is not None:
         trainer.load(checkpoint)
@@ -84,7 +86,8 @@ def train(
             logger.info("%s", line)
     if config.training.trackers:
         accelerator.init_trackers("stepdistill", config=_flat(config.model_dump(mode="json")))
-    finished = trainer.run()
+    with products(config.training.tf32):
+        finished = trainer.run()
     if plan.images is not None and plan.images.bad:
         logger.warning("%d unreadable images were replaced: %s", len(plan.images.bad), ", ".join(plan.images.bad[:10]))
     if not finished and processes.main:
@@ -102,15 +105,14 @@ def open_run(
 ) -> tuple[Session, int]:
     """A finished or interrupted run with the weights of a checkpoint, and that checkpoint's iteration.
 
-    full_precision: load a half-precision base in float32.
+    full_precision: load a half-precision or quantised base in float32, and compile nothing.
     checkpoint: "latest", or "best" where the run was evaluated.
 
     Raises:
         Refusal: not a run, or no complete checkpoint in it.
     """
     path = Path(folder)
-    if not (path / CONFIG).is_file():
-        raise Refusal(f"{str(path)!r} is not a run (it has no {CONFIG}): give the output folder of 'stepdistill train'")
+    config = run_config(path)
     best = path / "checkpoints" / checkpoints.BEST
     newest = checkpoints.latest(path / "checkpoints") if checkpoint == "latest" else best
     if newest is None:
@@ -119,14 +121,23 @@ def open_run(
         raise Refusal(
             f"the run {str(path)!r} has no best checkpoint: set evaluation.every in its config, or take the latest"
         )
-    config = load_config(path / CONFIG)
-    if full_precision and config.model.dtype in ("bfloat16", "float16"):
-        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
+    if full_precision:
+        config = config.model_copy(update={"model": _in_full_precision(config.model)})
     session = open_session(prepare(config, images=False), device)
     saved = checkpoints.read(newest)
     for role in session.triple.layouts:
         session.triple.load_state(role, saved.tensors[role])
     return session, saved.facts.counters.iteration
+
+
+def run_config(folder: str | Path) -> RunConfig:
+    """The config that a run was trained by. Raises Refusal where the folder is no run."""
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise Refusal(
+            f"{str(folder)!r} is not a run (it has no {CONFIG}): give the output folder of 'stepdistill train'"
+        )
+    return load_config(file)
 
 
 def describe(plan: Plan, session: Session | None = None) -> list[str]:
@@ -152,6 +163,8 @@ def describe(plan: Plan, session: Session | None = None) -> list[str]:
         f"data        {', '.join([f'{len(plan.prompts):,} prompts from {plan.prompts.source}', *extra])}",
         f"training    {training.max_steps:,} iterations of {training.batch_size} x {training.accumulation} samples per process",
     ]
+    if chosen := describe_options(config):
+        lines.append(f"options     {', '.join(chosen)}")
     for role, layout in plan.layouts.items():
         held = (
             "full network" if layout.lora is None else f"LoRA of rank {layout.lora.rank}, alpha {layout.lora.alpha:g}"
@@ -161,6 +174,13 @@ def describe(plan: Plan, session: Session | None = None) -> list[str]:
             trained = f", {sum(p.numel() for p in session.triple.parameters(role).values()):,} trained parameters"
         lines.append(f"{role:<11} {held}{trained}")
     return lines
+
+
+def _in_full_precision(model: ModelConfig) -> ModelConfig:
+    exact: dict[str, object] = {"quantization": "none", "attention": "sdpa", "compile": False}
+    if model.dtype in ("bfloat16", "float16"):
+        exact["dtype"] = "float32"
+    return model.model_copy(update=exact)
 
 
 def _checkpoint(folder: Path, resume: str | None) -> Path | None:

@@ -22,11 +22,13 @@ from stepdistill.errors import Refusal
 from stepdistill.methods.base import Method, RoleKind, Setting
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family
+from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.triple import GENERATOR, RoleLayout, Triple
 from stepdistill.registry import load_family, load_method
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.encoding import Encoder, Warm, make_encoder
+from stepdistill.training.options import check_model_options
 
 logger = logging.getLogger(__name__)
 EMA = "generator_ema"
@@ -94,6 +96,7 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     method_config = parse(method_class.Config, config.method_options, where="method")
     info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
     family = load_family(info.family)
+    check_model_options(config, family, method_class.roles(method_config))
     size = config.model.size or info.default_size
     _check_size(size, "model.size", info)
     latent_shape = info.latent_shape(size)
@@ -131,7 +134,9 @@ def open_session(plan: Plan, device: torch.device | str | None = None, warm: War
     config = plan.config
     where = torch.device(device or config.training.device or best_device())
     dtype = DTYPES[config.model.dtype]
-    checkpoint = load_checkpoint(plan.info, dtype, where, warm.parts if warm is not None else PARTS)
+    parts = warm.parts if warm is not None else PARTS
+    checkpoint = load_checkpoint(plan.info, dtype, where, parts, config.model.quantization)
+    lay_out(checkpoint.network, config.model.attention, config.model.channels_last)
     encoder = make_encoder(plan.family, checkpoint, config.model.negative_prompt, plan.images, warm, where)
     triple = Triple(
         checkpoint.network,
@@ -153,6 +158,19 @@ def open_session(plan: Plan, device: torch.device | str | None = None, warm: War
     if config.init is not None:
         load_initial(triple, Path(config.init), tuple(plan.roles))
     return Session(plan, checkpoint, encoder, triple, method, where)
+
+
+def settle(session: Session) -> None:
+    """Where training wants it, once the roles are on their processes: the EMA in main memory, the blocks compiled.
+
+    A run that is only opened needs neither.
+    """
+    config, triple = session.plan.config, session.triple
+    if "ema" in config.training.offload and EMA in triple.layouts:
+        triple.park(EMA)
+    if config.model.compile:
+        for network in (triple.base, *triple.networks.values()):
+            compile_blocks(network)
 
 
 def load_initial(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:

@@ -23,7 +23,7 @@ from stepdistill.training.folder import CONFIG, cut_back, write_config
 from stepdistill.training.grids import Grid
 from stepdistill.training.optimizers import RoleOptimizer
 from stepdistill.training.processes import Processes
-from stepdistill.training.session import EMA, Session
+from stepdistill.training.session import EMA, Session, settle
 from stepdistill.training.signals import graceful
 from stepdistill.training.tracking import Tracker
 from stepdistill.training.watch import Watch
@@ -49,6 +49,7 @@ class Trainer:
         self.triple, self.method = session.triple, session.method
         self.base = self.triple.fingerprint()
         processes.place(self.triple)
+        settle(session)
         self.counters = Counters(updates={role: 0 for role in session.plan.roles})
         self.optimizers = self._optimizers()
         self.environment = Environment.here(session.plan.config, session.device, processes.count, processes.sharded)
@@ -192,7 +193,11 @@ class Trainer:
         configured = self.session.plan.config.optimizers
         chosen = {"generator": configured.generator, "fake_score": configured.fake_score}
         roles = self.session.plan.roles
-        return {role: RoleOptimizer(self.triple.parameters(role), chosen[kind]) for role, kind in roles.items()}
+        offload = "optimizer" in self.config.offload
+        return {
+            role: RoleOptimizer(self.triple.parameters(role), chosen[kind], offload=offload)
+            for role, kind in roles.items()
+        }
 
     # ---------------------------------------------------------------- checkpoints
 

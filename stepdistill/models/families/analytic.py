@@ -82,6 +82,7 @@ class Analytic(Family):
     pipeline_name: ClassVar[str] = "AnalyticMixture"
     network_component: ClassVar[str] = "network"
     tiny_variants: ClassVar[tuple[str, ...]] = ("default", "v", "flow")
+    is_stock: ClassVar[bool] = False
 
     def inspect(self, source: str, folder: Path, single_file: Path | None) -> CheckpointInfo:
         if single_file is not None:

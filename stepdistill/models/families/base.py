@@ -178,3 +178,5 @@ class Family(ABC):
         """Write a tiny random checkpoint in diffusers format; every variant in `tiny_variants` joins the test matrix."""
 
     tiny_variants: ClassVar[tuple[str, ...]] = ("default",)
+    is_stock: ClassVar[bool] = True
+    """The network is a model of diffusers, which can be quantised, compiled and given another attention."""

@@ -1,0 +1,119 @@
+"""Options of memory and speed: whether they fit config and machine, said before any weight is loaded; torch's precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from stepdistill.config import RunConfig
+from stepdistill.errors import Refusal
+from stepdistill.methods.base import RoleKind
+from stepdistill.models.families.base import Family
+from stepdistill.models.kernels import check_xformers
+from stepdistill.models.quantization import check_quantization
+from stepdistill.training.optimizers import check_adamw8bit
+
+
+def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, RoleKind]) -> None:
+    """Whether the network can be held as `config.model` says.
+
+    Args:
+        roles: role -> its config section, for the roles that the method trains.
+
+    Raises:
+        Refusal: the first option that cannot work.
+    """
+    model = config.model
+    asked = {
+        "quantization": model.quantization != "none",
+        "compile": model.compile,
+        "attention": model.attention != "sdpa",
+    }
+    if not family.is_stock and any(asked.values()):
+        key = next(key for key, wanted in asked.items() if wanted)
+        raise Refusal(
+            f"model.{key} is set, which is for networks of diffusers, and the family {family.name!r} has one of its own: remove the key"
+        )
+    if model.attention == "xformers":
+        check_xformers()
+    if model.quantization == "none":
+        return
+    source = f" (by preset {config.preset!r}, unless the config has the key itself)" if config.preset else ""
+    modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
+    for section in roles.values():
+        if modes[section] == "full":
+            raise Refusal(
+                f"model.quantization is {model.quantization!r}{source} and roles.{section}.mode is 'full', which trains every "
+                f"weight of the base: set model.quantization to none, or roles.{section}.mode to lora"
+            )
+    if model.dtype == "float64":
+        raise Refusal(
+            f"model.quantization is {model.quantization!r}{source} and model.dtype is 'float64': set model.dtype to float32 or bfloat16"
+        )
+    check_quantization()
+
+
+def describe_options(config: RunConfig) -> list[str]:
+    """The options that are set, in words; empty where all are at their defaults."""
+    model, training = config.model, config.training
+    kinds = {"generator": config.optimizers.generator.kind, "fake_score": config.optimizers.fake_score.kind}
+    said = {
+        f"linear layers of the base in {model.quantization}": model.quantization != "none",
+        "attention by xformers": model.attention == "xformers",
+        "compiled blocks": model.compile,
+        "channels last": model.channels_last,
+        "TensorFloat-32 on CUDA": training.tf32,
+        "the optimizers' state in main memory between steps": "optimizer" in training.offload,
+        "the EMA in main memory": "ema" in training.offload,
+    }
+    said |= {f"8-bit AdamW for the {name.replace('_', ' ')}": kind == "adamw8bit" for name, kind in kinds.items()}
+    return [words for words, is_set in said.items() if is_set]
+
+
+def check_training_options(
+    config: RunConfig, roles: Mapping[str, RoleKind], device: torch.device, *, sharded: bool
+) -> None:
+    """Whether a run can be trained as its config says; opening a finished one needs none of it.
+
+    Args:
+        roles: role -> its config section, for the roles that the method trains.
+        device: of the training.
+        sharded: every process holds a share of every network.
+
+    Raises:
+        Refusal: the first option that cannot work.
+    """
+    kinds = {"generator": config.optimizers.generator.kind, "fake_score": config.optimizers.fake_score.kind}
+    in_8_bit = [section for section in roles.values() if kinds[section] == "adamw8bit"]
+    if in_8_bit:
+        check_adamw8bit(device, torch.float64 if config.model.dtype == "float64" else torch.float32)
+    whole_only = {
+        "model.quantization": (config.model.quantization != "none", "none"),
+        "model.compile": (config.model.compile, "false"),
+        "training.offload": (bool(config.training.offload), "[]"),
+        **{f"optimizers.{section}.kind": (True, "adamw") for section in in_8_bit},
+    }
+    for key, (is_set, default) in whole_only.items():
+        if sharded and is_set:
+            raise Refusal(
+                f"{key} is set and the processes share every network out, which works with whole tensors only: "
+                f"set {key} to {default}, or training.sharding to replicated"
+            )
+
+
+@contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """Precision of float32 products and convolutions on CUDA inside: TensorFloat-32, or the whole 24 bits.
+
+    torch keeps it for the process as a whole; it is as it was before afterwards.
+    """
+    matrices, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matrices)
+        torch.backends.cudnn.allow_tf32 = convolutions
