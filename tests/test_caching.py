@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -33,6 +35,7 @@ from stepdistill.models.families.unet import UNetFamily
 from stepdistill.registry import family_names, load_family
 from stepdistill.training import caching
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.batches import BatchSource
 from stepdistill.training.caching import estimate, fill, warm
 from stepdistill.training.encoding import LiveEncoder
 from stepdistill.training.run import open_run, train
@@ -234,6 +237,58 @@ def test_a_gpu_s_batch_comes_back_to_the_bit(config: Configure, images: Path, dt
     assert torch.equal(cached.latents(items[0], noise), live.latents(items[1], noise))
 
 
+def saved_dataset(folder: Path) -> Path:
+    """A data set of one row."""
+    picture = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(picture, "PNG")
+    pytest.importorskip("datasets").Dataset.from_dict({"image": [picture.getvalue()], "text": ["a"]}).save_to_disk(
+        folder
+    )
+    return folder
+
+
+def packed(images: Path, target: Path) -> str:
+    """The images as one tar shard."""
+    with tarfile.open(target, "w") as tar:
+        for file in sorted(images.iterdir()):
+            tar.add(file, file.name)
+    return str(target)
+
+
+@pytest.mark.parametrize("source", ["folder", "tar"])
+def test_buckets_and_shards_come_back_to_the_bit(
+    config: Configure, images: Path, tmp_path: Path, calls: Counter[str], source: str
+) -> None:
+    Image.new("RGB", (16, 40), "green").save(images / "tall.png")
+    (images / "tall.txt").write_text("a tall thing")
+    changes = {
+        "method__gan": GAN,
+        "data__images": str(images) if source == "folder" else packed(images, tmp_path / "part-0.tar"),
+        "data__flip": True,
+        "data__buckets": [[16, 16], [32, 16]],
+    }
+    plan = prepare(config(**changes))
+    assert plan.buckets is not None
+    assert list(map(len, plan.buckets.members)) == [5, 1]
+    caches = warm(plan, "cpu")
+    # five readable images, twice; three prompts, six captions, the unconditional branch
+    assert calls == {"images": 10, "text": 10}
+    assert estimate(plan) == 10 * 77 * 32 * 4 + 2 * 2 * 4 * 4 * (5 * 8 * 8 + 16 * 8)
+    numbers = [range(start, start + 3) for start in range(0, 90, 3)]
+    calls.clear()
+    cached = [batch for _, batch in BatchSource(open_session(plan, "cpu", caches), 0, 1).batches(iter(numbers))]
+    assert not calls
+    assert {tuple(batch.images.shape) for batch in cached if batch.images is not None} == {(3, 4, 8, 8), (3, 4, 16, 8)}
+    live = [batch for _, batch in BatchSource(open_session(plan, "cpu"), 0, 1).batches(iter(numbers))]
+    for one, other in zip(cached, live, strict=True):
+        assert one.images is not None
+        assert other.images is not None
+        assert torch.equal(one.images, other.images)
+        assert one.image_cond is not None
+        assert other.image_cond is not None
+        assert same(one.image_cond, other.image_cond)
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -343,6 +398,8 @@ def test_refusals(
     refusal(lambda: fill(prepare(config(cached=False))), "no cache section")
     refusal(lambda: prepare(config(**changes, data__crop="random")), "data.crop to center", "cache.latents to false")
     prepare(config(**changes, data__crop="random", cache__latents=False))
+    streamed = {"data__images": f"hf:{saved_dataset(tmp_path / 'dataset')}", "data__streaming": True}
+    refusal(lambda: prepare(config(**{**changes, **streamed})), "data.streaming to false", "remove the cache section")
     refusal(lambda: fill(prepare(config(**{**changes, "data__max_bad_share": 0.1}))), "unreadable")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]

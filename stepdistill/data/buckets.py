@@ -14,13 +14,14 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, Protocol
 
 import torch
 from torch import Tensor
 
-from stepdistill.data.images import ImageItem
+from stepdistill.data.images import Framing
 from stepdistill.data.indexed import IndexedImages
-from stepdistill.data.loader import IndexStream, sample_draws
+from stepdistill.data.loader import IndexStream, T_co, sample_draws
 from stepdistill.diffusion.draws import derive_seed, generator
 from stepdistill.errors import Refusal
 
@@ -131,10 +132,19 @@ class BucketOrder:
         return _Chunk(number, before, picks, earlier)
 
 
-class BucketSamples:
+class Selectable(Protocol[T_co]):
+    """Images that are read by their place in a selection, and cut to any size, such as `IndexedImages`."""
+
+    @property
+    def framing(self) -> Framing: ...
+
+    def read_among(self, order: Sequence[int], place: int, draws: torch.Generator, framing: Framing) -> T_co: ...
+
+
+class BucketSamples(Generic[T_co]):
     """The images of a run with buckets, by global sample number: each bucket shows all of its images once an epoch of its own."""
 
-    def __init__(self, source: IndexedImages, buckets: Buckets, order: BucketOrder, seed: int) -> None:
+    def __init__(self, source: Selectable[T_co], buckets: Buckets, order: BucketOrder, seed: int) -> None:
         self.source, self.order, self.seed = source, order, seed
         self.members = buckets.members
         self.framings = [replace(source.framing, size=size) for size in buckets.sizes]
@@ -144,7 +154,7 @@ class BucketSamples:
             if found
         }
 
-    def __getitem__(self, sample: int) -> ImageItem:
+    def __getitem__(self, sample: int) -> T_co:
         place = self.order.place(sample)
         chosen = self.streams[place.bucket].index(place.position)
         draws = sample_draws(self.seed, sample)

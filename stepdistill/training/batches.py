@@ -13,7 +13,7 @@ from stepdistill.data.loader import Indexed, IndexStream, InOrder, Prefetcher, S
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.methods.base import Batch
 from stepdistill.models.conditioning import ImageSize
-from stepdistill.training.encoding import TrainingImage, size_of
+from stepdistill.training.encoding import CachedImages, TrainingImage, size_of
 from stepdistill.training.session import Session
 
 
@@ -55,14 +55,13 @@ class BatchSource:
             yield samples, self._batch(samples, items)
 
     def _image_samples(self, seed: int) -> Indexed[TrainingImage] | None:
-        plan, readable = self.session.plan, self.session.encoder.images
-        if plan.images is None or readable is None:
+        buckets, images = self.session.plan.buckets, self.session.encoder.images
+        if images is None:
             return None
-        if plan.buckets is not None and self.bucket_order is not None and isinstance(plan.images, IndexedImages):
-            return BucketSamples(plan.images, plan.buckets, self.bucket_order, seed)
-        if plan.images.count is None:
-            return Samples(readable, InOrder(), seed)
-        return Samples(readable, IndexStream(plan.images.count, derive_seed(seed, "images")), seed)
+        if buckets is not None and self.bucket_order is not None and isinstance(images, IndexedImages | CachedImages):
+            return BucketSamples[TrainingImage](images, buckets, self.bucket_order, seed)
+        order = InOrder() if images.count is None else IndexStream(images.count, derive_seed(seed, "images"))
+        return Samples[TrainingImage](images, order, seed)
 
     def _size(self, samples: Sequence[int]) -> tuple[int, int]:
         """(height, width) in pixels of a micro-batch, which lies in one iteration."""

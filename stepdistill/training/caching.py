@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -30,8 +31,7 @@ from stepdistill.data.cache import (
     null_key,
     text_key,
 )
-from stepdistill.data.folder import ImageFolder
-from stepdistill.data.images import Framing
+from stepdistill.data.cuts import Cut, contents_of, cuts_of
 from stepdistill.data.indexed import IndexedImages
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning, ImageSize
@@ -41,8 +41,6 @@ from stepdistill.training.encoding import CachedImages, Warm, image_entry, text_
 from stepdistill.training.session import DTYPES, Plan, best_device
 
 logger = logging.getLogger(__name__)
-PLAIN, MIRRORED = (1.0, 0.5, 0.5), (0.0, 0.5, 0.5)
-"""Draws of `Framing.cut`."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,12 @@ class _Caches:
 
     text: EntryFolder | None
     latents: EntryFolder | None
-    keys: tuple[tuple[str, ...], ...]
-    """Keys of every image, as it is and mirrored; () where the file cannot be read at all."""
+    texts: Mapping[str, str]
+    """Key -> prompt or caption."""
+    contents: tuple[str | None, ...] = ()
+    """Hash of every image; None where its file cannot be read."""
+    wanted: Mapping[str, Cut] = field(default_factory=dict)
+    """Key -> image that is encoded under it."""
 
 
 def estimate(plan: Plan) -> int:
@@ -71,9 +73,9 @@ def estimate(plan: Plan) -> int:
     if section is None:
         return 0
     text = (len(_texts(plan)) + 1) * _text_bytes(plan) if section.text else 0
-    if not isinstance(plan.images, ImageFolder) or not section.latents:
+    if not isinstance(plan.images, IndexedImages) or not section.latents:
         return text
-    return text + len(plan.images) * (2 if plan.images.framing.flip else 1) * _latent_bytes(plan)
+    return text + sum(_latent_bytes(plan, cut.size) for cut in cuts_of(plan.images, plan.buckets))
 
 
 def fill(plan: Plan, device: torch.device | str | None = None) -> Filled:
@@ -84,16 +86,19 @@ def fill(plan: Plan, device: torch.device | str | None = None) -> Filled:
             data.max_bad_share, or an encoding that is not finite.
     """
     section = _section(plan)
+    return _fill(plan, section, _caches(plan, section), device)
+
+
+def _fill(plan: Plan, section: CacheConfig, caches: _Caches, device: torch.device | str | None) -> Filled:
     where = torch.device(device or plan.config.training.device or best_device())
-    caches = _caches(plan, section)
     _check_room(plan, section, caches)
     encoded = entries = 0
     if caches.text is not None:
-        encoded += _fill_text(plan, caches.text, where)
-        entries += len(_texts(plan)) + 1
-    if caches.latents is not None and isinstance(plan.images, ImageFolder):
-        encoded += _fill_latents(plan, plan.images, caches, caches.latents, where)
-        entries += sum(key in caches.latents for own in caches.keys for key in own)
+        encoded += _fill_text(plan, caches.texts, caches.text, where)
+        entries += len(caches.texts) + 1
+    if caches.latents is not None and isinstance(plan.images, IndexedImages):
+        encoded += _fill_latents(plan, plan.images, caches.wanted, caches.latents, where)
+        entries += sum(key in caches.latents for key in caches.wanted)
     folder = Path(section.folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Filled(encoded, entries, folder, size)
@@ -104,16 +109,18 @@ def warm(plan: Plan, device: torch.device | str | None = None) -> Warm | None:
 
     The main process fills while all others wait for it; then everyone reads. Raises Refusal as `fill` does.
     """
-    if plan.config.cache is None:
+    section = plan.config.cache
+    if section is None:
         return None
     state = PartialState()
-    if state.is_main_process:
-        fill(plan, device)
+    caches = _caches(plan, section) if state.is_main_process else None
+    if caches is not None:
+        _fill(plan, section, caches, device)
     state.wait_for_everyone()
-    caches = _caches(plan, plan.config.cache)
+    caches = caches or _caches(plan, section)
     images = None
-    if caches.latents is not None and isinstance(plan.images, ImageFolder):
-        images = CachedImages(plan.images, caches.latents, caches.keys)
+    if caches.latents is not None and isinstance(plan.images, IndexedImages):
+        images = CachedImages(plan.images, caches.latents, caches.contents)
     parts: set[Part] = set(PARTS)
     # an evaluation asks for prompts of its own
     if caches.text is not None and plan.config.evaluation is None:
@@ -143,12 +150,18 @@ def _caches(plan: Plan, section: CacheConfig) -> _Caches:
     hashes = FileHashes(root)
     fetch_weights(plan.info)
     text = EntryFolder(root, _identity(plan, "text", hashes)) if section.text else None
-    latents, keys = None, []
-    if section.latents and isinstance(plan.images, ImageFolder):
+    caches = _Caches(text, None, _texts(plan))
+    if section.latents and isinstance(plan.images, IndexedImages):
+        contents = contents_of(plan.images, hashes)
+        wanted = {
+            image_key(content, cut.size, cut.mirrored): cut
+            for cut in cuts_of(plan.images, plan.buckets)
+            if (content := contents[cut.position]) is not None
+        }
         latents = EntryFolder(root, _identity(plan, "images", hashes))
-        keys = [_image_keys(plan.images, path, hashes) for path in plan.images.paths]
+        caches = replace(caches, latents=latents, contents=contents, wanted=wanted)
     hashes.save()
-    return _Caches(text, latents, tuple(keys))
+    return caches
 
 
 def _identity(plan: Plan, part: Literal["text", "images"], hashes: FileHashes) -> EncoderIdentity:
@@ -158,17 +171,6 @@ def _identity(plan: Plan, part: Literal["text", "images"], hashes: FileHashes) -
     return EncoderIdentity("latents", plan.info.family, _latents_dtype(plan), files)
 
 
-def _image_keys(images: ImageFolder, path: Path, hashes: FileHashes) -> tuple[str, ...]:
-    try:
-        content = hashes.of(path)
-    except OSError:
-        return ()
-    return tuple(
-        image_key(content, images.framing.size, mirrored)
-        for mirrored in ((False, True) if images.framing.flip else (False,))
-    )
-
-
 # ---------------------------------------------------------------- room
 
 
@@ -176,9 +178,9 @@ def _text_bytes(plan: Plan) -> int:
     return plan.family.encoding_bytes(plan.info, DTYPES[plan.config.model.dtype])
 
 
-def _latent_bytes(plan: Plan) -> int:
-    """Mean and std."""
-    return 2 * DTYPES[_latents_dtype(plan)].itemsize * prod(plan.setting.latent_shape)
+def _latent_bytes(plan: Plan, size: tuple[int, int]) -> int:
+    """Mean and std of an image of (height, width) pixels."""
+    return 2 * DTYPES[_latents_dtype(plan)].itemsize * prod(plan.info.latent_shape(size))
 
 
 def _latents_dtype(plan: Plan) -> str:
@@ -189,9 +191,10 @@ def _latents_dtype(plan: Plan) -> str:
 def _check_room(plan: Plan, section: CacheConfig, caches: _Caches) -> None:
     needed = 0
     if caches.text is not None:
-        needed += sum(key not in caches.text for key in _texts(plan)) * _text_bytes(plan)
+        needed += sum(key not in caches.text for key in caches.texts) * _text_bytes(plan)
     if caches.latents is not None:
-        needed += sum(key not in caches.latents for own in caches.keys for key in own) * _latent_bytes(plan)
+        missing = (cut for key, cut in caches.wanted.items() if key not in caches.latents)
+        needed += sum(_latent_bytes(plan, cut.size) for cut in missing)
     place = Path(section.folder).absolute()
     while not place.exists():
         place = place.parent
@@ -206,8 +209,8 @@ def _check_room(plan: Plan, section: CacheConfig, caches: _Caches) -> None:
 # ---------------------------------------------------------------- filling
 
 
-def _fill_text(plan: Plan, entries: EntryFolder, device: torch.device) -> int:
-    texts, negative = _texts(plan), plan.config.model.negative_prompt
+def _fill_text(plan: Plan, texts: Mapping[str, str], entries: EntryFolder, device: torch.device) -> int:
+    negative = plan.config.model.negative_prompt
     null = null_key(negative)
 
     def missing() -> dict[str, str]:
@@ -230,26 +233,21 @@ def _fill_text(plan: Plan, entries: EntryFolder, device: torch.device) -> int:
     return len(todo)
 
 
-def _fill_latents(plan: Plan, images: ImageFolder, caches: _Caches, entries: EntryFolder, device: torch.device) -> int:
-    def missing() -> dict[str, tuple[int, bool]]:
-        """Key -> (position, mirrored)."""
-        return {
-            key: (position, bool(mirrored))
-            for position, own in enumerate(caches.keys)
-            for mirrored, key in enumerate(own)
-            if key not in entries
-        }
+def _fill_latents(
+    plan: Plan, images: IndexedImages, wanted: Mapping[str, Cut], entries: EntryFolder, device: torch.device
+) -> int:
+    def missing() -> dict[str, Cut]:
+        return {key: cut for key, cut in wanted.items() if key not in entries}
 
     if not missing():
         return 0
     encoded = 0
-    centred = Framing(images.framing.size, "center", flip=True)
     checkpoint: Checkpoint | None = None
     with EntryWriter(entries) as writer, torch.no_grad():
         todo = missing()
-        _announce(entries, len(todo), sum(map(len, caches.keys)), "images")
-        for key, (position, mirrored) in tqdm(todo.items(), desc="latents", unit="image", dynamic_ncols=True):
-            item = images.item(position, MIRRORED if mirrored else PLAIN, centred)
+        _announce(entries, len(todo), len(wanted), "images")
+        for key, cut in tqdm(todo.items(), desc="latents", unit="image", dynamic_ncols=True):
+            item = cut.item(images)
             if item is None:  # a run reads the next image in its place
                 continue
             # no earlier than this: a folder with an unreadable file lacks an entry even when it is warm

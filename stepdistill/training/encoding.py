@@ -13,10 +13,9 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from stepdistill.data.cache import EntryFolder, null_key, text_key
-from stepdistill.data.folder import ImageFolder
-from stepdistill.data.images import Crop, ImageItem, ImageSource, framing_draws
-from stepdistill.data.loader import Readable
+from stepdistill.data.cache import EntryFolder, image_key, null_key, text_key
+from stepdistill.data.images import Crop, Framing, ImageItem, framing_draws
+from stepdistill.data.indexed import IndexedImages
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families.base import Checkpoint, Family, Part, Posterior
@@ -35,6 +34,17 @@ class LatentItem:
 TrainingImage: TypeAlias = ImageItem | LatentItem
 
 
+class TrainingImages(Protocol):
+    """Images of a run: an `ImageSource`, or its latents from a cache."""
+
+    @property
+    def count(self) -> int | None:
+        """Images; None of a stream."""
+
+    def read(self, index: int, draws: torch.Generator) -> TrainingImage:
+        """Item at a position, cropped and flipped by `draws`."""
+
+
 class Encoder(Protocol):
     """What a run asks of text encoders and autoencoder.
 
@@ -42,7 +52,7 @@ class Encoder(Protocol):
         images: the run's images; None where it has none.
     """
 
-    images: Readable[TrainingImage] | None
+    images: TrainingImages | None
 
     def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
         """Conditioning of B prompts, on the session's device."""
@@ -64,7 +74,7 @@ class LiveEncoder:
     """
 
     def __init__(
-        self, family: Family, checkpoint: Checkpoint, negative_prompt: str, images: Readable[TrainingImage] | None
+        self, family: Family, checkpoint: Checkpoint, negative_prompt: str, images: TrainingImages | None
     ) -> None:
         self.family, self.checkpoint, self.negative_prompt, self.images = family, checkpoint, negative_prompt, images
         self._null: Conditioning | None = None
@@ -125,34 +135,49 @@ class CachedEncoder:
         return self.live.text([prompt], [size])
 
 
+@dataclass(frozen=True)
 class CachedImages:
-    """A folder of images whose latents are in a cache: the same items as `ImageFolder.read`, encoded.
+    """Images whose latents are in a cache: the same items as the source's `read` and `read_among`, encoded.
 
-    Args:
-        folder: the images, cropped at their centres.
+    Attributes:
+        source: the images, cropped at their centres; only their captions are read here.
         entries: of the run's autoencoder.
-        keys: of every position of the folder the keys as it is and, where the folder flips, mirrored; a position without
-            an entry is an unreadable file and is replaced by the next one, as `ImageFolder` does.
-
-    Raises:
-        Refusal: no image is in the cache, since none can be read.
+        contents: hash of every image's file, by position; None where it could not be read.
     """
 
-    def __init__(self, folder: ImageFolder, entries: EntryFolder, keys: Sequence[Sequence[str]]) -> None:
-        self.folder, self.entries, self.keys = folder, entries, keys
-        self._readable = [bool(own) and all(key in entries for key in own) for own in keys]
-        if not any(self._readable):
-            raise Refusal(f"none of the {len(keys)} images in {str(folder.folder)!r} can be read: replace them")
+    source: IndexedImages
+    entries: EntryFolder
+    contents: Sequence[str | None]
+
+    @property
+    def count(self) -> int:
+        """Images, readable or not."""
+        return len(self.contents)
+
+    @property
+    def framing(self) -> Framing:
+        """Of the source."""
+        return self.source.framing
 
     def read(self, index: int, draws: torch.Generator) -> LatentItem:
         """Item at a position, mirrored by `draws`, of which three numbers are taken."""
-        mirrored = self.folder.framing.mirrors(framing_draws(draws))
-        count = len(self.keys)
-        position = next(p % count for p in range(index, index + count) if self._readable[p % count])
-        entry = self.entries[self.keys[position][mirrored]]
-        top, left, height, width, *target = entry["crop"].tolist()
-        crop = Crop((height, width), (top, left), (target[0], target[1]))
-        return LatentItem(entry["mean"], entry["std"], self.folder.captions[position], crop)
+        return self.read_among(range(self.count), index, draws, self.framing)
+
+    def read_among(self, order: Sequence[int], place: int, draws: torch.Generator, framing: Framing) -> LatentItem:
+        """As `read`, of a selection: the image at order[place], an unreadable one replaced by the next in `order`.
+
+        Raises:
+            Refusal: none of the selection can be read.
+        """
+        mirrored = framing.mirrors(framing_draws(draws))
+        for step in range(len(order)):
+            index = order[(place + step) % len(order)]
+            content = self.contents[index]
+            key = None if content is None else image_key(content, framing.size, mirrored)
+            # a run fills its caches first, so what has no entry could not be read
+            if key is not None and key in self.entries:
+                return _latent_item(self.entries[key], self.source.caption_of(index))
+        raise Refusal(f"none of the {len(order)} images in {self.source.source!r} can be read: replace them")
 
 
 @dataclass(frozen=True)
@@ -174,7 +199,7 @@ def make_encoder(
     family: Family,
     checkpoint: Checkpoint,
     negative_prompt: str,
-    images: ImageSource | None,
+    images: TrainingImages | None,
     warm: Warm | None,
     device: torch.device,
 ) -> Encoder:
@@ -220,3 +245,9 @@ def image_entry(posterior: Posterior, crop: Crop) -> dict[str, Tensor]:
     """One image as an entry."""
     places = torch.tensor([*crop.offset, *crop.original, *crop.target])
     return {"mean": posterior.mean[0], "std": posterior.std[0], "crop": places}
+
+
+def _latent_item(entry: Mapping[str, Tensor], caption: str) -> LatentItem:
+    top, left, *shape = entry["crop"].tolist()
+    crop = Crop((shape[0], shape[1]), (top, left), (shape[2], shape[3]))
+    return LatentItem(entry["mean"], entry["std"], caption, crop)

@@ -13,7 +13,6 @@ import torch
 from stepdistill.assets import resolve
 from stepdistill.config import RoleConfig, RunConfig, Settings, parse
 from stepdistill.data.buckets import Buckets, sort_images
-from stepdistill.data.folder import ImageFolder
 from stepdistill.data.images import ImageSource
 from stepdistill.data.indexed import IndexedImages
 from stepdistill.data.prompts import PromptList, read_prompts
@@ -276,24 +275,15 @@ def _buckets(
 
 
 def _check_cache(config: RunConfig, images: ImageSource) -> None:
-    cache, data = config.cache, config.data
-    if cache is None:
+    cache = config.cache
+    if cache is None or not (cache.text or cache.latents):
         return
-    if cache.text and not isinstance(images, IndexedImages):
+    if not isinstance(images, IndexedImages):
         raise Refusal(
-            "cache.text encodes all captions before the first is needed, which a stream cannot tell: set cache.text or "
-            "data.streaming to false"
+            "a cache encodes all images and captions before the first is needed, and a stream cannot tell which they are: set "
+            "data.streaming to false, or remove the cache section"
         )
-    if not cache.latents:
-        return
-    if not isinstance(images, ImageFolder):
-        raise Refusal(
-            f"cache.latents knows images by their files and data.images is {data.images!r}: set cache.latents to false, or "
-            "give a folder"
-        )
-    if data.buckets:
-        raise Refusal("cache.latents keeps images of one size and data.buckets is set: set cache.latents to false")
-    if data.crop == "random":
+    if cache.latents and config.data.crop == "random":
         raise Refusal(
             "cache.latents keeps one crop of every image and data.crop is 'random', which wants a new one each time: set "
             "data.crop to center, or cache.latents to false"
