@@ -33,7 +33,7 @@ from stepdistill.evaluation.report import LOWER_IS_BETTER
 from stepdistill.models.conditioning import ImageSize
 from stepdistill.models.triple import GENERATOR
 from stepdistill.training import checkpoint as checkpoints
-from stepdistill.training.folder import EVALUATION, append_line
+from stepdistill.training.folder import EVALUATION, LineFile
 from stepdistill.training.grids import student_latents
 from stepdistill.training.session import Session
 from stepdistill.training.watch import Seen
@@ -57,6 +57,7 @@ class StudentWatch:
 
     def __init__(self, session: Session, folder: Path, config: EvaluationConfig) -> None:
         self.session, self.folder, self.every, self.decides = session, folder, config.every, config.best
+        self.log = LineFile(folder / EVALUATION)
         protocol = load_protocol(config.protocol)
         self.metrics = [m for m in expand(config.metrics) if m != "prompt_accuracy"]
         if config.best not in self.metrics or config.best not in DECISIVE:
@@ -91,7 +92,7 @@ class StudentWatch:
             }
             decisive = found.get(self.decides)
         if PartialState().is_main_process:
-            append_line(self.folder / EVALUATION, iteration, values)
+            self.log.append(iteration, values)
         if decisive is None or not self._is_best(decisive):
             return Seen(values, None)
         return Seen(values, {"iteration": iteration, "metric": self.decides, "value": decisive})

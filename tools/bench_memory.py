@@ -25,44 +25,41 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from benchlib import (
+    GAN_WEIGHT,
+    GB,
+    MODELS,
+    ROLES,
+    Run,
+    assemble,
+    forget_peak,
+    iterate,
+    lora,
+    network_size,
+    random_unet,
+    resident,
+    size,
+)
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from stepdistill.config import OptimizerConfig
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.methods.base import Batch, Progress, Setting
-from stepdistill.methods.dmd2 import DMD2, DMD2Config
+from stepdistill.methods.base import Progress
 from stepdistill.methods.parts import HEAD
-from stepdistill.models import families
-from stepdistill.models.adapters import LoraSettings
-from stepdistill.models.conditioning import Conditioning, ImageSize
-from stepdistill.models.triple import FAKE_SCORE, GENERATOR, RoleLayout, Triple
+from stepdistill.models.triple import FAKE_SCORE, GENERATOR, RoleLayout
 from stepdistill.registry import load_family
-from stepdistill.training.optimizers import RoleOptimizer
 
-GB = 1e9
-CONFIGS = Path(families.__file__).parent / "configs"
-ROLES = (GENERATOR, FAKE_SCORE)
 COPIES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtype of the full networks of three copies."""
-MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
-    "sd15": ("sd", "sd15", {}),
-    "sdxl": ("sdxl", "sdxl", {}),
-    "sd15-half": ("sd", "sd15", {"block_out_channels": [160, 320, 640, 640]}),
-    "tiny": ("sd", "sd15", {"block_out_channels": [64, 128, 256, 256], "layers_per_block": 1}),
-}
-"""Name -> family, folder of its public configs, and what differs from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +97,6 @@ class Report(Case):
     computed: bool = False
 
 
-def resident(key: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS now, or VmHWM at most since a 5 went to clear_refs."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
-
-
-def size(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 class ThroughFloat32(TorchDispatchMode):
     """Computes products of bf16 tensors in float32, one operation at a time; what autograd keeps stays bf16."""
 
@@ -125,102 +112,29 @@ class ThroughFloat32(TorchDispatchMode):
         return tree_map_only(Tensor, Tensor.bfloat16, out)
 
 
-def meta_unet(model: str) -> UNet2DConditionModel:
-    """The U-Net without memory."""
-    _, folder, changes = MODELS[model]
-    config = json.loads((CONFIGS / folder / "unet" / "config.json").read_text())
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config({**config, **changes})
-
-
-@torch.no_grad()
-def random_unet(model: str) -> UNet2DConditionModel:
-    """Weights N(0, 1 / fan_in), made in place in bf16: nothing else of the network's size is ever held."""
-    network = nn.Module.to(meta_unet(model), torch.bfloat16).to_empty(device="cpu")
-    stream = torch.Generator().manual_seed(0)
-    for name, parameter in network.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=stream)
-        else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    return network
-
-
-def random_conditioning(network: UNet2DConditionModel, resolution: int, seed: int) -> Conditioning:
-    """One row of text embeddings, and what SDXL wants besides."""
-    stream = torch.Generator().manual_seed(seed)
-    text = torch.randn(1, 77, network.config.cross_attention_dim, generator=stream)
-    if network.config.addition_embed_type is None:
-        return Conditioning(text)
-    ids = torch.tensor([ImageSize.plain(resolution, resolution).time_ids()], dtype=torch.float32)
-    width = network.config.projection_class_embeddings_input_dim - ids.numel() * network.config.addition_time_embed_dim
-    return Conditioning(text, pooled=torch.randn(1, width, generator=stream), time_ids=ids)
-
-
-class Run(NamedTuple):
-    """Everything one iteration needs."""
-
-    triple: Triple
-    method: DMD2
-    batch: Batch
-    optimizers: dict[str, RoleOptimizer]
-    draws: Draws
-
-
-def build(case: Case) -> Run:
-    """The triple with its head, both optimizers with their moments, and a batch with one image latent."""
-    name, folder, _ = MODELS[case.model]
-    network, family = random_unet(case.model), load_family(name)
-    schedule = NoiseSchedule.from_config(json.loads((CONFIGS / folder / "scheduler/scheduler_config.json").read_text()))
-    latent = (network.config.in_channels, case.resolution // 8, case.resolution // 8)
-    cond, null = (random_conditioning(network, case.resolution, seed) for seed in (0, 1))
+def build(case: Case) -> tuple[Run, Draws]:
+    """The triple with its head, both optimizers with their moments, a batch with one image latent, and the draws of an
+    iteration with a rollout of two calls, the first without graph: further calls before it take time and no memory."""
     layout = RoleLayout("full")
     if case.rank is not None and case.targets is not None:
-        layout = RoleLayout("lora", LoraSettings(case.rank, float(case.rank), family.lora_targets(case.targets)))
-    triple = Triple(network, family, schedule, {role: layout for role in ROLES}, compute_dtype=torch.bfloat16)
-    triple.enable_gradient_checkpointing()
-    channels = network.config.block_out_channels
-    side = latent[1] // 2 ** (len(channels) - 1)
-    setting = Setting(schedule, latent, channels[-1], (side, side), (case.resolution, case.resolution), case.model)
-    method = DMD2(DMD2Config(guidance=7.0, gan={"weight": 5e-3}), setting)  # type: ignore[arg-type]
-    if case.copies is not None:
-        for copy in triple.networks.values():
-            copy.to(COPIES[case.copies])
-    method.prepare(triple)
-    config = OptimizerConfig(lr=1e-5)
-    optimizers = {role: RoleOptimizer(triple.parameters(role), config) for role in ROLES}
-    for optimizer in optimizers.values():  # moments as every iteration but the first finds them
-        for key, parameter in optimizer.parameters.items():
-            moments = {f"{key}|{moment}": torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
-            optimizer.load_state_dict({f"{key}|step": torch.zeros(()), **moments})
-    batch = Batch(cond, null, images=torch.zeros(1, *latent), image_cond=cond)
-    # a rollout of two calls, the first without graph: further calls before it take time and no memory
+        layout = lora(load_family(MODELS[case.model][0]), case.rank, case.targets)
+    run = assemble(
+        case.model,
+        case.resolution,
+        random_unet(case.model, torch.bfloat16),
+        "dmd2",
+        {"guidance": 7.0, "gan": {"weight": GAN_WEIGHT}},
+        {role: layout for role in ROLES},
+        copies=COPIES[case.copies] if case.copies is not None else None,
+    )
     seeds = (Draws(seed, 0, GENERATOR, range(1)) for seed in count())
-    draws = next(d for d in seeds if d.for_role("rollout").batch_integer("exit", len(method.ladder)) == 1)
-    return Run(triple, method, batch, optimizers, draws)
-
-
-def iterate(run: Run, watch: Callable[[str, str], None]) -> None:
-    """One iteration as the trainer does it; `watch(phase, role)` is called at the end of each phase."""
-    progress, rollout = Progress(), None
-    for role in run.method.updates(progress):
-        draws, optimizer = replace(run.draws, role=role), run.optimizers[role]
-        with run.triple.training(role):
-            rollout = rollout or run.method.rollout(run.batch, run.triple, progress, draws)
-            loss = run.method.loss(role, rollout, run.triple, progress, draws).total
-            watch(f"{role} forward", role)
-            loss.backward()
-        rollout = rollout.detach()
-        watch(f"{role} backward", role)
-        optimizer.clip()
-        optimizer.step(0)
-        watch(f"{role} step", role)
-        optimizer.zero_grad()
+    return run, next(d for d in seeds if int(4 * d.for_role("rollout").batch_uniform("exit")) == 1)
 
 
 def measure(case: Case, baseline: int) -> Report:
     """Run the case in this process, whose memory after the imports was `baseline`."""
-    started, run = time.monotonic(), build(case)
+    started = time.monotonic()
+    run, draws = build(case)
     parts = {
         "baseline": baseline,
         "base": size(p for key, p in run.triple.base.named_parameters() if ".lora_" not in key),
@@ -233,12 +147,12 @@ def measure(case: Case, baseline: int) -> Report:
     def watch(phase: str, role: str) -> None:
         phases[phase] = resident("VmHWM")
         gradients[phase] = size(p.grad for p in run.triple.parameters(role).values() if p.grad is not None)
-        Path("/proc/self/clear_refs").write_text("5")
+        forget_peak()
 
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     with nullcontext() if native else ThroughFloat32():
-        iterate(run, watch)
+        iterate(run, draws, Progress(), watch)
     peak = max(phases, key=phases.__getitem__)
     parts["gradients"] = gradients[peak]
     parts["activations"] = phases[peak] - sum(parts.values())
@@ -268,11 +182,6 @@ def compute(case: Case, shared: Report) -> Report:
 def bytes_of_copies(copies: str) -> int:
     """Per parameter: the bf16 base, two full networks, two moments of each, the gradients of one."""
     return 2 + (2 + 4 + 1) * COPIES[copies].itemsize
-
-
-def network_size(model: str) -> int:
-    """Parameters of the U-Net."""
-    return sum(parameter.numel() for parameter in meta_unet(model).parameters())
 
 
 def measured(case: Case) -> Report:

@@ -1,9 +1,10 @@
-"""A folder of images with captions, for the methods that look at real data.
+"""Images with captions, for the methods that look at real data: what every source of them shares.
 
-    folder = ImageFolder("photos", size=(1024, 1024), crop="random")
-    item = folder.read(7, generator(seed, "data", sample))
+    images: ImageSource = open_images(config.data, size=(1024, 1024), seed=0)     # data/sources.py
+    item = images.read(7, generator(seed, "data", sample))
 
-Captions are sidecars (`cat.jpg`, `cat.txt`) or `metadata.jsonl` with `file_name` and `text`, `caption` or `prompt`.
+An image is resized (Lanczos) until it just covers the wanted size and then cropped. One that cannot be read is named in
+a warning, counted, and replaced by the next readable one: what a position yields depends on the data only.
 """
 
 from __future__ import annotations
@@ -11,30 +12,26 @@ from __future__ import annotations
 import logging
 import math
 import struct
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from stepdistill.data.prompts import read_jsonl
-from stepdistill.diffusion.draws import generator
 from stepdistill.errors import Refusal
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 CAPTION_KEYS = ("text", "caption", "prompt")
-# what Pillow's decoders raise for files that are cut short, forged or no images at all
-_UNREADABLE = (
+UNREADABLE = (
     OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
+"""What Pillow's decoders raise for files that are cut short, forged or no images at all."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +52,16 @@ class ImageItem:
 
     Attributes:
         image: (3, H, W), float32 in [-1, 1].
-        caption: "" where the folder has none for it.
+        caption: "" where its source has none for it.
         crop: sizes and offset for micro-conditioning.
-        path: the file that was read.
-        index: position of that file in the folder; not the one asked for where an unreadable file was replaced.
+        name: of the image within its source.
+        index: position in the source; not the one asked for where an unreadable image was replaced.
     """
 
     image: Tensor
     caption: str
     crop: Crop
-    path: Path
+    name: str
     index: int
 
 
@@ -84,162 +81,129 @@ class ImageBatch:
         return cls(images, captions, crops, indices)
 
 
-class ImageFolder:
-    """The PNG, JPEG and WebP files below a folder, in the order of their names, cropped to one size.
+class ImageSource(Protocol):
+    """Where training images come from. Read from several threads at once; may be pickled, for a process that is spawned."""
 
-    An image is resized (Lanczos) until it just covers `size` and then cropped. A file that cannot be read is named in a
-    warning, kept in `bad`, and replaced by the next readable one: what a position yields depends on the files only.
+    @property
+    def count(self) -> int | None:
+        """Images; None of a stream, whose positions never end."""
 
-    Args:
-        folder: searched with its subfolders; hidden files are passed over.
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """Names of the unreadable images found so far, in the order of the source."""
+
+    def read(self, index: int, draws: torch.Generator) -> ImageItem:
+        """Item at a position, cropped and flipped by `draws`; raises Refusal when too many images are unreadable."""
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How an image is cut to size.
+
+    Attributes:
         size: (height, width) of the items, pixels.
         crop: at the centre or anywhere.
         flip: mirror every other image, at random; captions that speak of left and right become wrong.
-        max_bad_share: share of unreadable files, of all files, above which reading is refused.
-        require_captions: refuse a folder in which an image has no caption.
 
     Raises:
-        Refusal: missing or empty folder, malformed captions, an option out of range; when reading, too many bad files.
+        Refusal: an option out of range.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        size: tuple[int, int],
-        *,
-        crop: Literal["center", "random"] = "center",
-        flip: bool = False,
-        max_bad_share: float = 0.05,
-        require_captions: bool = False,
-    ) -> None:
-        if min(size) < 1:
-            raise Refusal(f"the image size is {tuple(size)}: give (height, width) in pixels, each at least 1")
-        if crop not in ("center", "random"):
-            raise Refusal(f"crop is {crop!r}: use 'center' or 'random'")
-        if not 0 <= max_bad_share <= 1:
-            raise Refusal(f"max_bad_share is {max_bad_share}: give a share between 0 and 1")
-        self.folder = Path(folder)
-        self.size = (size[0], size[1])
-        self.crop = crop
-        self.flip = flip
-        self.max_bad_share = max_bad_share
-        captions = _captions(self.folder)
-        self.paths = tuple(self.folder / name for name in captions)
-        self.captions = tuple(captions.values())
-        if require_captions and (bare := [name for name, text in captions.items() if not text]):
-            raise Refusal(
-                f"{len(bare)} of {len(captions)} images in {str(self.folder)!r} have no caption, such as {bare[0]!r}: "
-                "write a .txt file beside each, or list them in metadata.jsonl"
-            )
-        self._bad: dict[int, str] = {}
+    size: tuple[int, int]
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise Refusal(f"the image size is {tuple(self.size)}: give (height, width) in pixels, each at least 1")
+        if self.crop not in ("center", "random"):
+            raise Refusal(f"crop is {self.crop!r}: use 'center' or 'random'")
 
-    def __getitem__(self, index: int) -> ImageItem:
-        """Item at a position, its random draws a function of the position: the same crop each time."""
-        return self.read(index, generator("image folder", index))
+    def mirrors(self, draws: Sequence[float]) -> bool:
+        """Whether these draws of `cut` mirror an image."""
+        return self.flip and draws[0] < 0.5
 
-    def read(self, index: int, draws: torch.Generator) -> ImageItem:
-        """Item at a position, cropped and flipped by `draws`, of which always three numbers are taken.
-
-        Raises:
-            IndexError: no such position.
-            Refusal: more files than `max_bad_share` allows have turned out unreadable, or none is readable.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of a folder of {len(self)}")
-        numbers = placement(draws)
-        for step in range(len(self)):
-            position = (index + step) % len(self)
-            picture = self._decode(position)
-            self._refuse_too_many_bad()
-            if picture is not None:
-                spread = numbers[1:] if self.crop == "random" else None
-                image, crop = self._cropped(picture, self.mirrors(numbers), spread)
-                return ImageItem(image, self.captions[position], crop, self.paths[position], position)
-        raise Refusal(f"none of the {len(self)} images in {str(self.folder)!r} can be read: replace them")
-
-    def centred(self, index: int, mirrored: bool) -> ImageItem | None:
-        """The very file at a position, cropped at the centre, as it is or mirrored; None where it cannot be read.
-
-        Raises:
-            Refusal: as `read`.
-        """
-        picture = self._decode(index)
-        self._refuse_too_many_bad()
-        if picture is None:
-            return None
-        image, crop = self._cropped(picture, mirrored, None)
-        return ImageItem(image, self.captions[index], crop, self.paths[index], index)
-
-    def mirrors(self, numbers: Sequence[float]) -> bool:
-        """Whether an item with this `placement` is mirrored."""
-        return self.flip and numbers[0] < 0.5
-
-    @property
-    def bad(self) -> tuple[Path, ...]:
-        """Unreadable files found so far, in the order of the folder."""
-        return tuple(self.paths[index] for index in sorted(self._bad))
-
-    def verify(self, workers: int = 1) -> tuple[Path, ...]:
-        """Decode every file once, in `workers` threads; the unreadable ones.
-
-        Raises:
-            Refusal: they are more than `max_bad_share` allows.
-        """
-        with ThreadPoolExecutor(workers) as pool:
-            readable = sum(pool.map(lambda index: self._decode(index) is not None, range(len(self))))
-        log.info("%d of %d images in %s are readable", readable, len(self), self.folder)
-        self._refuse_too_many_bad()
-        return self.bad
-
-    def _decode(self, index: int) -> Image.Image | None:
-        if index in self._bad:
-            return None
-        try:
-            with Image.open(self.paths[index]) as file:
-                return to_rgb(ImageOps.exif_transpose(file))
-        except _UNREADABLE as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            # of several threads that meet the same file, setdefault lets one report it
-            if self._bad.setdefault(index, reason) is reason:
-                log.warning("skipping unreadable image %s (%s)", self.paths[index], reason)
-            return None
-
-    def _cropped(self, picture: Image.Image, mirrored: bool, spread: Sequence[float] | None) -> tuple[Tensor, Crop]:
-        """The item's pixels, and its crop: top and left by `spread` in [0, 1), at the centre where that is None."""
+    def cut(self, picture: Image.Image, draws: Sequence[float]) -> tuple[Tensor, Crop]:
+        """Pixels (3, H, W), float32 in [-1, 1], and their crop; the three `draws` in [0, 1) are for flip, top and left."""
         height, width = self.size
         scale = max(height / picture.height, width / picture.width)
         # rounding may fall short of the target by a pixel
         resized = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
         whole = picture.resize(resized, Image.Resampling.LANCZOS)
-        if mirrored:
+        if self.mirrors(draws):
             whole = ImageOps.mirror(whole)
         spare = (whole.height - height, whole.width - width)
-        if spread is not None:
-            top, left = (math.floor(number * (room + 1)) for number, room in zip(spread, spare, strict=True))
+        if self.crop == "random":
+            top, left = (math.floor(number * (room + 1)) for number, room in zip(draws[1:], spare, strict=True))
         else:
             top, left = spare[0] // 2, spare[1] // 2
         pixels = np.array(whole.crop((left, top, left + width, top + height)))
         image = torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32).div(127.5).sub(1).contiguous()
-        return image, Crop((picture.height, picture.width), (top, left), self.size)
+        return image, Crop((picture.height, picture.width), (top, left), (height, width))
 
-    def _refuse_too_many_bad(self) -> None:
-        found = sorted(self._bad.copy().items())
-        if len(found) <= self.max_bad_share * len(self):
+
+def framing_draws(draws: torch.Generator) -> list[float]:
+    """The three numbers of `Framing.cut`: always as many, whatever is read, so that draws belong to the sample."""
+    numbers: list[float] = torch.rand(3, generator=draws, dtype=torch.float64).tolist()
+    return numbers
+
+
+class BadImages:
+    """Unreadable images of one source: each named and counted once, whichever thread meets it first.
+
+    Raises:
+        Refusal: `max_share` is no share.
+    """
+
+    def __init__(self, source: str, max_share: float) -> None:
+        if not 0 <= max_share <= 1:
+            raise Refusal(f"max_bad_share is {max_share}: give a share between 0 and 1")
+        self.source, self.max_share = source, max_share
+        self._found: dict[tuple[int, ...], tuple[str, str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __contains__(self, key: tuple[int, ...]) -> bool:
+        return key in self._found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order of their keys."""
+        return tuple(name for _, (name, _) in sorted(self._found.copy().items()))
+
+    def add(self, key: tuple[int, ...], name: str, error: Exception) -> None:
+        """Count the image at `key`, where it lies in its source."""
+        fact = (name, " ".join(str(error).split()) or type(error).__name__)
+        # of several threads that meet the same image, setdefault lets one report it
+        if self._found.setdefault(key, fact) is fact:
+            log.warning("skipping unreadable image %s of %s (%s)", name, self.source, fact[1])
+
+    def refuse_too_many(self, total: int) -> None:
+        """Raises Refusal where the images found are more than `max_share` of `total`."""
+        found = [fact for _, fact in sorted(self._found.copy().items())]
+        if len(found) <= self.max_share * total:
             return
-        first = ", ".join(f"{self.paths[index].name!r} ({reason})" for index, reason in found[:3])
+        first = ", ".join(f"{name!r} ({reason})" for name, reason in found[:3])
         raise Refusal(
-            f"{len(found)} of {len(self)} images ({len(found) / len(self):.1%}) in {str(self.folder)!r} are unreadable, "
-            f"such as {first}, but max_bad_share allows {self.max_bad_share:.1%}: repair or remove them, or raise it"
+            f"{len(found)} of {total} images ({len(found) / total:.1%}) in {self.source!r} are unreadable, "
+            f"such as {first}, but max_bad_share allows {self.max_share:.1%}: repair or remove them, or raise it"
         )
 
 
-def placement(draws: torch.Generator) -> list[float]:
-    """Three numbers in [0, 1) that place an item: for flip, top and left."""
-    numbers: list[float] = torch.rand(3, generator=draws, dtype=torch.float64).tolist()
-    return numbers
+def decode(file: BinaryIO) -> Image.Image:
+    """The picture in an image file, upright and in 8-bit RGB; closes the file. Raises one of UNREADABLE."""
+    with file, Image.open(file) as picture:
+        return to_rgb(ImageOps.exif_transpose(picture))
+
+
+def header_size(file: BinaryIO) -> tuple[int, int]:
+    """(height, width) of the picture in an image file, upright; closes the file. Raises one of UNREADABLE."""
+    with file, Image.open(file) as picture:
+        # asking a PNG without EXIF for it would decode all of its pixels
+        told = picture.format != "PNG" or "exif" in picture.info
+        turned = told and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -255,40 +219,20 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _captions(folder: Path) -> dict[str, str]:
-    """Relative name (with /) -> caption ("" where there is none) of every image, sorted by name."""
-    if not folder.is_dir():
-        raise Refusal(f"there is no image folder {str(folder)!r}: check the path")
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    listed = _metadata(folder / "metadata.jsonl") if "metadata.jsonl" in names else {}
-    visible = {name for name in names if not any(part.startswith(".") for part in name.split("/"))}
-    # a file that is listed but missing is an image that cannot be read, and is counted as one
-    images = sorted({name for name in visible if name.lower().endswith(SUFFIXES)} | listed.keys())
-    if not images:
-        raise Refusal(f"{str(folder)!r} holds no image: put .png, .jpg or .webp files there")
-    return {name: listed.get(name) or _sidecar(folder, name, names) for name in images}
+def pick_caption(row: Mapping[str, object], keys: Sequence[str] = CAPTION_KEYS) -> str:
+    """The first of `keys` that a row has a value for, in one line; "" where there is none. Raises TypeError for no text."""
+    text = next((row[key] for key in keys if row.get(key) is not None), "")
+    if not isinstance(text, str):
+        raise TypeError(f"a caption of type {type(text).__name__}")
+    return one_line(text)
 
 
-def _sidecar(folder: Path, name: str, names: set[str]) -> str:
-    note = PurePosixPath(name).with_suffix(".txt").as_posix()
-    if note not in names:
-        return ""
-    try:
-        return " ".join((folder / note).read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError:
-        raise Refusal(f"the caption {str(folder / note)!r} is not UTF-8: save it again in UTF-8") from None
+def warn_of_bare(count: int, total: int, source: str) -> None:
+    """Say that images have no caption, where some have none: nothing else would show that a caption was misnamed."""
+    if count:
+        log.warning("%d of %d images in %s have no caption and are taken for the empty prompt", count, total, source)
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    captions: dict[str, str] = {}
-    for number, row in read_jsonl(path):
-        name = row.get("file_name")
-        if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in name.split("/"):
-            raise Refusal(
-                f"line {number} of {str(path)!r} has file_name {name!r}: give an image's path, relative to the folder"
-            )
-        text = next((row[key] for key in CAPTION_KEYS if row.get(key) is not None), "")
-        if not isinstance(text, str):
-            raise Refusal(f"line {number} of {str(path)!r} has a caption of type {type(text).__name__}: make it a text")
-        captions[PurePosixPath(name).as_posix()] = " ".join(text.split())
-    return captions
+def one_line(text: str) -> str:
+    """Without line breaks and doubled spaces."""
+    return " ".join(text.split())

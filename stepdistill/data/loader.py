@@ -65,6 +65,20 @@ class IndexStream:
         return cached[1]
 
 
+class InOrder:
+    """The order of a stream, which shuffles itself: sample g is its position g."""
+
+    def index(self, sample: int) -> int:
+        """The position of global sample number `sample`."""
+        return sample
+
+
+class Order(Protocol):
+    """Which item a sample is: `IndexStream`, `InOrder`."""
+
+    def index(self, sample: int) -> int: ...
+
+
 class Indexed(Protocol[T_co]):
     """Anything with an item for an integer: `Samples`, `ImageFolder`, `TensorFolder`."""
 
@@ -72,7 +86,7 @@ class Indexed(Protocol[T_co]):
 
 
 class Readable(Protocol[T_co]):
-    """A data set whose items depend on random draws, such as `ImageFolder`."""
+    """A data set whose items depend on random draws, such as an image source."""
 
     def read(self, index: int, draws: torch.Generator) -> T_co: ...
 
@@ -82,11 +96,16 @@ class Samples(Generic[T]):
     """A data set addressed by global sample number; an item's random draws are a function of (seed, number)."""
 
     data: Readable[T]
-    stream: IndexStream
+    order: Order
     seed: int
 
     def __getitem__(self, sample: int) -> T:
-        return self.data.read(self.stream.index(sample), generator(self.seed, "data", sample))
+        return self.data.read(self.order.index(sample), sample_draws(self.seed, sample))
+
+
+def sample_draws(seed: int, sample: int) -> torch.Generator:
+    """The stream that the item of a global sample number is cropped and flipped by."""
+    return generator(seed, "data", sample)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Prompts from a file or from the lists that are shipped: all that a data-free method needs.
+"""Prompts from a file, a data set or the lists that are shipped: all that a data-free method needs.
 
     read_prompts("builtin:general")
     read_prompts("captions.csv", column="caption")
+    read_prompts("hf:photos", column="caption")
 
 A list carries the hash of its texts, which names it in caches and in collected data.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from stepdistill.data import hub
 from stepdistill.errors import Refusal
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class PromptList:
 
 
 def read_prompts(source: str | Path, column: str | None = None) -> PromptList:
-    """The prompts of a .txt, .jsonl, .csv or .parquet file, or of `builtin:NAME`.
+    """The prompts of a .txt, .jsonl, .csv or .parquet file, of `builtin:NAME`, or of `hf:NAME` or `hf:PATH`, split train.
 
     Every non-empty line of a .txt file is a prompt. Rows of a table with an empty prompt are left out, and counted in a
     warning. `column` is for tables only; where omitted it is the first of `prompt`, `text` and `caption` that exists.
@@ -65,6 +67,8 @@ def read_prompts(source: str | Path, column: str | None = None) -> PromptList:
     name = str(source)
     if name.startswith(BUILTIN):
         cells: Sequence[object] = _lines(_builtin(name.removeprefix(BUILTIN)))
+    elif name.startswith(hub.PREFIX):
+        cells = _data_set(name, column)
     else:
         cells = _read_file(Path(source), column)
     texts = tuple(text for cell in cells if (text := str(cell).strip()))
@@ -103,7 +107,13 @@ def _read_file(path: Path, column: str | None) -> Sequence[object]:
     return _prompts_of(read(path, column), path)
 
 
-def _prompts_of(rows: Rows, path: Path) -> list[str]:
+def _data_set(name: str, column: str | None) -> Sequence[object]:
+    dataset = hub.open_dataset(name.removeprefix(hub.PREFIX), "train", streaming=False)
+    key = _column(dataset.column_names, column, repr(name))
+    return _prompts_of(list(enumerate(dataset.select_columns([key])[key])), name)
+
+
+def _prompts_of(rows: Rows, path: str | Path) -> list[str]:
     texts = []
     for number, cell in rows:
         if cell is not None and not isinstance(cell, str):

@@ -43,9 +43,10 @@ class Setting:
     """The problem a method is posed: everything it may know of teacher and run.
 
     Attributes:
-        schedule: the teacher's, with any dynamic shift resolved for the run's size.
-        latent_shape: (C, h, w) of x_t.
-        feature_channels, feature_size: of the network's feature module.
+        schedule: the teacher's, with any dynamic shift resolved for `size`, whatever the buckets.
+        latent_shape: (C, h, w) of x_t at `size`; a batch may say otherwise.
+        feature_channels: of the network's feature module.
+        feature_size: (h, w) of its output for the smallest image of the run.
         size: (height, width) in pixels.
         base: the checkpoint's name, for recipes.
     """
@@ -66,6 +67,7 @@ class Batch:
         cond, null: conditional and unconditional branch of the prompts.
         images, image_cond: scaled latents of real images and the conditioning of their captions.
         pair_noise, pair_latents, pair_cond, pair_null: deterministic teacher pairs.
+        latent_shape: (C, h, w) of this batch's rollouts, which differs by bucket; None is the setting's.
     """
 
     cond: Conditioning
@@ -75,6 +77,7 @@ class Batch:
     pair_noise: Tensor | None = None
     pair_latents: Tensor | None = None
     pair_cond: Conditioning | None = None
+    latent_shape: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.cond)
@@ -150,6 +153,10 @@ class Method(ABC, Generic[ConfigT]):
     @property
     def schedule(self) -> NoiseSchedule:
         return self.setting.schedule
+
+    def latent_shape(self, batch: Batch) -> tuple[int, ...]:
+        """(C, h, w) of the samples that are rolled out for a batch."""
+        return batch.latent_shape or self.setting.latent_shape
 
     @classmethod
     def roles(cls, config: ConfigT) -> Mapping[str, RoleKind]:

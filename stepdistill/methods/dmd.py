@@ -65,7 +65,7 @@ class DMD(Method[DMDConfig]):
 
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         x_t, t, x0 = parts.roll_out(
-            triple.generator, batch, self.ladder, self.transition, self.setting.latent_shape, draws, graph=True
+            triple.generator, batch, self.ladder, self.transition, self.latent_shape(batch), draws, graph=True
         )
         pair_x0 = None
         if self.config.regression > 0:

@@ -91,7 +91,7 @@ class DMD2(Method[DMD2Config]):
                 batch,
                 self.ladder,
                 self.transition,
-                self.setting.latent_shape,
+                self.latent_shape(batch),
                 draws,
                 graph=graph,
                 exits=self.config.exits,

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 class FeatureHead(nn.Module):
     """DMD2's classifier on mid-block features (its section 4.3 and code): strided convolutions down to one logit.
 
-    (B, C, h, w) -> (B,). The number of stride-2 stages follows from h, w, so that SD at 512 px (8x8 features), SDXL at
+    (B, C, h, w) -> (B,), the mean over positions where more than one is left. `size` is (h, w) of the smallest features
+    it will see, larger ones are welcome. The number of stride-2 stages follows from h, w, so that SD at 512 px (8x8 features), SDXL at
     1024 px (32x32) and an 8x8-latent toy (4x4) all end at 1x1.
     """
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from stepdistill.data.loader import IndexStream, Prefetcher, Samples
+from stepdistill.data.buckets import BucketOrder, BucketSamples
+from stepdistill.data.indexed import IndexedImages
+from stepdistill.data.loader import Indexed, IndexStream, InOrder, Prefetcher, Samples
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.methods.base import Batch
 from stepdistill.models.conditioning import ImageSize
@@ -20,18 +23,19 @@ class BatchSource:
     Args:
         session: its plan names the data, its encoder encodes them.
         seed: of the data order.
+        processes: that share an iteration; with buckets all of them see one size.
     """
 
-    def __init__(self, session: Session, seed: int) -> None:
+    def __init__(self, session: Session, seed: int, processes: int) -> None:
         self.session = session
-        plan = session.plan
-        self.size = ImageSize.plain(*plan.setting.size)
+        plan, training = session.plan, session.plan.config.training
+        self.bucket_order: BucketOrder | None = None
+        if plan.buckets is not None:
+            per_iteration = training.batch_size * training.accumulation * processes
+            self.bucket_order = BucketOrder(plan.buckets.weights, derive_seed(seed, "buckets"), per_iteration)
         self.prompts = IndexStream(len(plan.prompts), derive_seed(seed, "prompts"))
         self.pairs = IndexStream(len(plan.pairs), derive_seed(seed, "pairs")) if plan.pairs is not None else None
-        self.images: Samples[TrainingImage] | None = None
-        if plan.images is not None and session.encoder.images is not None:
-            stream = IndexStream(len(plan.images), derive_seed(seed, "images"))
-            self.images = Samples(session.encoder.images, stream, seed)
+        self.images = self._image_samples(seed)
 
     def batches(self, numbers: Iterator[Sequence[int]]) -> Iterator[tuple[Sequence[int], Batch]]:
         """(sample numbers, batch) for every micro-batch; images are read ahead by `data.workers` threads."""
@@ -50,12 +54,30 @@ class BatchSource:
             samples = ahead.pop(0)
             yield samples, self._batch(samples, items)
 
+    def _image_samples(self, seed: int) -> Indexed[TrainingImage] | None:
+        plan, readable = self.session.plan, self.session.encoder.images
+        if plan.images is None or readable is None:
+            return None
+        if plan.buckets is not None and self.bucket_order is not None and isinstance(plan.images, IndexedImages):
+            return BucketSamples(plan.images, plan.buckets, self.bucket_order, seed)
+        if plan.images.count is None:
+            return Samples(readable, InOrder(), seed)
+        return Samples(readable, IndexStream(plan.images.count, derive_seed(seed, "images")), seed)
+
+    def _size(self, samples: Sequence[int]) -> tuple[int, int]:
+        """(height, width) in pixels of a micro-batch, which lies in one iteration."""
+        plan = self.session.plan
+        if plan.buckets is None or self.bucket_order is None:
+            return plan.setting.size
+        return plan.buckets.sizes[self.bucket_order.place(samples[0]).bucket]
+
     @torch.no_grad()
     def _batch(self, samples: Sequence[int], items: list[TrainingImage] | None) -> Batch:
         encoder, plan = self.session.encoder, self.session.plan
         prompts = [plan.prompts[self.prompts.index(g)] for g in samples]
-        sizes = [self.size] * len(samples)
-        batch = Batch(encoder.text(prompts, sizes), encoder.null(sizes))
+        size = self._size(samples)
+        sizes = [ImageSize.plain(*size)] * len(samples)
+        batch = Batch(encoder.text(prompts, sizes), encoder.null(sizes), latent_shape=plan.info.latent_shape(size))
         if items is not None:
             batch = self._with_images(batch, items, samples)
         if plan.pairs is not None and self.pairs is not None:
@@ -65,10 +87,10 @@ class BatchSource:
     def _with_images(self, batch: Batch, images: Sequence[TrainingImage], samples: Sequence[int]) -> Batch:
         session, plan = self.session, self.session.plan
         draws = Draws(plan.config.training.seed, 0, "data", samples, session.device)
-        noise = draws.normal("posterior", plan.setting.latent_shape)
+        noise = draws.normal("posterior", plan.info.latent_shape(images[0].crop.target))
         latents = session.encoder.latents(images, noise)
         cond = session.encoder.text([item.caption for item in images], [size_of(item.crop) for item in images])
-        return Batch(batch.cond, batch.null, latents.to(session.dtype), cond)
+        return replace(batch, images=latents.to(session.dtype), image_cond=cond)
 
     def _with_pairs(self, batch: Batch, samples: Sequence[int], sizes: Sequence[ImageSize]) -> Batch:
         session, plan = self.session, self.session.plan
@@ -78,7 +100,7 @@ class BatchSource:
         noise = torch.stack([item.noise for item in items]).to(session.device, session.dtype)
         latents = torch.stack([item.latents for item in items]).to(session.device, session.dtype)
         cond = session.encoder.text([plan.prompts[item.prompt] for item in items], sizes)
-        return Batch(batch.cond, batch.null, batch.images, batch.image_cond, noise, latents, cond)
+        return replace(batch, pair_noise=noise, pair_latents=latents, pair_cond=cond)
 
 
 def sample_numbers(

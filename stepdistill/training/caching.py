@@ -30,7 +30,9 @@ from stepdistill.data.cache import (
     null_key,
     text_key,
 )
-from stepdistill.data.images import ImageFolder
+from stepdistill.data.folder import ImageFolder
+from stepdistill.data.images import Framing
+from stepdistill.data.indexed import IndexedImages
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families.base import PARTS, Checkpoint, Part, Posterior
@@ -39,6 +41,8 @@ from stepdistill.training.encoding import CachedImages, Warm, image_entry, text_
 from stepdistill.training.session import DTYPES, Plan, best_device
 
 logger = logging.getLogger(__name__)
+PLAIN, MIRRORED = (1.0, 0.5, 0.5), (0.0, 0.5, 0.5)
+"""Draws of `Framing.cut`."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,9 @@ def estimate(plan: Plan) -> int:
     if section is None:
         return 0
     text = (len(_texts(plan)) + 1) * _text_bytes(plan) if section.text else 0
-    if plan.images is None or not section.latents:
+    if not isinstance(plan.images, ImageFolder) or not section.latents:
         return text
-    return text + len(plan.images) * (2 if plan.images.flip else 1) * _latent_bytes(plan)
+    return text + len(plan.images) * (2 if plan.images.framing.flip else 1) * _latent_bytes(plan)
 
 
 def fill(plan: Plan, device: torch.device | str | None = None) -> Filled:
@@ -87,7 +91,7 @@ def fill(plan: Plan, device: torch.device | str | None = None) -> Filled:
     if caches.text is not None:
         encoded += _fill_text(plan, caches.text, where)
         entries += len(_texts(plan)) + 1
-    if caches.latents is not None and plan.images is not None:
+    if caches.latents is not None and isinstance(plan.images, ImageFolder):
         encoded += _fill_latents(plan, plan.images, caches, caches.latents, where)
         entries += sum(key in caches.latents for own in caches.keys for key in own)
     folder = Path(section.folder)
@@ -108,7 +112,7 @@ def warm(plan: Plan, device: torch.device | str | None = None) -> Warm | None:
     state.wait_for_everyone()
     caches = _caches(plan, plan.config.cache)
     images = None
-    if caches.latents is not None and plan.images is not None:
+    if caches.latents is not None and isinstance(plan.images, ImageFolder):
         images = CachedImages(plan.images, caches.latents, caches.keys)
     parts: set[Part] = set(PARTS)
     # an evaluation asks for prompts of its own
@@ -130,7 +134,7 @@ def _section(plan: Plan) -> CacheConfig:
 
 def _texts(plan: Plan) -> dict[str, str]:
     """Key -> text of all that a run may ask of the text encoders but the unconditional branch."""
-    captions = plan.images.captions if plan.images is not None else ()
+    captions = plan.images.readable_captions() if isinstance(plan.images, IndexedImages) else ()
     return {text_key(text): text for text in (*plan.prompts.texts, *captions)}
 
 
@@ -140,7 +144,7 @@ def _caches(plan: Plan, section: CacheConfig) -> _Caches:
     fetch_weights(plan.info)
     text = EntryFolder(root, _identity(plan, "text", hashes)) if section.text else None
     latents, keys = None, []
-    if section.latents and plan.images is not None:
+    if section.latents and isinstance(plan.images, ImageFolder):
         latents = EntryFolder(root, _identity(plan, "images", hashes))
         keys = [_image_keys(plan.images, path, hashes) for path in plan.images.paths]
     hashes.save()
@@ -159,7 +163,10 @@ def _image_keys(images: ImageFolder, path: Path, hashes: FileHashes) -> tuple[st
         content = hashes.of(path)
     except OSError:
         return ()
-    return tuple(image_key(content, images.size, mirrored) for mirrored in ((False, True) if images.flip else (False,)))
+    return tuple(
+        image_key(content, images.framing.size, mirrored)
+        for mirrored in ((False, True) if images.framing.flip else (False,))
+    )
 
 
 # ---------------------------------------------------------------- room
@@ -236,18 +243,19 @@ def _fill_latents(plan: Plan, images: ImageFolder, caches: _Caches, entries: Ent
     if not missing():
         return 0
     encoded = 0
+    centred = Framing(images.framing.size, "center", flip=True)
     checkpoint: Checkpoint | None = None
     with EntryWriter(entries) as writer, torch.no_grad():
         todo = missing()
         _announce(entries, len(todo), sum(map(len, caches.keys)), "images")
         for key, (position, mirrored) in tqdm(todo.items(), desc="latents", unit="image", dynamic_ncols=True):
-            item = images.centred(position, mirrored)
+            item = images.item(position, MIRRORED if mirrored else PLAIN, centred)
             if item is None:  # a run reads the next image in its place
                 continue
             # no earlier than this: a folder with an unreadable file lacks an entry even when it is warm
             checkpoint = checkpoint or _load(plan, "images", device)
             posterior = plan.family.posterior(checkpoint, item.image[None].to(device))
-            _check_latents(posterior, item.path)
+            _check_latents(posterior, item.name)
             writer.add(key, image_entry(posterior, item.crop))
             encoded += 1
     return encoded
@@ -273,9 +281,9 @@ def _check_text(cond: Conditioning, text: str, plan: Plan) -> None:
         )
 
 
-def _check_latents(posterior: Posterior, path: Path) -> None:
+def _check_latents(posterior: Posterior, name: str) -> None:
     if not bool(posterior.mean.isfinite().all() and posterior.std.isfinite().all()):
         raise Refusal(
-            f"the latents of {str(path)!r} are not finite: replace the autoencoder's weights, which may be damaged, or "
+            f"the latents of {name!r} are not finite: replace the autoencoder's weights, which may be damaged, or "
             "remove that image"
         )

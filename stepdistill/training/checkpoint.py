@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -86,7 +87,10 @@ def write(folder: Path, facts: Facts, groups: Iterable[tuple[str, Mapping[str, T
         files = {}
         for stem, group in groups:
             path = aside / f"{stem}.safetensors"
-            save_file({key: value.contiguous() for key, value in group.items()}, path)
+            try:
+                save_file({key: value.contiguous() for key, value in group.items()}, path)
+            except SafetensorError as error:  # what a full disk makes of it; it is no OSError
+                raise OSError(f"{path.name}: {error}") from error
             _sync(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         state = aside / "state.json"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.cache import EntryFolder, null_key, text_key
-from stepdistill.data.images import Crop, ImageFolder, ImageItem, placement
+from stepdistill.data.folder import ImageFolder
+from stepdistill.data.images import Crop, ImageItem, ImageSource, framing_draws
 from stepdistill.data.loader import Readable
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning, ImageSize
@@ -145,7 +146,7 @@ class CachedImages:
 
     def read(self, index: int, draws: torch.Generator) -> LatentItem:
         """Item at a position, mirrored by `draws`, of which three numbers are taken."""
-        mirrored = self.folder.mirrors(placement(draws))
+        mirrored = self.folder.framing.mirrors(framing_draws(draws))
         count = len(self.keys)
         position = next(p % count for p in range(index, index + count) if self._readable[p % count])
         entry = self.entries[self.keys[position][mirrored]]
@@ -173,7 +174,7 @@ def make_encoder(
     family: Family,
     checkpoint: Checkpoint,
     negative_prompt: str,
-    images: ImageFolder | None,
+    images: ImageSource | None,
     warm: Warm | None,
     device: torch.device,
 ) -> Encoder:

@@ -10,8 +10,10 @@ RUN/config.yaml       the resolved config
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,16 +33,40 @@ def write_config(folder: Path, config: RunConfig) -> None:
     write_atomically(folder / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
-def append_line(path: Path, iteration: int, values: Mapping[str, float]) -> None:
-    """Append one line of JSON; a disk that refuses it is named in a warning, since a run is worth more than its log."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
-    except OSError as error:
-        logger.warning(
-            "the line of iteration %d in %s could not be written (%s); training goes on", iteration, path, error
-        )
+class LineFile:
+    """A file of one JSON object a line, for a run that is worth more than its log: lines that the disk refuses are named in
+    a warning and wait in memory for the next one, and no line stays there by half."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = b""
+
+    def append(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Write the lines that wait, then this one."""
+        self._waiting += json.dumps({"iteration": iteration, **values}).encode() + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write()
+        except OSError as error:
+            logger.warning(
+                "the line of iteration %d in %s could not be written (%s); it waits, and training goes on",
+                iteration,
+                self.path,
+                error,
+            )
+            return
+        self._waiting = b""
+
+    def _write(self) -> None:
+        # unbuffered: a buffer that could not be emptied would be written again when the file is closed
+        with self.path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(self._waiting) != len(self._waiting):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
 
 
 def grid_path(folder: Path, iteration: int) -> Path:

@@ -88,6 +88,8 @@ def train(
         accelerator.init_trackers("stepdistill", config=_flat(config.model_dump(mode="json")))
     with products(config.training.tf32):
         finished = trainer.run()
+    if plan.images is not None and plan.images.bad:
+        logger.warning("%d unreadable images were replaced: %s", len(plan.images.bad), ", ".join(plan.images.bad[:10]))
     if not finished and processes.main:
         logger.warning(
             "stopped at iteration %d; go on with: stepdistill train %s --output %s --resume latest",
@@ -121,7 +123,7 @@ def open_run(
         )
     if full_precision:
         config = config.model_copy(update={"model": _in_full_precision(config.model)})
-    session = open_session(prepare(config), device)
+    session = open_session(prepare(config, images=False), device)
     saved = checkpoints.read(newest)
     for role in session.triple.layouts:
         session.triple.load_state(role, saved.tensors[role])
@@ -145,9 +147,14 @@ def describe(plan: Plan, session: Session | None = None) -> list[str]:
     recipe = plan.method_class(plan.method_config, setting).recipe()
     options = ", ".join(f"{key}={value}" for key, value in plan.method_config.model_dump(exclude_unset=True).items())
     ladder = ", ".join(f"{time:g}" for time in recipe.timesteps or recipe.sigmas)
-    extra = [
-        f"{len(data):,} {name}" for name, data in (("images", plan.images), ("pairs", plan.pairs)) if data is not None
-    ]
+    extra = []
+    if plan.images is not None:
+        extra.append("a stream of images" if plan.images.count is None else f"{plan.images.count:,} images")
+    if plan.pairs is not None:
+        extra.append(f"{len(plan.pairs):,} pairs")
+    if plan.buckets is not None:
+        counts = zip(plan.buckets.sizes, plan.buckets.weights, strict=True)
+        extra.append("buckets " + ", ".join(f"{size[0]}x{size[1]} (weight {weight:,})" for size, weight in counts))
     lines = [
         f"teacher     {config.model.path}: family {plan.info.family}, {setting.schedule.prediction.value} prediction, "
         f"latents {'x'.join(map(str, setting.latent_shape))}, base in {config.model.dtype}",

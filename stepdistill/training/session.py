@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,12 @@ import torch
 
 from stepdistill.assets import resolve
 from stepdistill.config import RoleConfig, RunConfig, Settings, parse
-from stepdistill.data.images import ImageFolder
+from stepdistill.data.buckets import Buckets, sort_images
+from stepdistill.data.folder import ImageFolder
+from stepdistill.data.images import ImageSource
+from stepdistill.data.indexed import IndexedImages
 from stepdistill.data.prompts import PromptList, read_prompts
+from stepdistill.data.sources import open_images
 from stepdistill.data.tensors import TensorFolder
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Method, RoleKind, Setting
@@ -43,8 +47,9 @@ class Plan:
     method_config: Settings
     setting: Setting
     prompts: PromptList
-    images: ImageFolder | None
+    images: ImageSource | None
     pairs: TensorFolder | None
+    buckets: Buckets | None = None
 
     @property
     def layouts(self) -> dict[str, RoleLayout]:
@@ -80,8 +85,10 @@ class Session:
         return torch.float64 if self.plan.config.model.dtype == "float64" else torch.float32
 
 
-def prepare(config: RunConfig) -> Plan:
+def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     """Read and check everything a run needs.
+
+    images: open the training images and read their sizes for buckets; drawing from a finished run needs neither.
 
     Raises:
         Refusal: the first thing that cannot work, in one sentence.
@@ -91,15 +98,16 @@ def prepare(config: RunConfig) -> Plan:
     info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
     family = load_family(info.family)
     check_model_options(config, family, method_class.roles(method_config))
-    size = _size(config, info)
+    size = config.model.size or info.default_size
+    _check_size(size, "model.size", info)
     latent_shape = info.latent_shape(size)
+    # buckets share the schedule of model.size, where a dynamic shift depends on the size
     schedule = info.schedule.for_tokens(latent_shape[1] * latent_shape[2] // 4)
-    stride = family.feature_stride(info)
     setting = Setting(
         schedule=schedule,
         latent_shape=latent_shape,
         feature_channels=family.feature_channels(info),
-        feature_size=(max(1, latent_shape[1] // stride), max(1, latent_shape[2] // stride)),
+        feature_size=_feature_size(config.data.buckets or [size], info, family),
         size=size,
         base=config.model.path,
     )
@@ -110,14 +118,16 @@ def prepare(config: RunConfig) -> Plan:
         raise Refusal("data.prompts is not set: give a .txt, .jsonl, .csv or .parquet file, or 'builtin:general'")
     needs = method_class.needs(method_config)
     prompts = read_prompts(data.prompts, data.prompt_column)
-    images = pairs = None
-    if needs.images and data.images is not None:
-        _check_cache(config)
-        images = ImageFolder(data.images, size, crop=data.crop, flip=data.flip, max_bad_share=data.max_bad_share)
+    source = pairs = buckets = None
+    if images and needs.images and data.images is not None:
+        source = open_images(data, size, config.training.seed)
+        _check_cache(config, source)
     if needs.pairs and data.pairs is not None:
         pairs = TensorFolder(data.pairs)
         _check_pairs(pairs, prompts, method_config, latent_shape)
-    return Plan(config, info, family, method_class, method_config, setting, prompts, images, pairs)
+    if images and data.buckets:
+        buckets = _buckets(config, info, source, pairs)
+    return Plan(config, info, family, method_class, method_config, setting, prompts, source, pairs, buckets)
 
 
 def open_session(plan: Plan, device: torch.device | str | None = None, warm: Warm | None = None) -> Session:
@@ -205,17 +215,60 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _size(config: RunConfig, info: CheckpointInfo) -> tuple[int, int]:
-    size = config.model.size or info.default_size
-    if any(side % (info.downsampling * 2) for side in size) and info.downsampling > 1:
+def _check_size(size: tuple[int, int], key: str, info: CheckpointInfo) -> None:
+    step = info.downsampling * 2 if info.downsampling > 1 else 1
+    if any(side < 1 or side % step for side in size):
+        raise Refusal(f"{key} is {list(size)}, and the sides of this model must be multiples of {step}: change it")
+
+
+def _feature_size(sizes: Sequence[tuple[int, int]], info: CheckpointInfo, family: Family) -> tuple[int, int]:
+    """(h, w) of the feature module's output for the smallest of some image sizes, each side by itself."""
+    stride = family.feature_stride(info)
+    shapes = [info.latent_shape(size) for size in sizes]
+    height, width = (max(1, min(shape[axis] for shape in shapes) // stride) for axis in (1, 2))
+    return height, width
+
+
+def _buckets(
+    config: RunConfig, info: CheckpointInfo, images: ImageSource | None, pairs: TensorFolder | None
+) -> Buckets:
+    """The run's buckets, checked, with the images that belong to each."""
+    sizes = config.data.buckets
+    for size in sizes:
+        _check_size(size, "a size in data.buckets", info)
+    if len(set(sizes)) < len(sizes):
+        raise Refusal(f"data.buckets names a size twice ({[list(size) for size in sizes]}): name each once")
+    if pairs is not None:
+        raise Refusal("data.buckets is set, and the teacher's pairs are of one size: remove one of the two")
+    if images is None:
+        return Buckets(tuple(sizes))
+    if not isinstance(images, IndexedImages):
         raise Refusal(
-            f"model.size is {list(size)}, and the sides of this model must be multiples of {info.downsampling * 2}: change it"
+            "data.buckets needs the sizes of all images before the first is read, which a stream cannot tell: "
+            "set data.streaming to false, or remove data.buckets"
         )
-    return size
+    return sort_images(images, sizes, config.data.workers)
 
 
-def _check_cache(config: RunConfig) -> None:
-    if config.cache is not None and config.cache.latents and config.data.crop == "random":
+def _check_cache(config: RunConfig, images: ImageSource) -> None:
+    cache, data = config.cache, config.data
+    if cache is None:
+        return
+    if cache.text and not isinstance(images, IndexedImages):
+        raise Refusal(
+            "cache.text encodes all captions before the first is needed, which a stream cannot tell: set cache.text or "
+            "data.streaming to false"
+        )
+    if not cache.latents:
+        return
+    if not isinstance(images, ImageFolder):
+        raise Refusal(
+            f"cache.latents knows images by their files and data.images is {data.images!r}: set cache.latents to false, or "
+            "give a folder"
+        )
+    if data.buckets:
+        raise Refusal("cache.latents keeps images of one size and data.buckets is set: set cache.latents to false")
+    if data.crop == "random":
         raise Refusal(
             "cache.latents keeps one crop of every image and data.crop is 'random', which wants a new one each time: set "
             "data.crop to center, or cache.latents to false"

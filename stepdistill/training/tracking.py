@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from stepdistill.training.folder import SPEED, STATS, append_line
+from stepdistill.training.folder import SPEED, STATS, LineFile
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Tracker:
     def __init__(self, folder: Path, total: int, start: int, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
-        self.stats, self.speed = folder / STATS, folder / SPEED
+        self.stats, self.speed = LineFile(folder / STATS), LineFile(folder / SPEED)
         self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="it", dynamic_ncols=True)
         self.clock = time.perf_counter()
         self.images = 0
@@ -53,8 +53,8 @@ class Tracker:
         self.clock, self.images = time.perf_counter(), 0
         if not self.main:
             return
-        append_line(self.stats, iteration, values)
-        append_line(self.speed, iteration, pace)
+        self.stats.append(iteration, values)
+        self.speed.append(iteration, pace)
         losses = {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}
         self.bar.set_postfix(
             {**losses, "img/s": f"{pace['images_per_second']:.1f}", "GB": f"{pace['peak_memory_gb']:.1f}"}

@@ -78,7 +78,7 @@ class Trainer:
             process=processes.index,
             processes=processes.count,
         )
-        source = BatchSource(self.session, config.seed).batches(numbers)
+        source = BatchSource(self.session, config.seed, processes.count).batches(numbers)
         saved = self.counters.iteration
         with graceful() as stop:
             # a signal may reach the processes at different iterations, and they must stop at the same
