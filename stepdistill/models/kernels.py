@@ -15,16 +15,19 @@ RECOMPILATIONS = 128
 """Compiled forms of one block class: one for each role, each role that is trained meanwhile, and each shape."""
 
 
-def check_xformers() -> None:
-    """Raises Refusal where xformers is missing or has nothing to run on; cheap, imports nothing heavy."""
+def check_xformers(device: str | None = None) -> None:
+    """Raises Refusal where xformers is missing or has nothing to run on; cheap, imports nothing heavy.
+
+    device: that the config asks for; None for the best there is.
+    """
     if find_spec("xformers") is None:
         raise Refusal(
             "model.attention is 'xformers', which is not installed: run pip install 'stepdistill[xformers]', "
             "or set model.attention to sdpa"
         )
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or not (device or "cuda").startswith("cuda"):
         raise Refusal(
-            "model.attention is 'xformers', which runs on CUDA only, and there is no CUDA device here: "
+            f"model.attention is 'xformers', which runs on CUDA only, and the device is {device or 'cpu'!r}: "
             "set model.attention to sdpa"
         )
 

@@ -37,7 +37,7 @@ def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, R
             f"model.{key} is set, which is for networks of diffusers, and the family {family.name!r} has one of its own: remove the key"
         )
     if model.attention == "xformers":
-        check_xformers()
+        check_xformers(config.training.device)
     if model.quantization == "none":
         return
     source = f" (by preset {config.preset!r}, unless the config has the key itself)" if config.preset else ""
