@@ -26,6 +26,8 @@ _PUBLIC = {
     "evaluate_images": "evaluating",
     "compare": "evaluating",
     "quickstart": "demo",
+    "plan": "planning",
+    "Forecast": "planning",
 }
 
 if TYPE_CHECKING:
@@ -34,10 +36,11 @@ if TYPE_CHECKING:
     from stepdistill.demo import quickstart
     from stepdistill.errors import Refusal
     from stepdistill.evaluating import compare, evaluate, evaluate_images
+    from stepdistill.planning import Forecast, plan
 
 __all__ = [
-    "CollectConfig", "Refusal", "RunConfig", "cache", "collect", "compare", "distill", "dry_run", "evaluate", "evaluate_images",
-    "export", "load_config", "load_teacher", "quickstart", "sample",
+    "CollectConfig", "Forecast", "Refusal", "RunConfig", "cache", "collect", "compare", "distill", "dry_run", "evaluate",
+    "evaluate_images", "export", "load_config", "load_teacher", "plan", "quickstart", "sample",
 ]  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from checkpoints import refusal
 
 from stepdistill import cli
 from stepdistill.config import CacheConfig, OptimizerConfig, RunConfig, load_config, parse
+from stepdistill.methods.base import Rollout, Terms
+from stepdistill.methods.dmd2 import DMD2
 from stepdistill.planning import Forecast, advice, lines, plan
 from stepdistill.planning.forecast import changed
 from stepdistill.planning.hardware import GPUS, gpu_named
@@ -255,6 +257,20 @@ def test_the_embedded_teacher_and_a_mixture(tiny: Callable[..., Path]) -> None:
         role: {"targets": "all", "rank": 8} for role in ("generator", "fake_score")
     })  # fmt: skip
     assert plan(mixture).memory.peak < 1e7
+
+
+def test_a_method_that_looks_at_samples_is_refused(
+    small: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = DMD2.loss
+
+    def looking(self: DMD2, role: str, rollout: Rollout, *others: Any) -> Terms:
+        if float(rollout.x0.mean()) > 1e9:
+            raise AssertionError("the toy's samples are small")
+        return loss(self, role, rollout, *others)
+
+    monkeypatch.setattr(DMD2, "loss", looking)
+    refusal(lambda: plan(small()), "'dmd2'", "cannot be planned")
 
 
 def test_refusals(small: Callable[..., RunConfig]) -> None:

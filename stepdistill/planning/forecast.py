@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from stepdistill.config import OptimizerConfigs, RunConfig, Settings
 from stepdistill.data.prompts import BUILTIN, read_prompts
-from stepdistill.models.conditioning import Conditioning
 from stepdistill.planning.hardware import UTILISATION, Gpu
 from stepdistill.planning.loop import Walk, walk
 from stepdistill.planning.memory import Sizes, memory_of, sizes_of
@@ -16,10 +16,8 @@ from stepdistill.planning.meter import Flops
 from stepdistill.planning.report import GB, Compute, Disk, Forecast, NetworkCalls
 from stepdistill.planning.sources import find_source
 from stepdistill.planning.trace import IMAGES, TEXT, Trace, outline, trace
+from stepdistill.training.caching import image_bytes, prompt_bytes
 from stepdistill.training.session import Plan, Session, without_data
-
-CACHED_BYTES, LATENT_BYTES = 2, 4
-"""Of one number in a cache of text embeddings, and of latents."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Planner:
             memory=memory_of(sizes, traced.phases, config, machine.processes, machine.memory),
             calls=_calls(walked, config),
             compute=_compute(walked, traced, config, machine.gpu),
-            disk=_disk(bare, sizes, traced, config),
+            disk=_disk(bare, sizes, config),
         )
 
     def _traced(self, plan: Plan) -> Traced:
@@ -103,16 +101,12 @@ def changed(config: RunConfig, section: str, **changes: object) -> RunConfig:
     return config.model_copy(update={section: part.model_copy(update=changes)})
 
 
-def prompt_bytes(cond: Conditioning) -> int:
-    """Bytes that a text cache keeps of one prompt: its embeddings, pooled ones included, in 16 bits."""
-    embedded = [tensor for tensor in (cond.text, cond.pooled) if tensor is not None]
-    return sum(CACHED_BYTES * tensor[0].numel() for tensor in embedded)
-
-
 def _bare(config: RunConfig) -> RunConfig:
     """The run in its plainest form: what decides neither shapes nor branches is set to one value, and added up later."""
     plain = {"quantization": "none", "compile": False, "attention": "sdpa", "channels_last": False}
     config = changed(config, "model", **plain)
+    if config.data.buckets:  # memory must do for the largest
+        config = changed(config, "model", size=max(config.data.buckets, key=prod))
     accumulation = min(config.training.accumulation, 2)
     config = changed(config, "training", accumulation=accumulation, offload=[], sharding="auto")
     return config.model_copy(update={"optimizers": OptimizerConfigs(), "cache": None, "output": "", "preset": None})
@@ -157,15 +151,14 @@ def _compute(walked: Walk, traced: Trace, config: RunConfig, gpu: Gpu) -> Comput
     )
 
 
-def _disk(plan: Plan, sizes: Sizes, traced: Trace, config: RunConfig) -> Disk:
-    prompt, source = prompt_bytes(traced.cond), str(config.data.prompts)
+def _disk(plan: Plan, sizes: Sizes, config: RunConfig) -> Disk:
+    prompt, source = prompt_bytes(plan), str(config.data.prompts)
     present = source.startswith(BUILTIN) or Path(source).is_file()
     prompts = len(read_prompts(source, config.data.prompt_column)) if present else None
-    channels, height, width = plan.setting.latent_shape
     saved = sum(sizes.roles.values()) + sizes.heads + sizes.ema + sum(sizes.optimizers.values())
     return Disk(
         prompt=prompt,
-        image=LATENT_BYTES * channels * height * width if plan.method_class.needs(plan.method_config).images else 0,
+        image=image_bytes(plan, plan.setting.size) if plan.method_class.needs(plan.method_config).images else 0,
         text_cache=None if prompts is None else prompts * prompt,
         checkpoint=saved,
     )

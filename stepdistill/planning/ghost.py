@@ -14,6 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_ASKING = frozenset(
+    (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.masked_select.default,
+    )
+)
+"""Operations whose answer depends on content."""
+
+
+class Unknowable(Exception):
+    """A ghost was asked for its content."""
+
 
 class Ghost(Tensor):
     """A tensor on the meta device, `meta`, that says it lies on the CPU, so that autocast and autograd treat it as usual."""
@@ -56,13 +70,19 @@ class Memory(dict[Hashable, Any]):
 
 
 def run(func: Any, args: Any, kwargs: Any, memory: Memory | None = None) -> Any:
-    """An operation of torch: on shapes alone where a ghost is among its arguments, else as it is."""
+    """An operation of torch: on shapes alone where a ghost is among its arguments, else as it is.
+
+    Raises:
+        Unknowable: the operation's result depends on a ghost's content.
+    """
     found: dict[int, Ghost] = {}
     _find(args, found)
     if kwargs:
         _find(kwargs.values(), found)
     if not found:
         return func(*args, **kwargs)
+    if func in _ASKING:
+        raise Unknowable(str(func))
     key = None
     if memory is not None and _makes_new(func):
         key = (func, _key(args), _key(tuple(kwargs.items())))

@@ -15,7 +15,7 @@ from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Progress
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families.base import Checkpoint
-from stepdistill.planning.ghost import hollow
+from stepdistill.planning.ghost import Unknowable, hollow
 from stepdistill.planning.loop import CallCounter, Walk, run_micro_batch
 from stepdistill.planning.meter import Flops, Meter, normalise_in_float32
 from stepdistill.training.session import DTYPES, Plan, Session, assemble
@@ -89,7 +89,7 @@ def trace(session: Session, walk: Walk) -> Trace:
     """
     try:
         return _Tracer(session).run(walk)
-    except NotImplementedError as error:
+    except Unknowable as error:
         raise Refusal(
             f"the method {session.plan.config.method_name!r} lets a network's output decide what is computed ({error}), which "
             "cannot be planned: measure a short run of it instead"

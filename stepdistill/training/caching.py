@@ -72,10 +72,10 @@ def estimate(plan: Plan) -> int:
     section = plan.config.cache
     if section is None:
         return 0
-    text = (len(_texts(plan)) + 1) * _text_bytes(plan) if section.text else 0
+    text = (len(_texts(plan)) + 1) * prompt_bytes(plan) if section.text else 0
     if not isinstance(plan.images, IndexedImages) or not section.latents:
         return text
-    return text + sum(_latent_bytes(plan, cut.size) for cut in cuts_of(plan.images, plan.buckets))
+    return text + sum(image_bytes(plan, cut.size) for cut in cuts_of(plan.images, plan.buckets))
 
 
 def fill(plan: Plan, device: torch.device | str | None = None) -> Filled:
@@ -174,11 +174,12 @@ def _identity(plan: Plan, part: Literal["text", "images"], hashes: FileHashes) -
 # ---------------------------------------------------------------- room
 
 
-def _text_bytes(plan: Plan) -> int:
+def prompt_bytes(plan: Plan) -> int:
+    """Of one prompt in a text cache."""
     return plan.family.encoding_bytes(plan.info, DTYPES[plan.config.model.dtype])
 
 
-def _latent_bytes(plan: Plan, size: tuple[int, int]) -> int:
+def image_bytes(plan: Plan, size: tuple[int, int]) -> int:
     """Mean and std of an image of (height, width) pixels."""
     return 2 * DTYPES[_latents_dtype(plan)].itemsize * prod(plan.info.latent_shape(size))
 
@@ -191,10 +192,10 @@ def _latents_dtype(plan: Plan) -> str:
 def _check_room(plan: Plan, section: CacheConfig, caches: _Caches) -> None:
     needed = 0
     if caches.text is not None:
-        needed += sum(key not in caches.text for key in caches.texts) * _text_bytes(plan)
+        needed += sum(key not in caches.text for key in caches.texts) * prompt_bytes(plan)
     if caches.latents is not None:
         missing = (cut for key, cut in caches.wanted.items() if key not in caches.latents)
-        needed += sum(_latent_bytes(plan, cut.size) for cut in missing)
+        needed += sum(image_bytes(plan, cut.size) for cut in missing)
     place = Path(section.folder).absolute()
     while not place.exists():
         place = place.parent
