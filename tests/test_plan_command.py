@@ -115,7 +115,7 @@ def test_the_command_answers_for_sdxl_at_once(
     counts = {item.name: item.count for item in forecast.parameters}
     assert counts["real_score (the base)"] == counts["fake_score (full)"] == 2_567_463_684
     assert forecast.disk.prompt == (77 * 2048 + 1280) * 2
-    assert forecast.disk.image == 4 * 128 * 128 * 4
+    assert forecast.disk.image == 2 * 4 * 128 * 128 * 4
     assert forecast.compute.gpu == "a100"
     assert forecast.compute.iterations == 16_000
     assert forecast.memory.fits
