@@ -48,6 +48,10 @@ CASES: Mapping[str, Case] = {
         "dmd2", {"guidance": 2.0, "ratio": 1, "steps": 2, "transition": "deterministic", "exits": "sample"}
     ),
 }
+FULLEST: Mapping[str, str] = {
+    case.method: name for name, case in sorted(CASES.items(), key=lambda item: item[1].images)
+}
+"""Method -> its case with the most parts: one on images where there is one."""
 LAYOUTS = {"lora": ("lora", "lora"), "full": ("full", "full"), "mixed": ("lora", "full")}
 
 

@@ -19,6 +19,8 @@ import pytest
 import torch
 import yaml
 from checkpoints import refusal
+from methods import equal as same_tensors
+from methods import saved
 from original_format import sd1, sdxl
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -34,7 +36,6 @@ from stepdistill.models.families.single_file import CONFIGS
 from stepdistill.models.families.unet import UNetFamily
 from stepdistill.registry import family_names, load_family
 from stepdistill.training import caching
-from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.batches import BatchSource
 from stepdistill.training.caching import estimate, fill, warm
 from stepdistill.training.encoding import LiveEncoder
@@ -117,15 +118,8 @@ def same(one: Conditioning, other: Conditioning) -> bool:
     )
 
 
-def trained(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    path = checkpoints.latest(folder / "checkpoints")
-    assert path is not None
-    return checkpoints.read(path).tensors
-
-
 def equal(one: Path, other: Path) -> bool:
-    a, b = trained(one), trained(other)
-    return a.keys() == b.keys() and all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f])
+    return same_tensors(saved(one), saved(other))
 
 
 # ---------------------------------------------------------------- what is read

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from methods import equal, saved
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -24,7 +25,6 @@ from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.triple import RoleLayout, Triple
 from stepdistill.registry import load_family
-from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training import optimizers
 from stepdistill.training.optimizers import RoleOptimizer, check_adamw8bit
 from stepdistill.training.options import check_training_options, products
@@ -60,17 +60,6 @@ def config(tiny: Callable[..., Path]) -> Callable[..., RunConfig]:
         return parse(RunConfig, data, "test")
 
     return make
-
-
-def saved(folder: Path) -> dict[str, dict[str, Tensor]]:
-    path = checkpoints.latest(folder / "checkpoints")
-    assert path is not None
-    return checkpoints.read(path).tensors
-
-
-def equal(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> bool:
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f])
 
 
 def build(folder: Path, device: str = "cpu", mode: Any = "lora") -> tuple[Triple, Conditioning]:

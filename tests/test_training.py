@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods import difference, saved
 
 from stepdistill.config import OptimizerConfig, RunConfig, parse
 from stepdistill.errors import Refusal
@@ -20,8 +21,6 @@ from stepdistill.training.environment import Environment
 from stepdistill.training.optimizers import RoleOptimizer, rate
 from stepdistill.training.run import open_run, train
 from stepdistill.training.trainer import Trainer
-
-Tensors = dict[str, dict[str, torch.Tensor]]
 
 
 @pytest.fixture
@@ -54,17 +53,6 @@ def config(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 def facts(iteration: int) -> checkpoints.Facts:
     here = Environment("cpu", 1, 1, False, "float32", "sdpa", False, False, "none", 1, 1, "2")
     return checkpoints.Facts("dmd2", "base", checkpoints.Counters(iteration), here)
-
-
-def saved(folder: Path) -> Tensors:
-    path = checkpoints.latest(folder / "checkpoints")
-    assert path is not None
-    return checkpoints.read(path).tensors
-
-
-def difference(a: Tensors, b: Tensors) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[f][k].double() - b[f][k].double()).abs().max()) for f in a if f != "rng" for k in a[f])
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
