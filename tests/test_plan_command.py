@@ -85,6 +85,7 @@ def test_planned_peaks_are_the_measured_ones(model: str) -> None:
     trained = {name: peak for name, peak in phases(forecast).items() if name.startswith(("generator", "fake_score"))}
     peak = max(trained.values()) - held["text encoders"] - held["autoencoder"] + BASELINE
     assert peak == pytest.approx(MEASURED[model], rel=0.05)
+    assert sum(held.values()) == forecast.memory.peak == max(phases(forecast).values())
     assert max(trained, key=trained.__getitem__) == "fake_score backward"
 
 
@@ -145,7 +146,7 @@ def test_advice_is_what_planning_again_says(small: Callable[..., RunConfig], lit
     run = changed(run, "optimizers", fake_score=OptimizerConfig(lr=1e-5, kind="adamw8bit"))
     before = plan(run)
     # the assumed 0.8 GB of the runtime dwarf a tiny network
-    target = (0.8e9 + 0.5 * (before.memory.peak - 0.8e9)) / 1e9
+    target = (0.8e9 + 0.7 * (before.memory.peak - 0.8e9)) / 1e9
     forecast = plan(run, memory_gb=target)
     assert forecast.advice[0].change == "training.gradient_checkpointing=true"
     peak = before.memory.peak

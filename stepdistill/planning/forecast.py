@@ -77,6 +77,7 @@ class Planner:
             method=config.method_name,
             size=bare.setting.size,
             dtype=config.model.dtype,
+            device=config.training.device or "cuda",
             source=source.origin,
             processes=machine.processes,
             sharding="full" if sharded else "replicated",

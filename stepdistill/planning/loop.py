@@ -17,6 +17,7 @@ from stepdistill.methods.base import Batch, Method, Progress, Rollout
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families.analytic import Analytic, Mixture, MixtureNetwork
 from stepdistill.models.triple import REAL_SCORE, RoleLayout, Triple
+from stepdistill.planning.meter import Flops
 from stepdistill.training.batches import sample_numbers
 from stepdistill.training.session import Plan
 
@@ -86,13 +87,13 @@ class CallCounter:
 
     Args:
         triple: whose networks are watched, by hooks that are removed at the end.
-        work: a reading that grows with work done; what it grew by in each call is kept in `work`.
+        work: reads the operations done so far; what each kind of call did is kept in `work`.
     """
 
-    def __init__(self, triple: Triple, work: Callable[[], Any] = lambda: 0.0) -> None:
+    def __init__(self, triple: Triple, work: Callable[[], Flops] = Flops) -> None:
         self.triple, self.phase = triple, ROLLOUT
         self.found: defaultdict[Call, Counted] = defaultdict(Counted)
-        self.work: dict[Call, Any] = {}
+        self.work: defaultdict[Call, Flops] = defaultdict(Flops)
         self._read = work
         self._hooks = ExitStack()
 
@@ -106,7 +107,7 @@ class CallCounter:
         self._hooks.close()
 
     def _watch(self, network: nn.Module, role: str) -> Iterator[RemovableHandle]:
-        before: list[Any] = []
+        before: list[Flops] = []
 
         def start(_module: nn.Module, _args: tuple[Any, ...]) -> None:
             before.append(self._read())
@@ -116,8 +117,7 @@ class CallCounter:
             # a forward that the denoiser leaves for its features ends without an output
             call = Call(self.phase, asked, output is None, torch.is_grad_enabled())
             self.found[call] += Counted(1, len(args[0]))
-            done = self._read() - before.pop()
-            self.work[call] = self.work[call] + done if call in self.work else done
+            self.work[call] += self._read() - before.pop()
 
         yield network.register_forward_pre_hook(start)
         yield network.register_forward_hook(end, always_call=True)

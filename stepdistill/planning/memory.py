@@ -123,6 +123,7 @@ def memory_of(sizes: Sizes, phases: Iterable[Phase], config: RunConfig, processe
     return Memory(
         parts=tuple(Part(name=name, bytes=held) for name, held in found[highest].items() if held),
         phases=tuple(Part(name=name, bytes=peak) for name, peak in peaks.items()),
+        peak=peaks[highest],
         peak_phase=highest,
         capacity=capacity,
     )

@@ -33,18 +33,16 @@ class Memory(Settings):
     Attributes:
         parts: at the peak; they sum to it.
         phases: the peak of every phase of an iteration, and of a sample grid.
+        peak: bytes of the highest of them.
         peak_phase: the phase of the highest one.
         capacity: bytes that there are.
     """
 
     parts: tuple[Part, ...]
     phases: tuple[Part, ...]
+    peak: int
     peak_phase: str
     capacity: int
-
-    @property
-    def peak(self) -> int:
-        return sum(part.bytes for part in self.parts)
 
     @property
     def fits(self) -> bool:
@@ -123,6 +121,7 @@ class Forecast(Settings):
 
     Attributes:
         model, family, method, size, dtype: of the config.
+        device: `training.device`; cuda where the config leaves it open.
         source: where the architecture was read.
         processes, sharding: how the run is spread; `replicated` or `full`.
         advice: what makes it fit, in order; empty where it fits.
@@ -133,6 +132,7 @@ class Forecast(Settings):
     method: str
     size: tuple[int, int]
     dtype: str
+    device: str
     source: str
     processes: int = Field(gt=0)
     sharding: str

@@ -57,6 +57,8 @@ def _compute(forecast: Forecast) -> Iterator[str]:
         f"  {compute.seconds:.3g} s per iteration on {compute.gpu} at an assumed {compute.utilisation:.0%} of its published "
         f"rate, {compute.hours:,.1f} h for {compute.iterations:,} iterations; data, optimizers and communication not counted"
     )
+    if forecast.device != "cuda":
+        yield f"  training.device is {forecast.device}: the time is that of the card, not of this machine"
 
 
 def _disk(forecast: Forecast) -> Iterator[str]:
