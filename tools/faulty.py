@@ -49,10 +49,10 @@ def slow_iteration(value: str) -> None:
     seconds, _, first = value.partition("@")
     iteration = Trainer.iteration
 
-    def slow(self: Trainer, batches: Any) -> Any:
+    def slow(self: Trainer, micro_batches: Any) -> Any:
         if self.counters.iteration >= int(first):
             time.sleep(float(seconds))
-        return iteration(self, batches)
+        return iteration(self, micro_batches)
 
     Trainer.iteration = slow  # type: ignore[method-assign]
 
