@@ -208,12 +208,11 @@ def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
     if not (folder / CONFIG).is_file():
         raise Refusal(f"the output folder {str(folder)!r} holds no run to resume: choose the folder of one")
     before = load_config(folder / CONFIG)
-    for key in ("model", "method", "roles"):
-        old, new = before.model_dump(mode="json")[key], config.model_dump(mode="json")[key]
-        names = [name for name in {**old, **new} if key != "model" or name not in EXACT_ONLY]
-        if (name := next((name for name in names if old.get(name) != new.get(name)), None)) is not None:
+    old, new = (_flat(run.model_dump(mode="json", include={"model", "method", "roles"})) for run in (before, config))
+    for key in sorted({*old, *new} - {f"model.{name}" for name in EXACT_ONLY}):
+        if old.get(key) != new.get(key):
             raise Refusal(
-                f"the run in {str(folder)!r} has {key}.{name} = {old.get(name)!r} and the config says {new.get(name)!r}: "
+                f"the run in {str(folder)!r} has {key} = {old.get(key)!r} and the config says {new.get(key)!r}: "
                 "resume with the run's own config.yaml, or choose another --output"
             )
 
