@@ -200,7 +200,7 @@ def test_a_folder_holds_one_run(config: Callable[..., RunConfig], tmp_path: Path
     before = sorted(path.name for path in tmp_path.rglob("*"))
     with pytest.raises(Refusal, match="not empty"):
         train(config(2), tmp_path)
-    with pytest.raises(Refusal, match=r"roles\.generator\.mode = 'lora' and the config says 'full'"):
+    with pytest.raises(Refusal, match=r"roles\.fake_score\.mode = 'lora' and the config says 'full'"):
         train(config(4, mode="full"), tmp_path, resume="latest")
     with pytest.raises(Refusal, match=r"method\.guidance = 1\.5"):
         train(config(4, method__guidance=2.0), tmp_path, resume="latest")
