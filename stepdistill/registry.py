@@ -19,6 +19,7 @@ from stepdistill.errors import Refusal
 METHODS: Mapping[str, str] = {
     "dmd": "stepdistill.methods.dmd:DMD",
     "dmd2": "stepdistill.methods.dmd2:DMD2",
+    "decoupled": "stepdistill.methods.decoupled:Decoupled",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

@@ -1,116 +1,42 @@
 """DMD2: Improved Distribution Matching Distillation (Yin et al., NeurIPS 2024, arXiv 2405.14867).
 
-The fake score is trained at every iteration on that iteration's fresh sample, the generator at every `ratio`-th (two
-time scales), before the fake score and on the same, pre-update sample. Multi-step students are trained on their own
-rollouts (backward simulation); a GAN term on diffused real images lets them pass the teacher.
+The generator follows the difference of the guided teacher's and the fake score's estimates of its own noised sample
+(section 4.2: no regression, two time scales). Multi-step students are trained on their own rollouts (section 4.5); a GAN
+term on diffused real images lets them pass the teacher (section 4.3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
-from pydantic import Field
-from torch import Tensor
-
-from stepdistill.config import Settings
-from stepdistill.diffusion.draws import Draws, derive_seed
-from stepdistill.diffusion.timesteps import few_step_ladder
-from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.diffusion.draws import Draws
 from stepdistill.methods import parts
-from stepdistill.methods.base import Batch, Method, Needs, Progress, Rollout, Setting, Terms
+from stepdistill.methods.base import Progress, Rollout, Terms
+from stepdistill.methods.few_step import FewStep, FewStepConfig
 from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.heads import seeded_head
-from stepdistill.models.recipe import Recipe
-from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
+from stepdistill.models.triple import Triple
 
 
-class DMD2Config(Settings):
-    steps: int = Field(4, ge=1, description="network calls of the student")
-    timesteps: list[float] | None = Field(
-        None,
-        description="ladder by hand, native times; [399] for one-step SDXL: the student sees pure noise and is told 399",
-    )
-    guidance: float = Field(description="teacher guidance scale w that the student absorbs; 1 is off")
-    ratio: int = Field(5, ge=1, description="fake-score updates per generator update")
+class DMD2Config(FewStepConfig):
     dm_weight: parts.DmWeight = "code"
     dm_levels: parts.LevelConfig = parts.LevelConfig()
-    fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
-    fake_space: Literal["native", "x0"] = "native"
-    gan: parts.GanConfig = parts.GanConfig()
-    simulate: bool = Field(True, description="train on the student's own rollouts; false noises real images")
-    exits: parts.Exits = Field(
-        "batch",
-        description="the step that is trained: one for the whole batch, as published, or drawn for each sample, which gives "
-        "the fake score all steps' samples at every update",
-    )
-    exit_odds: list[float] | None = Field(
-        None,
-        description="odds of training each step, noisiest first; even as published. More weight on the first keeps diversity",
-    )
-    transition: Literal["renoise", "deterministic"] = "renoise"
 
 
-class DMD2(Method[DMD2Config]):
+class DMD2(FewStep[DMD2Config]):
+    """L_G = L_DM + w_gan softplus(-D(x_t))   (section 4)."""
+
     Config = DMD2Config
+    name = "dmd2"
 
-    def __init__(self, config: DMD2Config, setting: Setting) -> None:
-        super().__init__(config, setting)
-        self.transition = Transition(TransitionKind(config.transition))
-        if config.timesteps is not None:
-            self.ladder = parts.ladder_of(self.schedule, config.timesteps)
-        else:
-            self.ladder = few_step_ladder(self.schedule, config.steps)
-        odds = config.exit_odds
-        if odds is not None and (len(odds) != len(self.ladder) or min(odds) < 0 or max(odds) <= 0):
-            raise Refusal(
-                f"method.exit_odds is {odds} and the ladder has {len(self.ladder)} steps: give as many odds, none below 0"
-            )
-
-    @classmethod
-    def needs(cls, config: DMD2Config) -> Needs:
-        return Needs(images=config.gan.weight > 0 or not config.simulate)
-
-    def prepare(self, triple: Triple) -> None:
-        if self.config.gan.weight > 0:
-            seed = derive_seed(triple.seed, "head")
-            head = seeded_head(self.setting.feature_channels, self.setting.feature_size, seed, self.config.gan.width)
-            triple.attach_head(FAKE_SCORE, parts.HEAD, head)
-
-    def updates(self, progress: Progress) -> Sequence[str]:
-        if progress.stage_iteration % self.config.ratio == 0:
-            return GENERATOR, FAKE_SCORE
-        return (FAKE_SCORE,)
-
-    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
-        graph = GENERATOR in self.updates(progress)
-        if self.config.simulate:
-            x_t, t, x0 = parts.roll_out(
-                triple.generator,
-                batch,
-                self.ladder,
-                self.transition,
-                self.latent_shape(batch),
-                draws,
-                graph=graph,
-                exits=self.config.exits,
-                odds=self.config.exit_odds,
-            )
-        else:
-            x_t, t, x0 = parts.noised_images(triple.generator, batch, self.ladder, draws, graph=graph)
-        return Rollout(batch, x_t, t, x0)
-
-    def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
-        cond, null = self._conditioning(rollout.batch)
-        if role == GENERATOR:
-            return self._generator_loss(rollout.x0, cond, null, triple, draws)
-        return self._critic_loss(rollout.x0, rollout.batch, cond, triple, draws)
-
-    def _generator_loss(self, x: Tensor, cond: Conditioning, null: Conditioning, triple: Triple, draws: Draws) -> Terms:
-        """L_G = L_DM + w_gan softplus(-D(x_t))   (section 4)."""
+    def generator_loss(
+        self,
+        rollout: Rollout,
+        cond: Conditioning,
+        null: Conditioning,
+        triple: Triple,
+        progress: Progress,
+        draws: Draws,
+    ) -> Terms:
         direction, logged = parts.matching_direction(
-            x,
+            rollout.x0,
             cond,
             null,
             triple,
@@ -119,33 +45,4 @@ class DMD2(Method[DMD2Config]):
             guidance=self.config.guidance,
             weight=self.config.dm_weight,
         )
-        matching = parts.surrogate(x, direction)
-        if self.config.gan.weight == 0:
-            return Terms(matching, logged)
-        adversarial = parts.gan_generator_loss(triple, self.config.gan, x, cond, draws)
-        return Terms(matching + self.config.gan.weight * adversarial, {**logged, "gan": adversarial.detach()})
-
-    def _critic_loss(self, x: Tensor, batch: Batch, cond: Conditioning, triple: Triple, draws: Draws) -> Terms:
-        """L_F = ||pred(x_t) - target||^2, plus w_cls L_D on real and generated samples."""
-        t = self.config.fake_levels.levels().times(self.schedule, draws.uniform("fake.t"))
-        eps = draws.normal("fake.eps", x.shape[1:])
-        denoising = parts.fake_score_loss(triple.fake_score, x, t, eps, cond, self.config.fake_space)
-        if self.config.gan.weight == 0:
-            return Terms(denoising, {"denoising": denoising.detach()})
-        critic, real, fake = parts.gan_critic_loss(triple, self.config.gan, x, batch, cond, draws)
-        logged = {
-            "denoising": denoising.detach(),
-            "critic": critic.detach(),
-            "d_real": real.mean(),
-            "d_fake": fake.mean(),
-        }
-        return Terms(denoising + self.config.gan.critic_weight * critic, logged)
-
-    def _conditioning(self, batch: Batch) -> tuple[Conditioning, Conditioning]:
-        """The conditioning of the generated samples: the prompts', or the images' where rollouts start from images."""
-        if self.config.simulate or batch.image_cond is None:
-            return batch.cond, batch.null
-        return batch.image_cond, batch.null.sized_like(batch.image_cond)
-
-    def recipe(self) -> Recipe:
-        return parts.few_step_recipe(self.setting, "dmd2", self.ladder, self.transition, self.config.guidance)
+        return Terms(parts.surrogate(rollout.x0, direction), logged)

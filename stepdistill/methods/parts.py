@@ -78,9 +78,24 @@ def matching_gradient(
     gap = fake_x0 - real_x0
     if weight == "exact_kl":
         return ((alpha / sigma).square() * gap).detach()
-    norm = (x - real_x0).abs().flatten(1).mean(1).clamp_min(floor)
-    direction = gap / norm.reshape(-1, *(1,) * (x.ndim - 1))
+    direction = gap / normaliser(x, real_x0, floor)
     return (direction * alpha if weight == "paper" else direction).detach()
+
+
+def normaliser(x: Tensor, real_x0: Tensor, floor: float = 1e-6) -> Tensor:
+    """mean|x - mu_real| over each sample's own elements, (B, 1, ...), at least `floor`."""
+    norm = (x - real_x0).abs().flatten(1).mean(1).clamp_min(floor)
+    return norm.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def times_below(schedule: NoiseSchedule, uniform: Tensor, low: float, high: Tensor) -> Tensor:
+    """Native times drawn evenly between fraction `low` and each sample's own fraction `high`, (B,), before the shift."""
+    p = low + (high.double().clamp_min(low) - low) * uniform.double()
+    if schedule.is_flow:
+        return schedule.time_at(p.clamp(1e-3, 1.0))
+    # whole timesteps, both ends included
+    first, last = round(low * schedule.train_steps), (high.double() * schedule.train_steps).round()
+    return first + (uniform.double() * (last.clamp_min(first) - first + 1)).floor()
 
 
 def matching_direction(
@@ -105,13 +120,14 @@ def matching_direction(
     own = x.detach().flatten(1)
     # of each sample first: a mean over samples is the same for any division into micro-batches and processes
     gap = (fake - real).flatten(1).norm(dim=1) / (own - real.flatten(1)).norm(dim=1).clamp_min(1e-6)
-    logged = {
-        "dm": 0.5 * direction.square().mean(),
-        "score_gap": gap.mean(),
-        "latent_mean": own.mean(),
-        "latent_std": own.std(1, correction=0).mean(),
-    }
+    logged = {"dm": 0.5 * direction.square().mean(), "score_gap": gap.mean(), **latent_statistics(x)}
     return direction, logged
+
+
+def latent_statistics(x: Tensor) -> dict[str, Tensor]:
+    """Mean and standard deviation of each sample's elements, averaged over samples: to log."""
+    own = x.detach().flatten(1)
+    return {"latent_mean": own.mean(), "latent_std": own.std(1, correction=0).mean()}
 
 
 def surrogate(x: Tensor, direction: Tensor) -> Tensor:

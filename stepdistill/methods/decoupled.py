@@ -1,0 +1,137 @@
+"""Decoupled DMD (Liu et al., ICLR 2026, arXiv 2511.22677): the guided gradient is two, with noise levels of their own.
+
+    s_T^w - s_F = (s_T^c - s_F) + (w - 1) (s_T^c - s_T^u)
+                  matching        CFG augmentation
+
+CFG augmentation (CA) is the engine that turns many guided steps into few; alone it has no fixed point. Distribution
+matching (DM), a moment penalty or a GAN is the shield that bounds it. At the k-th call what is noisier than the
+generator's own input is decided already, so CA is drawn below that level, while DM needs the whole range (`hybrid`,
+the paper's best schedule). The paper's tau runs the other way: its tau_CA > tau_gen is t_CA < t_gen here.
+
+The two losses are added; each is divided by its own mean|x - mu_T^c| with a floor. The paper leaves its normaliser open;
+`coupled`, with one level, one noise and one normaliser for both, is DMD2.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.config import Settings
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.prediction import guide
+from stepdistill.errors import Refusal
+from stepdistill.methods import parts
+from stepdistill.methods.base import Progress, Rollout, Setting, Terms
+from stepdistill.methods.few_step import FewStep, FewStepConfig
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.triple import GENERATOR, Triple
+
+
+class MomentConfig(Settings):
+    """Shield by moments (the paper's mean-variance KL): each sample's own mean and variance against real latents'."""
+
+    weight: float = Field(0.0, ge=0, description="0 is off; 0.1 beside matching is a safety net")
+    mean: float = Field(0.0, description="of real latents, over all elements; 0.075 for SDXL")
+    std: float = Field(1.0, gt=0, description="of real latents; 0.9 for SDXL")
+
+
+class DecoupledConfig(FewStepConfig):
+    schedule: Literal["coupled", "independent", "restricted", "hybrid"] = Field(
+        "hybrid",
+        description="noise levels: one for both terms; one each; both below the generator's own; CA alone below it",
+    )
+    matching: bool = Field(True, description="the matching term; without it a GAN or the moments must be the shield")
+    dm_levels: parts.LevelConfig = parts.LevelConfig()
+    ca_low: float = Field(
+        0.02, ge=0, lt=1, description="least noisy level of CA, on the fraction axis before the shift"
+    )
+    moments: MomentConfig = MomentConfig()
+    floor: float = Field(1e-6, gt=0, description="least value of the normalisers")
+    ramp: int = Field(0, ge=0, description="generator updates over which w - 1 grows from 0; 0 is none, as published")
+
+
+class Decoupled(FewStep[DecoupledConfig]):
+    Config = DecoupledConfig
+    name = "decoupled"
+
+    def __init__(self, config: DecoupledConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
+        if not config.matching and config.gan.weight == 0 and config.moments.weight == 0:
+            raise Refusal(
+                "method.matching is false and neither method.gan.weight nor method.moments.weight is set, so nothing bounds "
+                "CFG augmentation: turn one of the three on"
+            )
+
+    def generator_loss(
+        self,
+        rollout: Rollout,
+        cond: Conditioning,
+        null: Conditioning,
+        triple: Triple,
+        progress: Progress,
+        draws: Draws,
+    ) -> Terms:
+        """L_G = 1/2 mean(x - sg(x + (w - 1) dCA/n_CA))^2 + 1/2 mean(x - sg(x + dDM/n_DM))^2 + shields."""
+        x, w = rollout.x0, self._guidance(progress)
+        augmentation, matching = self._directions(rollout, cond, null, triple, w, draws)
+        total = parts.surrogate(x, augmentation)
+        logged = {"ca": 0.5 * augmentation.square().mean(), "guidance": x.new_tensor(w)}
+        if self.config.matching:
+            total = total + parts.surrogate(x, matching)
+            logged["dm"] = 0.5 * matching.square().mean()
+        if self.config.moments.weight > 0:
+            penalty = moment_penalty(x, self.config.moments.mean, self.config.moments.std)
+            total = total + self.config.moments.weight * penalty
+            logged["moments"] = penalty.detach()
+        return Terms(total, {**logged, **parts.latent_statistics(x)})
+
+    def _directions(
+        self, rollout: Rollout, cond: Conditioning, null: Conditioning, triple: Triple, w: float, draws: Draws
+    ) -> tuple[Tensor, Tensor]:
+        """Descent directions (CA, DM) at x, without graph."""
+        x, t_gen = rollout.x0.detach(), rollout.t
+        with torch.no_grad():
+            t_dm = self._dm_times(t_gen, draws)
+            x_dm = self.schedule.add_noise(x, draws.normal("dm.eps", x.shape[1:]), t_dm)
+            if self.config.schedule == "coupled":
+                uncond, real = triple.real_score.both(x_dm, t_dm, cond, null)
+                fake = triple.fake_score.x0(x_dm, t_dm, cond)
+                norm = parts.normaliser(x, guide(uncond, real, w), self.config.floor)
+                return (1 - w) * (real - uncond) / norm, (fake - real) / norm
+            t_ca = parts.times_below(self.schedule, draws.uniform("ca.t"), self.config.ca_low, self._ca_bound(t_gen))
+            x_ca = self.schedule.add_noise(x, draws.normal("ca.eps", x.shape[1:]), t_ca)
+            uncond, conditional = triple.real_score.both(x_ca, t_ca, cond, null)
+            augmentation = (1 - w) * (conditional - uncond) / parts.normaliser(x, conditional, self.config.floor)
+            if not self.config.matching:
+                return augmentation, torch.zeros_like(augmentation)
+            real, fake = triple.real_score.x0(x_dm, t_dm, cond), triple.fake_score.x0(x_dm, t_dm, cond)
+            return augmentation, (fake - real) / parts.normaliser(x, real, self.config.floor)
+
+    def _dm_times(self, t_gen: Tensor, draws: Draws) -> Tensor:
+        if self.config.schedule == "restricted":
+            low = self.config.dm_levels.low
+            return parts.times_below(self.schedule, draws.uniform("dm.t"), low, self.schedule.fraction_at(t_gen))
+        return self.config.dm_levels.levels().times(self.schedule, draws.uniform("dm.t"))
+
+    def _ca_bound(self, t_gen: Tensor) -> Tensor:
+        """Noisiest level of CA, before the shift: the generator's own, or that of DM where they are independent."""
+        if self.config.schedule == "independent":
+            return torch.full_like(t_gen, self.config.dm_levels.high)
+        return self.schedule.fraction_at(t_gen)
+
+    def _guidance(self, progress: Progress) -> float:
+        done = progress.updates.get(GENERATOR, 0)
+        share = min(1.0, (done + 1) / self.config.ramp) if self.config.ramp else 1.0
+        return 1 + share * (self.config.guidance - 1)
+
+
+def moment_penalty(x: Tensor, mean: float, std: float) -> Tensor:
+    """Mean over samples of KL(N(m, s^2) || N(mean, std^2)), m and s^2 each sample's own over its elements (section 3.6)."""
+    own = x.flatten(1)
+    m, variance = own.mean(1), own.var(1, correction=0).clamp_min(1e-12)
+    ratio = variance / std**2
+    return (0.5 * (ratio + (m - mean).square() / std**2 - 1 - ratio.log())).mean()
