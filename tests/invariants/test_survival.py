@@ -249,5 +249,5 @@ def test_a_second_signal_stops_at_once(bench: Bench, tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         train(bench.config(DMD2_CASE, 6, save_every=2), tmp_path / "run")
     assert checkpoints.steps(tmp_path / "run/checkpoints") == [2]
-    monkeypatch.undo()
+    monkeypatch.undo()  # or the resumed run, which comes by iteration 3 again, takes the test session down
     assert train(bench.config(DMD2_CASE, 6), tmp_path / "run", resume="latest").finished
