@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -287,10 +288,11 @@ def nan_on_one_rank(bed: Bed, tally: Tally) -> None:
             tally.injected += who == "1"
             if trainee.ended() != 0:
                 raise Lost(f"a NaN on rank {who} ended the run: {trainee.last_line()}")
-            told = [line.split(" ", 2) for line in trainee.text().splitlines() if line.startswith("rank ")]
-            if sorted(rank for _, rank, _ in told) != ["0", "1"] or any("skipped 1 " not in end for *_, end in told):
-                raise Lost(f"not every rank skipped one step: {[end[:9] for *_, end in told]}")
-            said.append({end for *_, end in told})
+            # a rank's line may stand behind a progress bar
+            told = dict(re.findall(r"rank (\d) (skipped \d+ and holds [0-9a-f]{64})", trainee.text()))
+            if sorted(told) != ["0", "1"] or any("skipped 1 " not in end for end in told.values()):
+                raise Lost(f"not every rank skipped one step: {told}")
+            said.append(set(told.values()))
             runs.append(run)
         if len(said[0]) != 1:
             raise Lost("the ranks hold different weights")
