@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from stepdistill import cli
+from stepdistill.registry import METHODS
 
 
 @pytest.fixture
