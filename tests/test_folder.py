@@ -56,3 +56,9 @@ def test_a_deleted_folder_is_made_again(tmp_path: Path) -> None:
     path.parent.rmdir()
     file.append(2, {})
     assert iterations(path) == [2]
+
+
+def test_lines_are_json_also_where_a_loss_is_no_number(tmp_path: Path) -> None:
+    LineFile(tmp_path / "stats.jsonl").append(3, {"loss": float("nan"), "norm": float("inf"), "lr": 0.5})
+    line = (tmp_path / "stats.jsonl").read_text()
+    assert line == '{"iteration": 3, "loss": null, "norm": null, "lr": 0.5}\n'

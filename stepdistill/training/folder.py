@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,8 +43,9 @@ class LineFile:
         self._waiting = b""
 
     def append(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Write the lines that wait, then this one."""
-        self._waiting += json.dumps({"iteration": iteration, **values}).encode() + b"\n"
+        """Write the lines that wait, then this one; what is no number is `null`, since JSON has no word for it."""
+        said = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._waiting += json.dumps({"iteration": iteration, **said}).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write()
