@@ -95,15 +95,15 @@ def _training(stats: Path) -> str:
     figure = Figure(figsize=(9, 2.4 * len(names)), layout="constrained")
     axes = figure.subplots(len(names), 1, squeeze=False)
     for axis, name in zip(axes[:, 0], names, strict=True):
-        points = [(line["iteration"], line[name]) for line in lines if name in line and "iteration" in line]
+        points = [(line["iteration"], y) for line in lines if (y := line.get(name)) is not None and "iteration" in line]
         axis.plot([x for x, _ in points], [y for _, y in points])
         axis.set_ylabel(name)
     axes[-1][0].set_xlabel("iteration")
     return _image(figure)
 
 
-def _parsed(text: str) -> dict[str, float]:
-    """One line of `stats.jsonl`; a run that is still writing may have left half of its last one."""
+def _parsed(text: str) -> dict[str, float | None]:
+    """One line of `stats.jsonl`, null where a value was no number; a run that is still writing may have left half of its last one."""
     try:
         return dict(json.loads(text))
     except ValueError:
