@@ -320,8 +320,11 @@ def main() -> None:
     """Entry point: a refusal is one sentence on stderr and exit code 2."""
     leader = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if leader else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "diffusers", "transformers", "accelerate", "torch"):
+    # some libraries talk as they are imported, and set the levels of their own loggers then
+    for noisy in ("httpx", "diffusers", "transformers", "accelerate", "torch", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()
     except Refusal as refusal:
