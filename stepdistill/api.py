@@ -27,7 +27,7 @@ from stepdistill.training.caching import Filled, fill
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.grids import as_floats, save_images, tile
 from stepdistill.training.options import check_training_options
-from stepdistill.training.processes import check_launcher
+from stepdistill.training.processes import check_launcher, sharding_asked
 from stepdistill.training.run import Outcome, describe, open_run, run_config, train
 from stepdistill.training.session import DTYPES, Session, best_device, prepare
 from stepdistill.watching import StudentWatch
@@ -65,7 +65,7 @@ def dry_run(config: RunConfig) -> list[str]:
     check_launcher(config.training)
     plan = prepare(config)
     device = torch.device(config.training.device or best_device())
-    check_training_options(config, plan.roles, device, sharded=config.training.sharding == "full")
+    check_training_options(config, plan.roles, device, sharded=sharding_asked(config.training))
     return describe(plan)
 
 

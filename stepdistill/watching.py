@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from stepdistill.assets import FOLDER
 from stepdistill.config import EvaluationConfig
@@ -93,7 +94,9 @@ class StudentWatch:
             decisive = found.get(self.decides)
         if PartialState().is_main_process:
             self.log.append(iteration, values)
-        if decisive is None or not self._is_best(decisive):
+        # one process decides for all: they save together, and read a file that the main one rewrites
+        main = PartialState().is_main_process
+        if decisive is None or not gather_object([main and self._is_best(decisive)])[0]:
             return Seen(values, None)
         return Seen(values, {"iteration": iteration, "metric": self.decides, "value": decisive})
 

@@ -113,6 +113,12 @@ def test_augmentation_stays_below_the_generators_level(name: str, step: int) -> 
     assert len(t.unique()) > 100
 
 
+def test_levels_stay_within_the_schedule() -> None:
+    schedule = SCHEDULES["eps"]()
+    t = parts.times_below(schedule, torch.tensor([0.0, 1 - 1e-12], dtype=torch.float64), 0.02, torch.ones(2).double())
+    assert t.tolist() == [20, 999]
+
+
 def test_the_ramp_counts_generator_updates() -> None:
     schedule = SCHEDULES["flow"]()
     method, triple = decoupled(schedule, ramp=4), trained_apart(schedule)

@@ -365,3 +365,15 @@ def test_precision_of_products_is_put_back() -> None:
         with products(tf32):
             assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (word, tf32)
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_moments_come_back_in_the_parameters_own_layout() -> None:
+    """Fused AdamW refuses moments whose strides are not the parameter's."""
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
+    before, after = (RoleOptimizer({"w": weight}, OptimizerConfig(lr=1e-3)) for _ in range(2))
+    weight.grad = torch.randn_like(weight)
+    before.step(0)
+    after.load_state_dict({key: value.contiguous() for key, value in before.state_dict().items()})
+    moment = after.adam.state[weight]["exp_avg"]
+    assert moment.stride() == weight.stride()
+    assert torch.equal(moment, before.adam.state[weight]["exp_avg"])

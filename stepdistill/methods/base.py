@@ -66,7 +66,7 @@ class Batch:
     Attributes:
         cond, null: conditional and unconditional branch of the prompts.
         images, image_cond: scaled latents of real images and the conditioning of their captions.
-        pair_noise, pair_latents, pair_cond, pair_null: deterministic teacher pairs.
+        pair_noise, pair_latents, pair_cond: deterministic teacher pairs.
         latent_shape: (C, h, w) of this batch's rollouts, which differs by bucket; None is the setting's.
     """
 

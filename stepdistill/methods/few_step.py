@@ -67,6 +67,11 @@ class FewStep(Method[FewStepConfigT]):
         else:
             self.ladder = few_step_ladder(self.schedule, config.steps)
         odds = config.exit_odds
+        if odds is not None and not config.simulate:
+            raise Refusal(
+                "method.exit_odds is set and method.simulate is false, where every image is noised to an even draw of the "
+                "ladder: remove one of the two"
+            )
         if odds is not None and (len(odds) != len(self.ladder) or min(odds) < 0 or max(odds) <= 0):
             raise Refusal(
                 f"method.exit_odds is {odds} and the ladder has {len(self.ladder)} steps: give as many odds, none below 0"

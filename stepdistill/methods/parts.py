@@ -90,11 +90,12 @@ def normaliser(x: Tensor, real_x0: Tensor, floor: float = 1e-6) -> Tensor:
 
 def times_below(schedule: NoiseSchedule, uniform: Tensor, low: float, high: Tensor) -> Tensor:
     """Native times drawn evenly between fraction `low` and each sample's own fraction `high`, (B,), before the shift."""
-    p = low + (high.double().clamp_min(low) - low) * uniform.double()
     if schedule.is_flow:
+        p = low + (high.double().clamp_min(low) - low) * uniform.double()
         return schedule.time_at(p.clamp(1e-3, 1.0))
     # whole timesteps, both ends included
-    first, last = round(low * schedule.train_steps), (high.double() * schedule.train_steps).round()
+    steps = schedule.train_steps
+    first, last = round(low * steps), (high.double() * steps).round().clamp_max(steps - 1)
     return first + (uniform.double() * (last.clamp_min(first) - first + 1)).floor()
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal
 
 from stepdistill.config import CacheConfig, RunConfig
+from stepdistill.errors import Refusal
 from stepdistill.methods.base import RoleKind
 from stepdistill.planning.forecast import Planner, changed
 from stepdistill.planning.report import Advice, Forecast
@@ -31,7 +32,10 @@ def advise(planner: Planner, config: RunConfig, forecast: Forecast) -> tuple[Adv
         if change is None:
             continue
         said, candidate = change
-        tried = planner.forecast(candidate)
+        try:
+            tried = planner.forecast(candidate)
+        except Refusal:  # does not go with what the config has, or with a change before it
+            continue
         gain = forecast.memory.peak - tried.memory.peak
         if gain >= LEAST:
             found.append(Advice(change=said, gain=gain, peak=tried.memory.peak))

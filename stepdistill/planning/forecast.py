@@ -17,6 +17,7 @@ from stepdistill.planning.report import GB, Compute, Disk, Forecast, NetworkCall
 from stepdistill.planning.sources import find_source
 from stepdistill.planning.trace import IMAGES, TEXT, Trace, outline, trace
 from stepdistill.training.caching import image_bytes, prompt_bytes
+from stepdistill.training.options import check_combinations
 from stepdistill.training.session import Plan, Session, without_data
 
 
@@ -67,6 +68,7 @@ class Planner:
         """
         source = find_source(config.model)
         bare = without_data(_bare(config), source.info)
+        check_combinations(config, bare.roles, sharded=config.training.sharding == "full")
         session, walked, traced = self._traced(bare)
         sizes = sizes_of(session, config)
         machine = self.machine

@@ -11,7 +11,7 @@ from stepdistill.config import OptimizerConfig, RunConfig
 from stepdistill.models.triple import REAL_SCORE
 from stepdistill.planning.hardware import RUNTIME
 from stepdistill.planning.report import Memory, Parameters, Part
-from stepdistill.planning.trace import IMAGES, TEXT, Phase, companions, size_of
+from stepdistill.planning.trace import GRID, IMAGES, TEXT, Phase, companions, size_of
 from stepdistill.training.session import EMA, Session
 
 NF4_BLOCK = 64
@@ -114,6 +114,8 @@ def memory_of(sizes: Sizes, phases: Iterable[Phase], config: RunConfig, processe
         gradients = min(phase.gradients, phase.transient) if _has_gradients(phase, config) else 0
         extra = {"gradients": -(-gradients // share), "activations": phase.transient - gradients}
         found[phase.name] = {**constant, **resident, **extra}
+        if phase.name == GRID:  # the student is drawn there, wherever it lives otherwise
+            found[phase.name]["ema"] = -(-sizes.ema // share)
         if phase.role and phase.name.endswith("backward"):
             own = f"{phase.role} optimizer"
             stepping = {**resident, own: moments[own]}

@@ -38,6 +38,7 @@ from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families.base import PARTS, Checkpoint, Part, Posterior
 from stepdistill.models.loading import fetch_weights, load_checkpoint
 from stepdistill.training.encoding import CachedImages, Warm, image_entry, text_entry
+from stepdistill.training.options import products
 from stepdistill.training.session import DTYPES, Plan, best_device
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,11 @@ def fill(plan: Plan, device: torch.device | str | None = None) -> Filled:
 
 def _fill(plan: Plan, section: CacheConfig, caches: _Caches, device: torch.device | str | None) -> Filled:
     where = torch.device(device or plan.config.training.device or best_device())
+    with products(tf32=False):
+        return _filled(plan, section, caches, where)
+
+
+def _filled(plan: Plan, section: CacheConfig, caches: _Caches, where: torch.device) -> Filled:
     _check_room(plan, section, caches)
     encoded = entries = 0
     if caches.text is not None:
@@ -118,6 +124,11 @@ def warm(plan: Plan, device: torch.device | str | None = None) -> Warm | None:
         _fill(plan, section, caches, device)
     state.wait_for_everyone()
     caches = caches or _caches(plan, section)
+    if caches.text is not None and null_key(plan.config.model.negative_prompt) not in caches.text:
+        raise Refusal(
+            f"the cache in {section.folder!r} was filled by another process and is not seen by this one: set cache.folder to a "
+            "folder that all machines share"
+        )
     images = None
     if caches.latents is not None and isinstance(plan.images, IndexedImages):
         images = CachedImages(plan.images, caches.latents, caches.contents)

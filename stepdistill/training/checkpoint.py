@@ -76,7 +76,7 @@ def write(folder: Path, facts: Facts, groups: Iterable[tuple[str, Mapping[str, T
         OSError: disk full and the like; earlier checkpoints are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{PREFIX}{facts.counters.iteration:08d}"
+    target = path_of(folder, facts.counters.iteration)
     if is_complete(target):  # a resumed run that stopped at once: what is there is what would be written
         return target
     for left in folder.glob(f".{PREFIX}*.partial"):  # of a process that was killed as it wrote
@@ -105,7 +105,7 @@ def write(folder: Path, facts: Facts, groups: Iterable[tuple[str, Mapping[str, T
         shutil.rmtree(aside, ignore_errors=True)
         raise
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"{PREFIX}{old:08d}", ignore_errors=True)
+        shutil.rmtree(path_of(folder, old), ignore_errors=True)
     return target
 
 
@@ -118,17 +118,27 @@ def is_complete(path: Path) -> bool:
     return True
 
 
-def set_aside(folder: Path, step: int) -> None:
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{PREFIX}{step:08d}"
+
+
+def set_aside(folder: Path, step: int, *, itself: bool = False) -> None:
     """Move checkpoints beyond `step`, from which a run goes on, to `abandoned/`: pruning must not count them as newer
-    ones, nor `latest` go back to them, and nothing is deleted that somebody may still want."""
-    for later in steps(folder):
-        if later > step:
-            source = folder / f"{PREFIX}{later:08d}"
-            target = folder / ABANDONED / source.name
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(source, target)
-            logger.warning("going on from iteration %d: %s was moved to %s", step, source, target)
+    ones, nor `latest` go back to them, and nothing is deleted that somebody may still want. So goes a best one from there.
+
+    itself: move the folder's own checkpoint of that step too, since the run goes on from another one of that number.
+    """
+    going = [path_of(folder, later) for later in steps(folder) if later > step or (itself and later == step)]
+    best = best_facts(folder)
+    if best is not None and int(best["iteration"]) > step:
+        going.append(folder / BEST)
+    for source in going:
+        target = folder / ABANDONED / source.name
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(source, target)
+        logger.warning("going on from iteration %d: %s was moved to %s", step, source, target)
 
 
 def read(path: Path) -> Saved:
@@ -167,7 +177,7 @@ def _verified(path: Path) -> dict[str, Any]:
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint; incomplete or corrupt ones are skipped and named. None where there is none."""
     for step in reversed(steps(folder)):
-        path = folder / f"{PREFIX}{step:08d}"
+        path = path_of(folder, step)
         try:
             _verified(path)
         except Refusal as refusal:
@@ -185,20 +195,31 @@ def keep_best(folder: Path, step: int, facts: Mapping[str, str | int | float]) -
     target, aside = folder / BEST, folder / f".{BEST}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        shutil.copytree(folder / f"{PREFIX}{step:08d}", aside, copy_function=os.link)
+        shutil.copytree(path_of(folder, step), aside, copy_function=os.link)
     except (OSError, shutil.Error):
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(folder / f"{PREFIX}{step:08d}", aside)
+        shutil.copytree(path_of(folder, step), aside)
     (aside / "best.json").write_text(json.dumps(dict(facts)))
-    shutil.rmtree(target, ignore_errors=True)
+    before = _former_best(folder)
+    shutil.rmtree(before, ignore_errors=True)
+    if target.exists():
+        os.replace(target, before)
     os.replace(aside, target)
+    _sync(folder)
+    shutil.rmtree(before, ignore_errors=True)
     return target
 
 
 def best_facts(folder: Path) -> dict[str, str | int | float] | None:
     """What made the kept best checkpoint the best; None where there is none."""
+    if not (folder / BEST).exists() and _former_best(folder).exists():  # killed between two renames
+        os.replace(_former_best(folder), folder / BEST)
     file = folder / BEST / "best.json"
     return dict(json.loads(file.read_text())) if file.is_file() else None
+
+
+def _former_best(folder: Path) -> Path:
+    return folder / f".{BEST}.former"
 
 
 def steps(folder: Path) -> list[int]:

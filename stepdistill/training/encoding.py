@@ -1,7 +1,7 @@
 """The one place where a run's prompts and images become conditioning and latents: live, or from a cache.
 
-Both encode row by row. What a sample is told is then the same to the bit whatever its neighbours in a batch, and so
-whether it was encoded now or when the cache was filled.
+Both encode row by row, and with whole float32 products whatever the training's are. What a sample is told is then the same
+to the bit whatever its neighbours in a batch, and so whether it was encoded now or when the cache was filled.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from stepdistill.data.indexed import IndexedImages
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families.base import Checkpoint, Family, Part, Posterior
+from stepdistill.training.options import products
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,20 @@ class LiveEncoder:
         self._null: Conditioning | None = None
 
     @torch.no_grad()
+    @products(tf32=False)
     def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
         rows = zip(prompts, sizes, strict=True)
         return Conditioning.cat([self.family.encode(self.checkpoint, [prompt], [size]) for prompt, size in rows])
 
     @torch.no_grad()
+    @products(tf32=False)
     def null(self, sizes: Sequence[ImageSize]) -> Conditioning:
         if self._null is None:
             self._null = self.family.null(self.checkpoint, sizes[:1], self.negative_prompt)
         return sized(self.family, self._null.expand(len(sizes)), sizes)
 
     @torch.no_grad()
+    @products(tf32=False)
     def latents(self, items: Sequence[TrainingImage], noise: Tensor) -> Tensor:
         rows = [self._posterior(item, noise.device).draw(eps[None]) for item, eps in zip(items, noise, strict=True)]
         return torch.cat(rows)

@@ -118,7 +118,10 @@ class RoleOptimizer:
     def _placed(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor | int:
         """A saved value as the optimizer holds it."""
         if key != "step":
-            return laid_out_like(parameter, value.clone())
+            placed = laid_out_like(parameter, value.clone())
+            # a fused step wants the parameter's own memory layout, which files do not keep
+            same = placed.shape == parameter.shape and not isinstance(placed, DTensor)
+            return torch.empty_like(parameter, dtype=placed.dtype).copy_(placed) if same else placed
         if self.config.kind == "adamw8bit":
             return int(value)
         # fused AdamW keeps its step counts beside the parameters

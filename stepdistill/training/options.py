@@ -89,9 +89,28 @@ def check_training_options(
     in_8_bit = [section for section in roles.values() if kinds[section] == "adamw8bit"]
     if in_8_bit:
         check_adamw8bit(device, torch.float64 if config.model.dtype == "float64" else torch.float32)
+    check_combinations(config, roles, sharded=sharded)
+
+
+def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], *, sharded: bool) -> None:
+    """Whether the options of a config go together, whatever is installed here. Arguments and refusals as above."""
+    kinds = {"generator": config.optimizers.generator.kind, "fake_score": config.optimizers.fake_score.kind}
+    modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
+    in_8_bit = [section for section in roles.values() if kinds[section] == "adamw8bit"]
+    if config.model.channels_last and any(modes[section] == "full" for section in in_8_bit):
+        raise Refusal(
+            "model.channels_last is set and bitsandbytes lays a full network's weights out anew: set model.channels_last to "
+            "false, or optimizers.*.kind to adamw"
+        )
+    if config.model.quantization != "none" and (full := [s for s in roles.values() if modes[s] == "full"]):
+        raise Refusal(
+            f"model.quantization is {config.model.quantization!r} and roles.{full[0]}.mode is 'full', which trains every weight "
+            f"of the base: set model.quantization to none, or roles.{full[0]}.mode to lora"
+        )
     whole_only = {
         "model.quantization": (config.model.quantization != "none", "none"),
         "model.compile": (config.model.compile, "false"),
+        "model.channels_last": (config.model.channels_last, "false"),
         "training.offload": (bool(config.training.offload), "[]"),
         **{f"optimizers.{section}.kind": (True, "adamw") for section in in_8_bit},
     }

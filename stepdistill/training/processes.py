@@ -48,11 +48,17 @@ def check_launcher(config: TrainingConfig, environment: Mapping[str, str] = os.e
             "the launcher asks for fsdp_cpu_ram_efficient_loading, which leaves the text encoders empty on all processes but "
             "one: set it to false in its config"
         )
-    if alone and (config.sharding == "full" or (config.sharding == "auto" and fsdp)):
+    if alone and sharding_asked(config, environment):
         raise Refusal(
             "sharding was asked for and there is one process, which would hold everything: start several with "
             "'accelerate launch --num_processes N -m stepdistill.cli train ...', or set training.sharding to 'replicated'"
         )
+
+
+def sharding_asked(config: TrainingConfig, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether config or launcher want networks shared out: the environment is asked, and not the accelerator, which turns
+    FSDP into DDP on the CPU without saying so."""
+    return config.sharding == "full" or (config.sharding == "auto" and _fsdp_asked(environment))
 
 
 def _fsdp_asked(environment: Mapping[str, str]) -> bool:
@@ -72,9 +78,7 @@ class Processes:
         self.index, self.count = accelerator.process_index, accelerator.num_processes
         self.main = accelerator.is_main_process
         self.device = accelerator.device
-        # the environment, not the accelerator's own word: on the CPU it turns FSDP into DDP without saying so
-        asked = config.sharding == "full" or (config.sharding == "auto" and _fsdp_asked(os.environ))
-        self.sharded = asked and self.count > 1
+        self.sharded = sharding_asked(config) and self.count > 1
 
     def place(self, triple: Triple) -> None:
         """Shard the triple's networks, or make sure that every process starts from the first one's roles."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from stepdistill.config import ModelConfig, RunConfig, load_config
 from stepdistill.errors import Refusal
@@ -25,6 +26,23 @@ from stepdistill.training.watch import Watch
 logger = logging.getLogger(__name__)
 EXACT_ONLY = ("dtype", "attention", "compile", "channels_last")
 """Keys of `model` that a resume may change, at the price of exactness."""
+HARMLESS = frozenset(
+    f"training.{key}"
+    for key in (
+        "max_steps",
+        "save_every",
+        "keep",
+        "log_every",
+        "grid_every",
+        "grid_prompts",
+        "trackers",
+        "device",
+        "max_bad_steps",
+    )
+)
+"""Keys that change no number of a run."""
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for one another: one of them fills a cache, or writes a large checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,7 @@ def train(
         cpu=config.training.device == "cpu",
         log_with=list(config.training.trackers) or None,
         project_dir=str(folder),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     processes = Processes(accelerator, config.training)
     check_training_options(config, plan.roles, processes.device, sharded=processes.sharded)
@@ -123,6 +142,8 @@ def open_run(
         )
     if full_precision:
         config = config.model_copy(update={"model": _in_full_precision(config.model)})
+    # results are the same under every kernel, and the device may be another
+    config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
     session = open_session(prepare(config, images=False), device)
     saved = checkpoints.read(newest)
     for role in session.triple.layouts:
@@ -192,6 +213,11 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
             raise Refusal(f"there is no checkpoint at {resume!r}: give a folder checkpoints/step-N, or 'latest'")
         return path
     newest = checkpoints.latest(folder / "checkpoints")
+    if newest is None and checkpoints.steps(folder / "checkpoints"):
+        raise Refusal(
+            f"none of the checkpoints in {str(folder / 'checkpoints')!r} is whole (see above), and starting afresh would lose the "
+            "run's logs: mend the disk, or choose another --output"
+        )
     if newest is None:
         logger.info("no checkpoint in %s yet: starting afresh", folder)
     return newest
@@ -215,6 +241,12 @@ def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
                 f"the run in {str(folder)!r} has {key} = {old.get(key)!r} and the config says {new.get(key)!r}: "
                 "resume with the run's own config.yaml, or choose another --output"
             )
+    others = {"data", "optimizers", "training", "cache"}
+    old, new = (_flat(run.model_dump(mode="json", include=others)) for run in (before, config))
+    changed = [key for key in sorted({*old, *new} - HARMLESS) if old.get(key) != new.get(key)]
+    if changed:
+        told = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
+        logger.warning("this resume is not bit for bit what an unbroken run gives: %s", told)
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Session:
 def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     """Read and check everything a run needs.
 
-    images: open the training images and read their sizes for buckets; drawing from a finished run needs neither.
+    images: open training images (sizes for buckets, too) and pairs; drawing from a finished run needs none of them.
 
     Raises:
         Refusal: the first thing that cannot work, in one sentence.
@@ -103,7 +103,7 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     if images and needs.images and data.images is not None:
         source = open_images(data, size, config.training.seed)
         _check_cache(config, source)
-    if needs.pairs and data.pairs is not None:
+    if images and needs.pairs and data.pairs is not None:
         pairs = TensorFolder(data.pairs)
         _check_pairs(pairs, prompts, plan.method_config, plan.setting.latent_shape)
     if images and data.buckets:

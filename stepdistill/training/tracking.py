@@ -53,12 +53,21 @@ class Tracker:
         self.clock, self.images = time.perf_counter(), 0
         if not self.main:
             return
-        self.stats.append(iteration, values)
         self.speed.append(iteration, pace)
         losses = {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}
         self.bar.set_postfix(
             {**losses, "img/s": f"{pace['images_per_second']:.1f}", "GB": f"{pace['peak_memory_gb']:.1f}"}
         )
+        self._write(iteration, values, pace)
+
+    def note(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Write a line of what was measured between iterations; the time it took is nobody's pace."""
+        self.clock, self.images = time.perf_counter(), 0
+        if self.main:
+            self._write(iteration, values, {})
+
+    def _write(self, iteration: int, values: Mapping[str, float], pace: Mapping[str, float]) -> None:
+        self.stats.append(iteration, values)
         try:
             self.accelerator.log({**values, **pace}, step=iteration)
         except Exception as error:  # third-party code: whatever it raises, the run is worth more than its plot

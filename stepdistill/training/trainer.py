@@ -52,6 +52,7 @@ class Trainer:
         settle(session)
         self.counters = Counters(updates={role: 0 for role in session.plan.roles})
         self.optimizers = self._optimizers()
+        self._origin: Path | None = None
         self.environment = Environment.here(session.plan.config, session.device, processes.count, processes.sharded)
 
     # ---------------------------------------------------------------- the loop
@@ -65,9 +66,7 @@ class Trainer:
         config, processes = self.config, self.processes
         if self.counters.iteration == 0:
             set_seed(config.seed)
-        if processes.main:
-            cut_back(self.folder, self.counters.iteration)
-            checkpoints.set_aside(self.folder / CHECKPOINTS, self.counters.iteration)
+        saved = self._go_back()
         tracker = Tracker(self.folder, config.max_steps, self.counters.iteration, processes.accelerator)
         grid = self._grid()
         numbers = sample_numbers(
@@ -79,7 +78,6 @@ class Trainer:
             processes=processes.count,
         )
         source = BatchSource(self.session, config.seed, processes.count).batches(numbers)
-        saved = self.counters.iteration
         with graceful() as stop:
             # a signal may reach the processes at different iterations, and they must stop at the same
             while self.counters.iteration < config.max_steps and not processes.any(stop.asked):
@@ -95,15 +93,33 @@ class Trainer:
                     self._draw(grid)
                 if self.watch is not None and done % self.watch.every == 0:
                     saved = self._look(self.watch, tracker, saved)
-        if saved != self.counters.iteration and not self.save():
-            raise Refusal(
-                f"the last checkpoint, of iteration {self.counters.iteration}, could not be written to {str(self.folder)!r} (see "
-                f"above), and the newest one there is of iteration {saved}: make room and resume with --resume latest"
-            )
-        if self.counters.iteration == config.max_steps:
-            self._draw(grid)
+            if saved != self.counters.iteration and not self.save():
+                raise Refusal(
+                    f"the last checkpoint, of iteration {self.counters.iteration}, could not be written to {str(self.folder)!r} "
+                    f"(see above), and the newest one there is of iteration {saved}: make room and resume with --resume latest"
+                )
+            finished = self.counters.iteration >= config.max_steps
+            if finished and not (config.grid_every and config.max_steps % config.grid_every == 0):
+                self._draw(grid)
         tracker.close()
-        return self.counters.iteration >= config.max_steps
+        return finished
+
+    def _go_back(self) -> int:
+        """Drop what lies beyond the iteration to go on from; the iteration of the newest checkpoint in this run's folder.
+
+        A checkpoint from elsewhere (`best`, `abandoned`, another folder) becomes one of this run first: whatever happens
+        next, `latest` finds it.
+        """
+        iteration, place = self.counters.iteration, self.folder / CHECKPOINTS
+        from_elsewhere = (
+            self._origin is not None and self._origin.resolve() != checkpoints.path_of(place, iteration).resolve()
+        )
+        if self.processes.main:
+            cut_back(self.folder, iteration)
+            checkpoints.set_aside(place, iteration, itself=from_elsewhere)
+        if not from_elsewhere:
+            return iteration
+        return iteration if self.save() else 0
 
     def iteration(self, micro_batches: Sequence[tuple[Sequence[int], Batch]]) -> dict[str, Tensor]:
         """One iteration: every role that is due, in the method's order, on rollouts made before the first update.
@@ -239,6 +255,7 @@ class Trainer:
             Refusal: corrupt, of another method or base, or not fitting these roles.
         """
         saved = checkpoints.read(path)
+        self._origin = path
         facts, mine = saved.facts, self.session.plan.config.method_name
         if facts.method != mine:
             raise Refusal(
@@ -262,6 +279,11 @@ class Trainer:
             optimizer.load_state_dict(saved.tensors[f"optimizer.{role}"])
         self.method.load_state_dict(saved.tensors["method"])
         self._set_global_rng(saved.tensors["rng"])
+        found = [int(other) for other in self.processes.gather(torch.tensor([self.counters.iteration]))]
+        if len(set(found)) > 1:
+            raise Refusal(
+                f"the processes resumed at different iterations ({found}): give all machines the same, whole output folder"
+            )
 
     def _global_rng(self) -> dict[str, Tensor]:
         """States of torch's global generators on every process: nothing of ours draws from them, third parties may."""
@@ -286,7 +308,7 @@ class Trainer:
     def _look(self, watch: Watch, tracker: Tracker, saved: int) -> int:
         """Let the watcher measure; the best student's checkpoint is kept beside the newest ones."""
         seen = watch(self.counters.iteration)
-        tracker.log(self.counters.iteration, dict(seen.values))
+        tracker.note(self.counters.iteration, seen.values)
         if seen.best is not None:
             if saved != self.counters.iteration and self.save():
                 saved = self.counters.iteration

@@ -119,6 +119,61 @@ def test_going_on_from_an_earlier_checkpoint_sets_later_ones_aside(bench: Bench,
     assert equal(saved(run), reference)
 
 
+@pytest.mark.parametrize("place", ["elsewhere", "abandoned/step-00000004"])
+def test_a_checkpoint_from_elsewhere_becomes_one_of_the_run(bench: Bench, tmp_path: Path, place: str) -> None:
+    """At once: the run may be killed before it saves again, and later checkpoints have been set aside."""
+    run = tmp_path / "run"
+    train(bench.config(DMD2_CASE, 6, save_every=2, keep=3), run)
+    reference, source = saved(run), run / "checkpoints" / place
+    shutil.copytree(run / "checkpoints/step-00000004", source)
+    shutil.rmtree(run / "checkpoints/step-00000004")
+    outcome = train(bench.config(DMD2_CASE, 4, keep=1), run, resume=str(source))
+    assert (outcome.iteration, checkpoints.steps(run / "checkpoints")) == (4, [4])
+    train(bench.config(DMD2_CASE, 6), run, resume="latest")
+    assert equal(saved(run), reference)
+
+
+def test_a_best_checkpoint_of_an_abandoned_branch_is_set_aside(tmp_path: Path, bench: Bench) -> None:
+    run = tmp_path / "run"
+    train(bench.config(DMD2_CASE, 4, save_every=2), run)
+    places = run / "checkpoints"
+    checkpoints.keep_best(places, 4, {"iteration": 4, "metric": "fid", "value": 1.0})
+    checkpoints.set_aside(places, 2)
+    assert checkpoints.best_facts(places) is None
+    assert (places / "abandoned/best/best.json").is_file()
+
+
+def test_the_best_checkpoint_outlives_a_kill_while_it_is_replaced(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train(bench.config(DMD2_CASE, 4, save_every=2), run)
+    places, replace_file, calls = run / "checkpoints", os.replace, []
+    checkpoints.keep_best(places, 2, {"iteration": 2, "metric": "fid", "value": 2.0})
+
+    def killed(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.keep_best(places, 4, {"iteration": 4, "metric": "fid", "value": 1.0})
+    monkeypatch.undo()
+    assert checkpoints.best_facts(places) == {"iteration": 2, "metric": "fid", "value": 2.0}
+
+
+def test_a_run_whose_every_checkpoint_is_broken_is_not_started_afresh(bench: Bench, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(bench.config(DMD2_CASE, 2), run)
+    (run / "checkpoints/step-00000002/generator.safetensors").write_bytes(b"")
+    before = (run / "stats.jsonl").read_text()
+    with pytest.raises(Refusal, match="none of the checkpoints .* is whole"):
+        train(bench.config(DMD2_CASE, 4), run, resume="latest")
+    assert (run / "stats.jsonl").read_text() == before
+
+
 def test_grids_beyond_the_checkpoint_go(bench: Bench, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = bench.config(DMD2_CASE, 3, family="sd", dtype="float32", grid_every=1, save_every=1, batch_size=1, keep=3)
@@ -155,6 +210,15 @@ def test_a_changed_environment_is_said(bench: Bench, tmp_path: Path, caplog: pyt
         train(bench.config(DMD2_CASE, 3, batch_size=2, accumulation=2), tmp_path / "run", resume="latest")
     assert "not bit for bit" in caplog.text
     assert "batch was 4 and is 2, accumulation was 1 and is 2" in caplog.text
+
+
+def test_changed_settings_are_said(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(bench.config(DMD2_CASE, 2), tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        train(bench.config(DMD2_CASE, 3, save_every=50), tmp_path / "run", resume="latest")
+        assert "not bit for bit" not in caplog.text
+        train(bench.config(DMD2_CASE, 4, seed=7), tmp_path / "run", resume="latest")
+    assert "training.seed was 0 and is 7" in caplog.text
 
 
 def test_another_base_is_refused(bench: Bench, tmp_path: Path) -> None:
