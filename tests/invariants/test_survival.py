@@ -169,7 +169,7 @@ def test_a_run_whose_every_checkpoint_is_broken_is_not_started_afresh(bench: Ben
     train(bench.config(DMD2_CASE, 2), run)
     (run / "checkpoints/step-00000002/generator.safetensors").write_bytes(b"")
     before = (run / "stats.jsonl").read_text()
-    with pytest.raises(Refusal, match="none of the checkpoints .* is whole"):
+    with pytest.raises(Refusal, match=r"none of the checkpoints .* is whole"):
         train(bench.config(DMD2_CASE, 4), run, resume="latest")
     assert (run / "stats.jsonl").read_text() == before
 
