@@ -29,7 +29,7 @@ from stepdistill.training.grids import as_floats, save_images, tile
 from stepdistill.training.options import check_training_options
 from stepdistill.training.processes import check_launcher, sharding_asked
 from stepdistill.training.run import Outcome, describe, open_run, run_config, train
-from stepdistill.training.session import DTYPES, Session, best_device, prepare
+from stepdistill.training.session import DTYPES, Session, device_of, prepare
 from stepdistill.watching import StudentWatch
 
 __all__ = [
@@ -64,14 +64,14 @@ def dry_run(config: RunConfig) -> list[str]:
     """Check a config as training would, without loading a weight; lines that describe the run. Raises Refusal."""
     check_launcher(config.training)
     plan = prepare(config)
-    device = torch.device(config.training.device or best_device())
+    device = device_of(config.training.device)
     check_training_options(config, plan.roles, device, sharded=sharding_asked(config.training))
     return describe(plan)
 
 
 def load_teacher(model: str, dtype: str = "float32", device: str | None = None) -> Checkpoint:
     """Load a checkpoint: diffusers folder, hub id, single `.safetensors` file, or `builtin:teacher`. Raises Refusal."""
-    return load_checkpoint(inspect_checkpoint(resolve(model)), dtype_of(dtype), device or best_device())
+    return load_checkpoint(inspect_checkpoint(resolve(model)), dtype_of(dtype), device_of(device))
 
 
 def export(
@@ -152,7 +152,7 @@ def sample(
     listed = [prompt] if prompt is not None else list(read_prompts(str(prompts)).texts)
     texts = [text for text in listed for _ in range(num_images)]
     pipeline, recipe = load_artefact(
-        resolve(model), Path(lora) if lora is not None else None, dtype_of(dtype), device or best_device()
+        resolve(model), Path(lora) if lora is not None else None, dtype_of(dtype), device_of(device)
     )
     size = (height, width) if height is not None and width is not None else None
     images = draw(

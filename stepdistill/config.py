@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -241,7 +241,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _sentence(section: type[Settings], error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
+    # an unknown key is the likelier mistake, and explains a missing one
+    first = next((item for item in error.errors() if item["type"] == "extra_forbidden"), error.errors()[0])
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys_at(section, first["loc"][:-1])
@@ -256,7 +257,12 @@ def _sentence(section: type[Settings], error: ValidationError, where: str) -> st
 def _keys_at(section: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
     for part in loc:
         annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
+        inner = [
+            kind
+            for kind in (annotation, *get_args(annotation))
+            if isinstance(kind, type) and issubclass(kind, Settings)
+        ]
+        if not inner:
             return []
-        section = annotation
+        section = inner[0]
     return list(section.model_fields)

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,6 @@ class Report:
         recipe = Recipe.read(lora)
         if recipe is None:
             raise Refusal(f"{str(lora)!r} holds no recipe: run the quickstart again")
-        recipe = replace(recipe, base=resolve(recipe.base))
         return "\n".join(
             [
                 head,

@@ -34,7 +34,7 @@ from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting import check_output
 from stepdistill.exporting.artefact import SCHEDULERS, draw, load_artefact
 from stepdistill.models.recipe import Recipe
-from stepdistill.training.session import best_device
+from stepdistill.training.session import device_of
 
 
 def evaluate(
@@ -218,7 +218,7 @@ def _place(device: str | None) -> torch.device:
     if device is None and state.num_processes > 1:
         return state.device
     try:
-        place = torch.device(device or best_device())
+        place = device_of(device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0][:120]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from stepdistill.assets import resolve
 from stepdistill.models.families.base import CheckpointInfo
 from stepdistill.models.recipe import Recipe
 
@@ -48,7 +49,7 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
 * The licence is the base model's ({info.licence or "the base states none"}).
 {more}
 ```python
-{usage(pipeline_name, recipe, format, file, folder)}
+{usage(pipeline_name, recipe, format, file, folder.resolve())}
 ```
 
 `reproduce.py` redraws `proof.safetensors` with stock diffusers and compares.
@@ -59,7 +60,7 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
 def usage(pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Path) -> str:
     """Python that draws one image with stock diffusers."""
     ladder = f"timesteps={list(recipe.timesteps)}" if recipe.timesteps else f"sigmas={list(recipe.sigmas)}"
-    source = str(folder) if format == "pipeline" else recipe.base
+    source = str(folder) if format == "pipeline" else resolve(recipe.base)
     lines = [
         f"from diffusers import {recipe.scheduler_class}, {pipeline_name}",
         "",

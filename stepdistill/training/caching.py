@@ -39,7 +39,7 @@ from stepdistill.models.families.base import PARTS, Checkpoint, Part, Posterior
 from stepdistill.models.loading import fetch_weights, load_checkpoint
 from stepdistill.training.encoding import CachedImages, Warm, image_entry, text_entry
 from stepdistill.training.options import products
-from stepdistill.training.session import DTYPES, Plan, best_device
+from stepdistill.training.session import DTYPES, Plan, device_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def fill(plan: Plan, device: torch.device | str | None = None) -> Filled:
 
 
 def _fill(plan: Plan, section: CacheConfig, caches: _Caches, device: torch.device | str | None) -> Filled:
-    where = torch.device(device or plan.config.training.device or best_device())
+    where = device if isinstance(device, torch.device) else device_of(device or plan.config.training.device)
     with products(tf32=False):
         return _filled(plan, section, caches, where)
 

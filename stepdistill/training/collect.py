@@ -25,7 +25,7 @@ from stepdistill.models.sampler import teacher_sample
 from stepdistill.registry import load_family
 from stepdistill.training.grids import student_latents
 from stepdistill.training.run import open_run
-from stepdistill.training.session import DTYPES, best_device
+from stepdistill.training.session import DTYPES, device_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class _Teacher:
         self.shape = info.latent_shape(self.size)
         self.schedule: NoiseSchedule = info.schedule.for_tokens(self.shape[1] * self.shape[2] // 4)
         self.family = load_family(info.family)
-        self.device = torch.device(config.device or best_device())
+        self.device = device_of(config.device)
         self.checkpoint = load_checkpoint(info, DTYPES[model.dtype], self.device, quantization=model.quantization)
         lay_out(self.checkpoint.network, model.attention, model.channels_last)
         if model.compile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 
@@ -65,6 +66,7 @@ def describe_options(config: RunConfig) -> list[str]:
         "compiled blocks": model.compile,
         "channels last": model.channels_last,
         "TensorFloat-32 on CUDA": training.tf32,
+        f"caches in {config.cache.folder!r}" if config.cache is not None else "": config.cache is not None,
         "the optimizers' state in main memory between steps": "optimizer" in training.offload,
         "the EMA in main memory": "ema" in training.offload,
     }
@@ -89,6 +91,11 @@ def check_training_options(
     in_8_bit = [section for section in roles.values() if kinds[section] == "adamw8bit"]
     if in_8_bit:
         check_adamw8bit(device, torch.float64 if config.model.dtype == "float64" else torch.float32)
+    for tracker in config.training.trackers:
+        if find_spec(tracker) is None:
+            raise Refusal(
+                f"training.trackers names {tracker!r}, which is not installed: run pip install {tracker}, or leave it out"
+            )
     check_combinations(config, roles, sharded=sharded)
 
 

@@ -51,7 +51,7 @@ def check_launcher(config: TrainingConfig, environment: Mapping[str, str] = os.e
     if alone and sharding_asked(config, environment):
         raise Refusal(
             "sharding was asked for and there is one process, which would hold everything: start several with "
-            "'accelerate launch --num_processes N -m stepdistill.cli train ...', or set training.sharding to 'replicated'"
+            "'torchrun --nproc_per_node N -m stepdistill.cli train ...', or set training.sharding to 'replicated'"
         )
 
 

@@ -19,7 +19,7 @@ from stepdistill.training.caching import warm
 from stepdistill.training.folder import CONFIG, write_config
 from stepdistill.training.options import check_training_options, describe_options, products
 from stepdistill.training.processes import Processes, check_launcher
-from stepdistill.training.session import Plan, Session, open_session, prepare
+from stepdistill.training.session import Plan, Session, device_of, open_session, prepare
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.watch import Watch
 
@@ -80,9 +80,11 @@ def train(
         Refusal: anything that cannot work, before any weight is loaded.
     """
     folder = Path(output or config.output)
+    config = config.model_copy(update={"output": str(folder)})  # what is written there must say where it belongs
     check_launcher(config.training)
-    checkpoint = _checkpoint(folder, resume)
+    device_of(config.training.device)
     _check_folder(folder, config, resume)
+    checkpoint = _checkpoint(folder, resume)
     plan = prepare(config)
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
@@ -99,9 +101,17 @@ def train(
     if checkpoint is not None:
         trainer.load(checkpoint)
         logger.info("resumed at iteration %d from %s", trainer.counters.iteration, checkpoint)
+    if checkpoint is not None and trainer.counters.iteration >= config.training.max_steps:
+        logger.info("the run is at iteration %d already, of training.max_steps", trainer.counters.iteration)
+        return Outcome(folder, True, trainer.counters.iteration, processes.main)
     if processes.main:
-        write_config(folder, config)
-        for line in describe(plan, session):
+        try:
+            write_config(folder, config)
+        except OSError as error:
+            raise Refusal(
+                f"the output folder {str(folder)!r} cannot be written ({error}): choose another --output"
+            ) from None
+        for line in describe(plan, session, processes.count):
             logger.info("%s", line)
     if config.training.trackers:
         accelerator.init_trackers("stepdistill", config=_flat(config.model_dump(mode="json")))
@@ -109,13 +119,6 @@ def train(
         finished = trainer.run()
     if plan.images is not None and plan.images.bad:
         logger.warning("%d unreadable images were replaced: %s", len(plan.images.bad), ", ".join(plan.images.bad[:10]))
-    if not finished and processes.main:
-        logger.warning(
-            "stopped at iteration %d; go on with: stepdistill train %s --output %s --resume latest",
-            trainer.counters.iteration,
-            folder / CONFIG,
-            folder,
-        )
     return Outcome(folder, finished, trainer.counters.iteration, processes.main)
 
 
@@ -161,7 +164,7 @@ def run_config(folder: str | Path) -> RunConfig:
     return load_config(file)
 
 
-def describe(plan: Plan, session: Session | None = None) -> list[str]:
+def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> list[str]:
     """What a run is, line by line: the dry run prints it, training logs it."""
     config, setting = plan.config, plan.setting
     training = config.training
@@ -182,7 +185,8 @@ def describe(plan: Plan, session: Session | None = None) -> list[str]:
         f"method      {config.method_name}: {options}",
         f"student     {recipe.num_inference_steps} network calls with {recipe.scheduler_class} at {ladder}, guidance off",
         f"data        {', '.join([f'{len(plan.prompts):,} prompts from {plan.prompts.source}', *extra])}",
-        f"training    {training.max_steps:,} iterations of {training.batch_size} x {training.accumulation} samples per process",
+        f"training    {training.max_steps:,} iterations of {training.batch_size} x {training.accumulation} samples on "
+        f"{processes} process{'es' if processes > 1 else ''}",
     ]
     if chosen := describe_options(config):
         lines.append(f"options     {', '.join(chosen)}")
@@ -211,6 +215,11 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
         path = Path(resume)
         if not (path / "state.json").is_file():
             raise Refusal(f"there is no checkpoint at {resume!r}: give a folder checkpoints/step-N, or 'latest'")
+        if folder.resolve() not in path.resolve().parents:
+            raise Refusal(
+                f"the checkpoint {resume!r} is of another run than {str(folder)!r}: give --output that run's folder, or start "
+                "from its student with init"
+            )
         return path
     newest = checkpoints.latest(folder / "checkpoints")
     if newest is None and checkpoints.steps(folder / "checkpoints"):
@@ -225,6 +234,8 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
 
 def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
     """Refuse to mix two runs in one folder."""
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f"the output folder {str(folder)!r} is a file: choose another --output")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if resume is None:

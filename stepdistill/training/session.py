@@ -100,6 +100,8 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     needs = plan.method_class.needs(plan.method_config)
     prompts = read_prompts(str(data.prompts), data.prompt_column)
     source = pairs = buckets = None
+    if data.images is not None and not needs.images:
+        logger.warning("data.images is set, and the method as it is configured looks at no image: they are not read")
     if images and needs.images and data.images is not None:
         source = open_images(data, size, config.training.seed)
         _check_cache(config, source)
@@ -146,7 +148,7 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
 def open_session(plan: Plan, device: torch.device | str | None = None, warm: Warm | None = None) -> Session:
     """Load the checkpoint and build triple and method; what warm caches make needless is not loaded."""
     config = plan.config
-    where = torch.device(device or config.training.device or best_device())
+    where = device if isinstance(device, torch.device) else device_of(device or config.training.device)
     checkpoint = load_checkpoint(
         plan.info,
         DTYPES[config.model.dtype],
@@ -232,11 +234,24 @@ def layout_of(config: RoleConfig, family: Family) -> RoleLayout:
     )
 
 
-def best_device() -> str:
-    """cuda, mps or cpu, whichever is there first."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; cuda, mps or cpu, whichever is there first, for None.
+
+    Raises:
+        Refusal: no such device, or none on this machine.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind, found in there.items() if found))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {*there, "meta"}:
+        raise Refusal(f"the device {name!r} is not known: use cuda, cuda:0 and so on, mps or cpu")
+    if not there.get(device.type, True):
+        raise Refusal(f"the device is {name!r}, and this machine has none of that kind: leave it out, or use cpu")
+    return device
 
 
 def _check_size(size: tuple[int, int], key: str, info: CheckpointInfo) -> None:

@@ -120,17 +120,38 @@ def test_going_on_from_an_earlier_checkpoint_sets_later_ones_aside(bench: Bench,
 
 
 @pytest.mark.parametrize("place", ["elsewhere", "abandoned/step-00000004"])
-def test_a_checkpoint_from_elsewhere_becomes_one_of_the_run(bench: Bench, tmp_path: Path, place: str) -> None:
+def test_a_checkpoint_from_elsewhere_becomes_one_of_the_run(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     """At once: the run may be killed before it saves again, and later checkpoints have been set aside."""
     run = tmp_path / "run"
     train(bench.config(DMD2_CASE, 6, save_every=2, keep=3), run)
     reference, source = saved(run), run / "checkpoints" / place
     shutil.copytree(run / "checkpoints/step-00000004", source)
     shutil.rmtree(run / "checkpoints/step-00000004")
-    outcome = train(bench.config(DMD2_CASE, 4, keep=1), run, resume=str(source))
-    assert (outcome.iteration, checkpoints.steps(run / "checkpoints")) == (4, [4])
+
+    def kill() -> None:
+        raise KeyboardInterrupt
+
+    at_iteration(monkeypatch, 4, kill)
+    with pytest.raises(KeyboardInterrupt):
+        train(bench.config(DMD2_CASE, 6, keep=1), run, resume=str(source))
+    monkeypatch.undo()
+    assert checkpoints.steps(run / "checkpoints") == [4]
     train(bench.config(DMD2_CASE, 6), run, resume="latest")
     assert equal(saved(run), reference)
+
+
+def test_what_a_resume_must_not_do(bench: Bench, tmp_path: Path) -> None:
+    """Take over another run's checkpoint, or rewrite the config of a run that has nothing left to do."""
+    train(bench.config(DMD2_CASE, 2), tmp_path / "one")
+    train(bench.config(DMD2_CASE, 2), tmp_path / "two")
+    with pytest.raises(Refusal, match="of another run than"):
+        train(bench.config(DMD2_CASE, 4), tmp_path / "one", resume=str(tmp_path / "two/checkpoints/step-00000002"))
+    before = (tmp_path / "one/config.yaml").read_text()
+    assert f"output: {tmp_path / 'one'}" in before
+    assert train(bench.config(DMD2_CASE, 1, batch_size=2), tmp_path / "one", resume="latest").iteration == 2
+    assert (tmp_path / "one/config.yaml").read_text() == before
 
 
 def test_a_best_checkpoint_of_an_abandoned_branch_is_set_aside(tmp_path: Path, bench: Bench) -> None:
