@@ -29,7 +29,7 @@ from stepdistill.training.grids import as_floats, save_images, tile
 from stepdistill.training.options import check_training_options
 from stepdistill.training.processes import check_launcher, sharding_asked
 from stepdistill.training.run import Outcome, describe, open_run, run_config, train
-from stepdistill.training.session import DTYPES, Session, device_of, prepare
+from stepdistill.training.session import DTYPES, Session, device_of, initial_checkpoint, prepare
 from stepdistill.watching import StudentWatch
 
 __all__ = [
@@ -64,6 +64,8 @@ def dry_run(config: RunConfig) -> list[str]:
     """Check a config as training would, without loading a weight; lines that describe the run. Raises Refusal."""
     check_launcher(config.training)
     plan = prepare(config)
+    if config.init is not None:
+        initial_checkpoint(Path(config.init))
     device = device_of(config.training.device)
     check_training_options(config, plan.roles, device, sharded=sharding_asked(config.training))
     return describe(plan)

@@ -12,6 +12,7 @@ from PIL import Image
 import stepdistill
 from stepdistill.assets import FOLDER
 from stepdistill.config import read_settings
+from stepdistill.errors import Refusal
 from stepdistill.training.collect import CollectConfig, collect
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -43,6 +44,10 @@ def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path
         (tmp_path / "images").mkdir()
         Image.new("RGB", (96, 96), "red").save(tmp_path / "images/a.png")
         overrides.append(f"data.images={tmp_path / 'images'}")
+    if raw.get("init"):  # the run that it starts from is another config's
+        with pytest.raises(Refusal, match="init names"):
+            stepdistill.dry_run(stepdistill.load_config(CONFIGS / name, overrides))
+        overrides.append("init=null")
     lines = stepdistill.dry_run(stepdistill.load_config(CONFIGS / name, overrides))
     assert any(line.startswith("student") for line in lines)
 

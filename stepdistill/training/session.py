@@ -200,18 +200,23 @@ def settle(session: Session) -> None:
             compile_blocks(network)
 
 
+def initial_checkpoint(run: Path) -> Path:
+    """The checkpoint that `init` names: an earlier run's newest. Raises Refusal where there is none."""
+    path = checkpoints.latest(run / "checkpoints")
+    if path is None:
+        raise Refusal(
+            f"init names {str(run)!r}, which holds no complete checkpoint: give the output folder of an earlier run"
+        )
+    return path
+
+
 def load_initial(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:
     """Start from the roles of an earlier run's newest checkpoint: its student becomes this generator (staged training).
 
     Raises:
         Refusal: no checkpoint there, or one that does not fit.
     """
-    path = checkpoints.latest(run / "checkpoints")
-    if path is None:
-        raise Refusal(
-            f"init names {str(run)!r}, which holds no complete checkpoint: give the output folder of an earlier run"
-        )
-    saved = checkpoints.read(path).tensors
+    saved = checkpoints.read(initial_checkpoint(run)).tensors
     for role in roles:
         source = EMA if role == GENERATOR and EMA in saved else role
         own = {key: value for key, value in saved.get(source, {}).items() if not key.startswith("head.")}
