@@ -233,3 +233,11 @@ def test_rates() -> None:
     assert [rate(cosine, u) for u in (0, 3, 4, 9, 14, 99)] == pytest.approx([0.25, 1, 1, 0.5, 0, 0])
     assert rate(OptimizerConfig(lr=2.0, schedule="linear", decay_updates=4), 1) == pytest.approx(1.5)
     assert rate(OptimizerConfig(lr=2.0), 10**6) == 2.0
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(config: Callable[..., RunConfig], tmp_path: Path, name: str) -> None:
+    """And not replaced by the CPU without a word; nothing is written."""
+    with pytest.raises(Refusal, match=f"the device '{name}' cannot be used"):
+        train(config(2, training__device=name), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -245,17 +245,15 @@ def device_of(name: str | None) -> torch.device:
     Raises:
         Refusal: no such device, or none on this machine.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         return torch.device(next(kind for kind, found in there.items() if found))
     try:
         device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in {*there, "meta"}:
-        raise Refusal(f"the device {name!r} is not known: use cuda, cuda:0 and so on, mps or cpu")
-    if not there.get(device.type, True):
-        raise Refusal(f"the device is {name!r}, and this machine has none of that kind: leave it out, or use cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0].split(". ")[0][:160]
+        raise Refusal(f"the device {name!r} cannot be used ({first}): give cpu, cuda, cuda:N or mps") from None
     return device
 
 
