@@ -27,7 +27,6 @@ from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Progress, Rollout, Setting, Terms
 from stepdistill.methods.few_step import FewStep, FewStepConfig
-from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.triple import GENERATOR, Triple
 
 
@@ -66,18 +65,10 @@ class Decoupled(FewStep[DecoupledConfig]):
                 "CFG augmentation: turn one of the three on"
             )
 
-    def generator_loss(
-        self,
-        rollout: Rollout,
-        cond: Conditioning,
-        null: Conditioning,
-        triple: Triple,
-        progress: Progress,
-        draws: Draws,
-    ) -> Terms:
+    def generator_loss(self, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         """L_G = 1/2 mean(x - sg(x + (w - 1) dCA/n_CA))^2 + 1/2 mean(x - sg(x + dDM/n_DM))^2 + shields."""
         x, w = rollout.x0, self._guidance(progress)
-        augmentation, matching = self._directions(rollout, cond, null, triple, w, draws)
+        augmentation, matching = self._directions(rollout, triple, w, draws)
         total = parts.surrogate(x, augmentation)
         logged = {"ca": 0.5 * augmentation.square().mean(), "guidance": x.new_tensor(w)}
         if self.config.matching:
@@ -89,11 +80,10 @@ class Decoupled(FewStep[DecoupledConfig]):
             logged["moments"] = penalty.detach()
         return Terms(total, {**logged, **parts.latent_statistics(x)})
 
-    def _directions(
-        self, rollout: Rollout, cond: Conditioning, null: Conditioning, triple: Triple, w: float, draws: Draws
-    ) -> tuple[Tensor, Tensor]:
+    def _directions(self, rollout: Rollout, triple: Triple, w: float, draws: Draws) -> tuple[Tensor, Tensor]:
         """Descent directions (CA, DM) at x, without graph."""
         x, t_gen = rollout.x0.detach(), rollout.t
+        cond, null = rollout.batch.cond, rollout.batch.null
         with torch.no_grad():
             t_dm = self._dm_times(t_gen, draws)
             x_dm = self.schedule.add_noise(x, draws.normal("dm.eps", x.shape[1:]), t_dm)

@@ -11,7 +11,6 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.methods import parts
 from stepdistill.methods.base import Progress, Rollout, Terms
 from stepdistill.methods.few_step import FewStep, FewStepConfig
-from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.triple import Triple
 
 
@@ -26,19 +25,11 @@ class DMD2(FewStep[DMD2Config]):
     Config = DMD2Config
     name = "dmd2"
 
-    def generator_loss(
-        self,
-        rollout: Rollout,
-        cond: Conditioning,
-        null: Conditioning,
-        triple: Triple,
-        progress: Progress,
-        draws: Draws,
-    ) -> Terms:
+    def generator_loss(self, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         direction, logged = parts.matching_direction(
             rollout.x0,
-            cond,
-            null,
+            rollout.batch.cond,
+            rollout.batch.null,
             triple,
             draws,
             levels=self.config.dm_levels,

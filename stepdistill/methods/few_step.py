@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 from pydantic import Field
-from torch import Tensor
 
 from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws, derive_seed
@@ -20,7 +20,6 @@ from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Method, Needs, Progress, Rollout, Setting, Terms
-from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.heads import seeded_head
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
@@ -111,36 +110,32 @@ class FewStep(Method[FewStepConfigT]):
         return Rollout(batch, x_t, t, x0)
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
-        cond, null = self._conditioning(rollout.batch)
+        rollout = replace(rollout, batch=self._told(rollout.batch))
         if role == FAKE_SCORE:
-            return self._critic_loss(rollout.x0, rollout.batch, cond, triple, draws)
-        terms = self.generator_loss(rollout, cond, null, triple, progress, draws)
+            return self._critic_loss(rollout, triple, draws)
+        terms = self.generator_loss(rollout, triple, progress, draws)
         if self.config.gan.weight == 0:
             return terms
-        adversarial = parts.gan_generator_loss(triple, self.config.gan, rollout.x0, cond, draws)
+        adversarial = parts.gan_generator_loss(triple, self.config.gan, rollout.x0, rollout.batch.cond, draws)
         logged = {**terms.parts, "gan": adversarial.detach()}
         return Terms(terms.total + self.config.gan.weight * adversarial, logged)
 
     @abstractmethod
-    def generator_loss(
-        self,
-        rollout: Rollout,
-        cond: Conditioning,
-        null: Conditioning,
-        triple: Triple,
-        progress: Progress,
-        draws: Draws,
-    ) -> Terms:
-        """The generator's loss on its sample, without the GAN term, which is added to it."""
+    def generator_loss(self, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
+        """The generator's loss on its sample, without the GAN term, which is added to it.
 
-    def _critic_loss(self, x: Tensor, batch: Batch, cond: Conditioning, triple: Triple, draws: Draws) -> Terms:
+        The batch's `cond` and `null` are those of the generated samples.
+        """
+
+    def _critic_loss(self, rollout: Rollout, triple: Triple, draws: Draws) -> Terms:
         """L_F = ||pred(x_t) - target||^2, plus w_cls L_D on real and generated samples."""
+        x, batch = rollout.x0, rollout.batch
         t = self.config.fake_levels.levels().times(self.schedule, draws.uniform("fake.t"))
         eps = draws.normal("fake.eps", x.shape[1:])
-        denoising = parts.fake_score_loss(triple.fake_score, x, t, eps, cond, self.config.fake_space)
+        denoising = parts.fake_score_loss(triple.fake_score, x, t, eps, batch.cond, self.config.fake_space)
         if self.config.gan.weight == 0:
             return Terms(denoising, {"denoising": denoising.detach()})
-        critic, real, fake = parts.gan_critic_loss(triple, self.config.gan, x, batch, cond, draws)
+        critic, real, fake = parts.gan_critic_loss(triple, self.config.gan, x, batch, batch.cond, draws)
         logged = {
             "denoising": denoising.detach(),
             "critic": critic.detach(),
@@ -149,11 +144,11 @@ class FewStep(Method[FewStepConfigT]):
         }
         return Terms(denoising + self.config.gan.critic_weight * critic, logged)
 
-    def _conditioning(self, batch: Batch) -> tuple[Conditioning, Conditioning]:
-        """The conditioning of the generated samples: the prompts', or the images' where rollouts start from images."""
+    def _told(self, batch: Batch) -> Batch:
+        """The batch with the conditioning of the generated samples: the images' own where rollouts start from images."""
         if self.config.simulate or batch.image_cond is None:
-            return batch.cond, batch.null
-        return batch.image_cond, batch.null.sized_like(batch.image_cond)
+            return batch
+        return replace(batch, cond=batch.image_cond, null=batch.null.sized_like(batch.image_cond))
 
     def recipe(self) -> Recipe:
         return parts.few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.guidance)

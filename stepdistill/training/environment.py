@@ -11,6 +11,8 @@ import torch
 from stepdistill.config import RunConfig
 
 logger = logging.getLogger(__name__)
+RECORDED = frozenset(f"training.{key}" for key in ("threads", "sharding", "batch_size", "accumulation"))
+"""Keys of a config that an environment speaks of, as they turned out."""
 
 
 @dataclass(frozen=True)

@@ -41,19 +41,26 @@ def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, R
         check_xformers(config.training.device)
     if model.quantization == "none":
         return
-    source = f" (by preset {config.preset!r}, unless the config has the key itself)" if config.preset else ""
-    modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
-    for section in roles.values():
-        if modes[section] == "full":
-            raise Refusal(
-                f"model.quantization is {model.quantization!r}{source} and roles.{section}.mode is 'full', which trains every "
-                f"weight of the base: set model.quantization to none, or roles.{section}.mode to lora"
-            )
+    _check_quantized_roles(config, roles)
     if model.dtype == "float64":
-        raise Refusal(
-            f"model.quantization is {model.quantization!r}{source} and model.dtype is 'float64': set model.dtype to float32 or bfloat16"
-        )
+        raise Refusal(f"{_quantization(config)} and model.dtype is 'float64': set model.dtype to float32 or bfloat16")
     check_quantization()
+
+
+def _check_quantized_roles(config: RunConfig, roles: Mapping[str, RoleKind]) -> None:
+    modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
+    full = [section for section in roles.values() if modes[section] == "full"]
+    if config.model.quantization != "none" and full:
+        raise Refusal(
+            f"{_quantization(config)} and roles.{full[0]}.mode is 'full', which trains every weight of the base: "
+            f"set model.quantization to none, or roles.{full[0]}.mode to lora"
+        )
+
+
+def _quantization(config: RunConfig) -> str:
+    """What the config says of it, and where it came from, for the start of a refusal."""
+    source = f" (by preset {config.preset!r}, unless the config has the key itself)" if config.preset else ""
+    return f"model.quantization is {config.model.quantization!r}{source}"
 
 
 def describe_options(config: RunConfig) -> list[str]:
@@ -66,12 +73,12 @@ def describe_options(config: RunConfig) -> list[str]:
         "compiled blocks": model.compile,
         "channels last": model.channels_last,
         "TensorFloat-32 on CUDA": training.tf32,
-        f"caches in {config.cache.folder!r}" if config.cache is not None else "": config.cache is not None,
         "the optimizers' state in main memory between steps": "optimizer" in training.offload,
         "the EMA in main memory": "ema" in training.offload,
     }
     said |= {f"8-bit AdamW for the {name.replace('_', ' ')}": kind == "adamw8bit" for name, kind in kinds.items()}
-    return [words for words, is_set in said.items() if is_set]
+    caches = [f"caches in {config.cache.folder!r}"] if config.cache is not None else []
+    return [words for words, is_set in said.items() if is_set] + caches
 
 
 def check_training_options(
@@ -109,11 +116,7 @@ def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], *, shar
             "model.channels_last is set and bitsandbytes lays a full network's weights out anew: set model.channels_last to "
             "false, or optimizers.*.kind to adamw"
         )
-    if config.model.quantization != "none" and (full := [s for s in roles.values() if modes[s] == "full"]):
-        raise Refusal(
-            f"model.quantization is {config.model.quantization!r} and roles.{full[0]}.mode is 'full', which trains every weight "
-            f"of the base: set model.quantization to none, or roles.{full[0]}.mode to lora"
-        )
+    _check_quantized_roles(config, roles)
     whole_only = {
         "model.quantization": (config.model.quantization != "none", "none"),
         "model.compile": (config.model.compile, "false"),

@@ -16,6 +16,7 @@ from stepdistill.config import ModelConfig, RunConfig, load_config
 from stepdistill.errors import Refusal
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.caching import warm
+from stepdistill.training.environment import RECORDED
 from stepdistill.training.folder import CONFIG, write_config
 from stepdistill.training.options import check_training_options, describe_options, products
 from stepdistill.training.processes import Processes, check_launcher
@@ -102,7 +103,8 @@ def train(
         trainer.load(checkpoint)
         logger.info("resumed at iteration %d from %s", trainer.counters.iteration, checkpoint)
     if checkpoint is not None and trainer.counters.iteration >= config.training.max_steps:
-        logger.info("the run is at iteration %d already, of training.max_steps", trainer.counters.iteration)
+        reached, wanted = trainer.counters.iteration, config.training.max_steps
+        logger.info("nothing to do: the run is at iteration %d, and training.max_steps is %d", reached, wanted)
         return Outcome(folder, True, trainer.counters.iteration, processes.main)
     if processes.main:
         try:
@@ -186,7 +188,7 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
         f"student     {recipe.num_inference_steps} network calls with {recipe.scheduler_class} at {ladder}, guidance off",
         f"data        {', '.join([f'{len(plan.prompts):,} prompts from {plan.prompts.source}', *extra])}",
         f"training    {training.max_steps:,} iterations of {training.batch_size} x {training.accumulation} samples on "
-        f"{processes} process{'es' if processes > 1 else ''}",
+        f"{'one process' if processes == 1 else f'each of {processes} processes'}",
     ]
     if chosen := describe_options(config):
         lines.append(f"options     {', '.join(chosen)}")
@@ -202,7 +204,7 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
 
 
 def _in_full_precision(model: ModelConfig) -> ModelConfig:
-    exact: dict[str, object] = {"quantization": "none", "attention": "sdpa", "compile": False}
+    exact: dict[str, object] = {"quantization": "none", "compile": False}
     if model.dtype in ("bfloat16", "float16"):
         exact["dtype"] = "float32"
     return model.model_copy(update=exact)
@@ -254,7 +256,7 @@ def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
             )
     others = {"data", "optimizers", "training", "cache"}
     old, new = (_flat(run.model_dump(mode="json", include=others)) for run in (before, config))
-    changed = [key for key in sorted({*old, *new} - HARMLESS) if old.get(key) != new.get(key)]
+    changed = [key for key in sorted({*old, *new} - HARMLESS - RECORDED) if old.get(key) != new.get(key)]
     if changed:
         told = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
         logger.warning("this resume is not bit for bit what an unbroken run gives: %s", told)

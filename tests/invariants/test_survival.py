@@ -71,12 +71,22 @@ def test_a_full_disk_stops_nothing_until_the_end(
     assert equal(saved(run), saved(tmp_path / "whole"))
 
 
-def test_logs_that_cannot_be_written_are_named(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "run/stats.jsonl").mkdir(parents=True)
-    (tmp_path / "run/config.yaml").write_text("")
-    shutil.rmtree(tmp_path / "run/stats.jsonl")
-    (tmp_path / "run/config.yaml").unlink()
-    assert train(bench.config(DMD2_CASE, 2), tmp_path / "run").finished
+def test_logs_that_cannot_be_written_are_named(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder stands where the log should; once it is gone, the lines that waited are written."""
+    stats = tmp_path / "run/stats.jsonl"
+    steps = {1: lambda: (stats.unlink(), stats.mkdir()), 3: stats.rmdir}
+    step = Trainer.iteration
+
+    def disturbed(self: Trainer, batches: Sequence[tuple[Sequence[int], Batch]]) -> dict[str, torch.Tensor]:
+        steps.get(self.counters.iteration, lambda: None)()
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "iteration", disturbed)
+    assert train(bench.config(DMD2_CASE, 4), tmp_path / "run").finished
+    assert "the line of iteration 2" in caplog.text
+    assert [json.loads(line)["iteration"] for line in stats.read_text().splitlines()] == [2, 3, 4]
 
 
 def test_a_deleted_folder_becomes_a_run_again(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
