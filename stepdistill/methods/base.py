@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +20,28 @@ from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
 ConfigT = TypeVar("ConfigT", bound=Settings)
 RoleKind = Literal["generator", "fake_score"]
+STUDENT = "student"
+"""In `Stage.copies`: the generator's EMA where the run has one, the generator elsewhere."""
+Decode = Callable[[Tensor], Tensor]
+"""Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], differentiable; the autoencoder is frozen."""
+
+
+class Shelf(Protocol):
+    """Tensors that a method keeps beside the checkpoints, too large to be in every one of them. All processes call alike."""
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Keep tensors under a name; what was there is replaced. Returns their digest, uint8 (32,), for `state_dict`.
+
+        Raises:
+            Refusal: the disk refuses them.
+        """
+
+    def get(self, name: str, digest: Tensor) -> dict[str, Tensor]:
+        """What was put, on the CPU.
+
+        Raises:
+            Refusal: it is gone, or is not what was put.
+        """
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,7 @@ class Batch:
         images, image_cond: scaled latents of real images and the conditioning of their captions.
         pair_noise, pair_latents, pair_cond: deterministic teacher pairs.
         latent_shape: (C, h, w) of this batch's rollouts, which differs by bucket; None is the setting's.
+        prompts: the texts of `cond`, for rewards; empty where nobody knows them.
     """
 
     cond: Conditioning
@@ -78,6 +101,7 @@ class Batch:
     pair_latents: Tensor | None = None
     pair_cond: Conditioning | None = None
     latent_shape: tuple[int, ...] | None = None
+    prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.cond)
@@ -100,14 +124,14 @@ class Stage:
     Attributes:
         name: for logs and checkpoints.
         iterations: length; None runs to `max_steps`.
-        reset: roles set back to the base at its start.
-        copies: (source, target) roles copied at its start.
+        copies: (source, target) roles copied at its start; the source may be `STUDENT`.
+        reset: roles set back to the base at its start, after the copies. The EMA starts afresh with the generator.
     """
 
     name: str = "main"
     iterations: int | None = None
-    reset: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
+    reset: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,10 +159,17 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Terms:
-    """A loss: the scalar to differentiate and the named parts to log (detached scalars)."""
+    """A loss.
+
+    Attributes:
+        total: the scalar to differentiate.
+        parts: detached scalars to log; means over samples.
+        statistics: further ones that are not logged; `after_update` gets their means over the global batch.
+    """
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Method(ABC, Generic[ConfigT]):
@@ -194,8 +225,14 @@ class Method(ABC, Generic[ConfigT]):
         """The stretches of the run, in order."""
         return (Stage(),)
 
-    def prepare(self, triple: Triple) -> None:
-        """Attach heads to roles, before optimizers are made."""
+    def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
+        """Attach heads and frozen roles, before optimizers are made.
+
+        decode: for losses on images; None where the family has none.
+        """
+
+    def furnish(self, shelf: Shelf) -> None:
+        """Called once before the first iteration of training, or of its resumption."""
 
     @abstractmethod
     def updates(self, progress: Progress) -> Sequence[str]:
@@ -208,6 +245,12 @@ class Method(ABC, Generic[ConfigT]):
     @abstractmethod
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         """The loss of one role on a micro-batch: a mean over its samples."""
+
+    def after_update(self, role: str, statistics: Mapping[str, float], triple: Triple, progress: Progress) -> None:
+        """Called without graph when a role's optimizer has stepped (not where a step was skipped), on all processes alike.
+
+        statistics: means of `Terms.statistics` over the global batch.
+        """
 
     @abstractmethod
     def recipe(self) -> Recipe:

@@ -19,7 +19,7 @@ from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
-from stepdistill.methods.base import Batch, Method, Needs, Progress, Rollout, Setting, Terms
+from stepdistill.methods.base import Batch, Decode, Method, Needs, Progress, Rollout, Setting, Terms
 from stepdistill.models.heads import seeded_head
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
@@ -80,7 +80,7 @@ class FewStep(Method[FewStepConfigT]):
     def needs(cls, config: FewStepConfigT) -> Needs:
         return Needs(images=config.gan.weight > 0 or not config.simulate)
 
-    def prepare(self, triple: Triple) -> None:
+    def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         if self.config.gan.weight > 0:
             seed = derive_seed(triple.seed, "head")
             head = seeded_head(self.setting.feature_channels, self.setting.feature_size, seed, self.config.gan.width)

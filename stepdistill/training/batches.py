@@ -76,7 +76,8 @@ class BatchSource:
         prompts = [plan.prompts[self.prompts.index(g)] for g in samples]
         size = self._size(samples)
         sizes = [ImageSize.plain(*size)] * len(samples)
-        batch = Batch(encoder.text(prompts, sizes), encoder.null(sizes), latent_shape=plan.info.latent_shape(size))
+        cond, null = encoder.text(prompts, sizes), encoder.null(sizes)
+        batch = Batch(cond, null, latent_shape=plan.info.latent_shape(size), prompts=tuple(prompts))
         if items is not None:
             batch = self._with_images(batch, items, samples)
         if plan.pairs is not None and self.pairs is not None:

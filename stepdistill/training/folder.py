@@ -5,6 +5,7 @@ RUN/config.yaml       the resolved config
     speed.jsonl       what the machine took for it
     evaluation.jsonl  where the config has an `evaluation` section
     grids/            teacher above student
+    kept/             what a method keeps; see shelf.py
     checkpoints/      see checkpoint.py
 """
 

@@ -176,7 +176,9 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
         seed=config.training.seed,
     )
     method = plan.method_class(plan.method_config, plan.setting)
-    method.prepare(triple)
+    pipeline = checkpoint.pipeline
+    decode = None if pipeline is None else lambda latents: plan.family.decode(checkpoint, latents)
+    method.prepare(triple, decode)
     for heads in triple.heads.values():
         for head in heads.values():
             head.to(where, torch.float64 if dtype == torch.float64 else torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import Refusal
-from stepdistill.methods.base import Batch, Progress, Rollout, Stage
+from stepdistill.methods.base import STUDENT, Batch, Progress, Rollout, Stage
 from stepdistill.models.triple import GENERATOR
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.batches import BatchSource, sample_numbers
@@ -24,6 +24,7 @@ from stepdistill.training.grids import Grid
 from stepdistill.training.optimizers import RoleOptimizer
 from stepdistill.training.processes import Processes
 from stepdistill.training.session import EMA, Session, settle
+from stepdistill.training.shelf import KEPT, RunShelf
 from stepdistill.training.signals import graceful
 from stepdistill.training.tracking import Tracker
 from stepdistill.training.watch import Watch
@@ -53,6 +54,7 @@ class Trainer:
         self.counters = Counters(updates={role: 0 for role in session.plan.roles})
         self.optimizers = self._optimizers()
         self._origin: Path | None = None
+        self.method.furnish(RunShelf(folder / KEPT, processes))
         self.environment = Environment.here(session.plan.config, session.device, processes.count, processes.sharded)
 
     # ---------------------------------------------------------------- the loop
@@ -79,8 +81,9 @@ class Trainer:
         )
         source = BatchSource(self.session, config.seed, processes.count).batches(numbers)
         with graceful() as stop:
+            enough = False
             # a signal may reach the processes at different iterations, and they must stop at the same
-            while self.counters.iteration < config.max_steps and not processes.any(stop.asked):
+            while self.counters.iteration < config.max_steps and not enough and not processes.any(stop.asked):
                 self._enter_stage()
                 values = self.iteration([next(source) for _ in range(config.accumulation)])
                 done = self.counters.iteration
@@ -92,7 +95,7 @@ class Trainer:
                 if config.grid_every and done % config.grid_every == 0:
                     self._draw(grid)
                 if self.watch is not None and done % self.watch.every == 0:
-                    saved = self._look(self.watch, tracker, saved)
+                    saved, enough = self._look(self.watch, tracker, saved)
             if saved != self.counters.iteration and not self.save():
                 raise Refusal(
                     f"the last checkpoint, of iteration {self.counters.iteration}, could not be written to {str(self.folder)!r} "
@@ -134,6 +137,7 @@ class Trainer:
             optimizer = self.optimizers[role]
             optimizer.zero_grad()
             parts: dict[str, Tensor] = {}
+            statistics: dict[str, Tensor] = {}
             for micro, (samples, batch) in enumerate(micro_batches):
                 draws = Draws(
                     self.config.seed, progress.iteration, role, samples, self.session.device, self.session.dtype
@@ -147,8 +151,13 @@ class Trainer:
                 if order == 0:
                     rollouts.append(rollout.detach())
                 _accumulate(parts, {"loss": terms.total.detach(), **terms.parts}, len(micro_batches))
+                _accumulate(statistics, terms.statistics, len(micro_batches))
             values |= {f"{role}/{key}": value for key, value in parts.items()}
+            skipped = self.counters.skipped
             values |= self._update(role, optimizer)
+            if self.counters.skipped == skipped:
+                with torch.no_grad():
+                    self.method.after_update(role, self.processes.mean(statistics), self.triple, progress)
         self.counters.iteration += 1
         return values
 
@@ -198,10 +207,12 @@ class Trainer:
         for index, (first, stage) in enumerate(self._boundaries()):
             if index > self.counters.stage and self.counters.iteration >= first:
                 self.counters.stage = index
+                for source, target in stage.copies:
+                    self.triple.copy_role(self.session.student if source == STUDENT else source, target)
                 for role in stage.reset:
                     self.triple.reset_role(role)
-                for source, target in stage.copies:
-                    self.triple.copy_role(source, target)
+                if EMA in self.triple.layouts and GENERATOR in {*stage.reset, *(t for _, t in stage.copies)}:
+                    self.triple.copy_role(GENERATOR, EMA)
                 self.counters.updates = {role: 0 for role in self.counters.updates}
                 self.optimizers = self._optimizers()
 
@@ -305,8 +316,11 @@ class Trainer:
 
     # ---------------------------------------------------------------- looking at the student
 
-    def _look(self, watch: Watch, tracker: Tracker, saved: int) -> int:
-        """Let the watcher measure; the best student's checkpoint is kept beside the newest ones."""
+    def _look(self, watch: Watch, tracker: Tracker, saved: int) -> tuple[int, bool]:
+        """Let the watcher measure; the best student's checkpoint is kept beside the newest ones.
+
+        Returns the newest saved iteration, and whether the watcher has seen enough.
+        """
         seen = watch(self.counters.iteration)
         tracker.note(self.counters.iteration, seen.values)
         if seen.best is not None:
@@ -317,7 +331,7 @@ class Trainer:
                     checkpoints.keep_best(self.folder / CHECKPOINTS, saved, seen.best)
                 except OSError as error:
                     logger.error("the best checkpoint so far could not be kept (%s)", error)
-        return saved
+        return saved, seen.enough
 
     def _grid(self) -> Grid | None:
         """On the main process; on all of them where networks are sharded, since drawing takes all of them then."""

@@ -14,10 +14,12 @@ class Seen:
     Attributes:
         values: to log, by name.
         best: what made this the best student so far, whose checkpoint is kept; None where it is not.
+        enough: the run ends here, as a signal ends it: with a checkpoint, and resumable. All processes must agree.
     """
 
     values: Mapping[str, float]
     best: Mapping[str, str | int | float] | None
+    enough: bool = False
 
 
 class Watch(Protocol):
