@@ -47,6 +47,7 @@ CASES: Mapping[str, Case] = {
     "dmd2-deterministic": Case(
         "dmd2", {"guidance": 2.0, "ratio": 1, "steps": 2, "transition": "deterministic", "exits": "sample"}
     ),
+    "dmd2-blend": Case("dmd2", {"guidance": 2.0, "ratio": 1, "steps": 2, "fake_blend": 0.9}),
     "decoupled": Case("decoupled", {"guidance": 2.0, "ratio": 2, "steps": 2, "moments": {"weight": 0.1}}, period=2),
 }
 FULLEST: Mapping[str, str] = {

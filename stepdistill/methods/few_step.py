@@ -7,7 +7,7 @@ sample, the generator at every `ratio`-th, before the fake score and on the same
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -20,6 +20,7 @@ from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Method, Needs, Progress, Rollout, Setting, Terms
+from stepdistill.models.blending import blend_role
 from stepdistill.models.heads import seeded_head
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
@@ -35,6 +36,13 @@ class FewStepConfig(Settings):
     ratio: int = Field(5, ge=1, description="fake-score updates per generator update")
     fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
     fake_space: Literal["native", "x0"] = "native"
+    fake_blend: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="lambda of the fake score's blend into the generator after each of its updates: psi <- lambda psi + "
+        "(1 - lambda) theta, which lets a ratio of 1 or 2 be stable; 0 is off (SenseFlow, Flash-DMD; 0.97)",
+    )
     gan: parts.GanConfig = parts.GanConfig()
     simulate: bool = Field(True, description="train on the student's own rollouts; false noises real images")
     exits: parts.Exits = Field(
@@ -143,6 +151,10 @@ class FewStep(Method[FewStepConfigT]):
             "d_fake": fake.mean(),
         }
         return Terms(denoising + self.config.gan.critic_weight * critic, logged)
+
+    def after_update(self, role: str, statistics: Mapping[str, float], triple: Triple, progress: Progress) -> None:
+        if role == GENERATOR and self.config.fake_blend > 0:
+            blend_role(triple, FAKE_SCORE, GENERATOR, 1 - self.config.fake_blend)
 
     def _told(self, batch: Batch) -> Batch:
         """The batch with the conditioning of the generated samples: the images' own where rollouts start from images."""

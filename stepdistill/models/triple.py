@@ -25,7 +25,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.base import Family
 from stepdistill.models.parking import ParkedParameters
 from stepdistill.models.quantization import unpacked
-from stepdistill.models.sharding import laid_out_like, shard
+from stepdistill.models.sharding import laid_out_like, rest, shard
 
 GENERATOR, FAKE_SCORE, REAL_SCORE = "generator", "fake_score", "real_score"
 
@@ -118,7 +118,7 @@ class Triple:
             if source is self.base and self.bank.settings:
                 raise RuntimeError("full roles are copied from the untouched base: add them before the LoRA roles")
             network = copy.deepcopy(source)
-            network.load_state_dict(self._base_state() if source is not self.base else source.state_dict())
+            network.load_state_dict(self.base_state() if source is not self.base else source.state_dict())
             if next(network.parameters()).dtype != torch.float64:
                 network = network.float()
             self.networks[name] = network.eval().requires_grad_(trainable)
@@ -138,8 +138,9 @@ class Triple:
     @torch.no_grad()
     def reset_role(self, name: str) -> None:
         """Set a role back to the base: zero B for a LoRA (A stays), the base's weights for a full network."""
+        self.rest()
         if name in self.networks:
-            self.networks[name].load_state_dict(self._base_state())
+            self.networks[name].load_state_dict(self.base_state())
             return
         for key, parameter in self.bank.parameters(name):
             if ".lora_B." in key:
@@ -188,6 +189,7 @@ class Triple:
     @torch.no_grad()
     def copy_role(self, source: str, target: str) -> None:
         """Overwrite target's own parameters with source's (same layout)."""
+        self.rest()
         values = self.network_parameters(source)
         for key, parameter in self.network_parameters(target).items():
             parameter.copy_(values[key])
@@ -195,6 +197,7 @@ class Triple:
     @torch.no_grad()
     def lerp_role(self, target: str, source: str, weight: float) -> None:
         """target <- target + weight (source - target), parameter by parameter, by name (EMA)."""
+        self.rest()
         values = self.network_parameters(source)
         for key, parameter in self.network_parameters(target).items():
             # where source lives, also for a parked target: another device would round otherwise
@@ -240,6 +243,12 @@ class Triple:
             shard(network, self.family.blocks(network), mesh)
         self.sharded = True
 
+    def rest(self) -> None:
+        """Sharded networks hold their shares alone afterwards: a forward without backward leaves its root gathered."""
+        if self.sharded:
+            for network in (self.base, *self.networks.values()):
+                rest(network)
+
     def park(self, role: str) -> None:
         """Keep an untrained role in main memory from now on; its denoiser brings it to the device for each forward."""
         self._parked[role] = ParkedParameters(self.network_parameters(role).values())
@@ -260,7 +269,7 @@ class Triple:
     def fingerprint(self) -> str:
         """Names the base by the first values of each of its tensors, before sharding; the same in float32 and bfloat16."""
         digest = blake2b(digest_size=8)
-        for key, value in self._base_state().items():
+        for key, value in self.base_state().items():
             first = unpacked(value.detach()).flatten()[:64].to("cpu", torch.bfloat16)
             digest.update(f"{key} {tuple(value.shape)}".encode() + first.float().numpy().tobytes())
         return digest.hexdigest()
@@ -269,10 +278,11 @@ class Triple:
         """A copy of the base without any adapter, in float32 or better."""
         dtype = torch.float64 if next(self.base.parameters()).dtype == torch.float64 else torch.float32
         network = self.family.empty_like(self.base).to(dtype)
-        network.load_state_dict(self._base_state())
+        network.load_state_dict(self.base_state())
         return network.eval().requires_grad_(False)
 
-    def _base_state(self) -> dict[str, Tensor]:
+    def base_state(self) -> dict[str, Tensor]:
+        """The base's weights and buffers under the names of a network without adapters, on its device, sharded as it is."""
         return {
             key.replace(".base_layer.", "."): value
             for key, value in self.base.state_dict().items()
