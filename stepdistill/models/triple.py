@@ -47,6 +47,9 @@ class Triple:
         layouts: role name -> layout, for every trainable role.
         compute_dtype: dtype of the networks' forwards; full roles keep float32 weights under autocast.
         seed: of the adapters' random A matrices.
+
+    Attributes:
+        frozen: models that losses ask beside the networks, by their use; nothing here trains, shards or saves them.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Triple:
         self.layouts: dict[str, RoleLayout] = {}
         self.networks: dict[str, nn.Module] = {}
         self.heads: dict[str, dict[str, nn.Module]] = {}
+        self.frozen: dict[str, nn.Module] = {}
         self._parked: dict[str, ParkedParameters] = {}
         self.sharded = False
         self._checkpointing = False

@@ -34,6 +34,7 @@ class Sizes:
         optimizers: what each role's optimizer keeps.
         encoders: text encoders together.
         vae: autoencoder.
+        frozen: models that losses ask: vision encoders, rewards.
         parameters: of all these.
     """
 
@@ -45,6 +46,7 @@ class Sizes:
     optimizers: dict[str, int]
     encoders: int
     vae: int
+    frozen: int
     parameters: tuple[Parameters, ...]
 
 
@@ -75,6 +77,9 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
         Parameters(name="ema", count=_count(ema.values()), trained=False),
         *(Parameters(name=name, count=_count(part.parameters()), trained=False) for name, part in others.items()),
     ]
+    parameters += [
+        Parameters(name=name, count=_count(model.parameters()), trained=False) for name, model in triple.frozen.items()
+    ]
     buffers = size_of(buffer for buffer in triple.base.buffers())
     return Sizes(
         base=size_of(base.values()) + buffers - saved,
@@ -84,6 +89,7 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
         ema=size_of(ema.values()),
         optimizers=optimizers,
         encoders=sum(size_of(part.parameters()) for name, part in others.items() if name != VAE),
+        frozen=sum(size_of(model.parameters()) for model in triple.frozen.values()),
         vae=sum(size_of(part.parameters()) for name, part in others.items() if name == VAE),
         parameters=tuple(item for item in parameters if item.count),
     )
@@ -100,6 +106,7 @@ def memory_of(sizes: Sizes, phases: Iterable[Phase], config: RunConfig, processe
         "ema": 0 if "ema" in offload else -(-sizes.ema // share),
         "text encoders": 0 if cache is not None and cache.text else sizes.encoders,
         "autoencoder": sizes.vae,
+        "vision and reward models": sizes.frozen,
         "runtime (assumed)": RUNTIME if config.training.device != "cpu" else 0,
     }
     moments = {f"{role} optimizer": -(-held // share) for role, held in sizes.optimizers.items()}

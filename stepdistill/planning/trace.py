@@ -109,7 +109,8 @@ class _Tracer:
             session.device = torch.device("cpu")
         triple = session.triple
         heads = (head for named in triple.heads.values() for head in named.values())
-        for module in chain([triple.base], triple.networks.values(), heads, companions(session.checkpoint).values()):
+        others = (*triple.frozen.values(), *companions(session.checkpoint).values())
+        for module in chain([triple.base], triple.networks.values(), heads, others):
             hollow(module)
             if self.training.device != "cpu":
                 normalise_in_float32(module)
