@@ -61,7 +61,10 @@ CASES: Mapping[str, Case] = {
     "dmd2-divergence": Case(
         "dmd2",
         {
-            "guidance": 2.0, "ratio": 1, "steps": 2, "divergence": "jensen_shannon",
+            "guidance": 2.0,
+            "ratio": 1,
+            "steps": 2,
+            "divergence": "jensen_shannon",
             "gan": {"weight": 1e-2, "features": "real_score"},
         },  # fmt: skip
     ),
