@@ -47,6 +47,7 @@ class Case:
         return "sd" if self.needs.images or self.needs.vision or self.needs.reward else "analytic"
 
 
+LATENT_GAN = {"weight": 1e-2, "features": "real_score", "reals": "pairs"}
 FLASH: Mapping[str, Any] = {
     "guidance": 2.0, "ratio": 2, "steps": 3, "gan": {"weight": 1e-2, "features": "vision", "reals": "pairs"},
 }  # fmt: skip
@@ -59,18 +60,13 @@ CASES: Mapping[str, Case] = {
     ),
     "dmd2-blend": Case("dmd2", {"guidance": 2.0, "ratio": 1, "steps": 2, "fake_blend": 0.9}),
     "dmd2-divergence": Case(
-        "dmd2",
-        {
-            "guidance": 2.0,
-            "ratio": 1,
-            "steps": 2,
-            "divergence": "jensen_shannon",
-            "gan": {"weight": 1e-2, "features": "real_score"},
-        },  # fmt: skip
+        "dmd2", {"guidance": 2.0, "ratio": 1, "steps": 2, "divergence": "jensen_shannon", "gan": LATENT_GAN}
     ),
     "flash": Case("flash", FLASH, period=2),
     "flash-joint": Case(
-        "flash", {**FLASH, "rl": {"reward": "critic:brightness", "start": 1, "per_distillation": 1}}, period=3
+        "flash",
+        {**FLASH, "rl": {"reward": "critic:brightness", "start": 1, "per_distillation": 1, "candidates": 2}},
+        period=3,
     ),
     "decoupled": Case("decoupled", {"guidance": 2.0, "ratio": 2, "steps": 2, "moments": {"weight": 0.1}}, period=2),
 }
