@@ -15,18 +15,17 @@ import argparse
 import hashlib
 import json
 import logging
-import math
 import resource
 import shutil
-import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import yaml
+from comparetables import Cell, Measured, picture, read_cells, table
 from pydantic import Field
 
 from stepdistill import api
@@ -34,6 +33,7 @@ from stepdistill.assets import TEACHER, resolve
 from stepdistill.config import RunConfig, Settings, load_config, parse
 from stepdistill.data.tensors import write_atomically
 from stepdistill.demo import TEACHER_ROW
+from stepdistill.errors import Refusal
 from stepdistill.evaluation.fashion import Scorer, evaluation_set
 from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.models.recipe import Recipe
@@ -52,7 +52,7 @@ class EntryConfig(Settings):
     """One row of a comparison."""
 
     config: str
-    set: list[str] = []
+    set: list[str] = Field([], description="changes to the config, as --set takes them")
     calls: int | None = Field(None, gt=0)
     images: int | None = Field(None, gt=0)
     seeds: list[int] | None = None
@@ -66,48 +66,6 @@ class ComparisonConfig(Settings):
     images: int
     entries: dict[str, EntryConfig]
     tables: dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The student at one number of steps, by the judge."""
-
-    steps: int
-    frechet: float
-    prompt_accuracy: float
-    diversity: float
-    saturation: float
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One entry, one seed.
-
-    Attributes:
-        calls: network calls that training made, by role.
-        iterations: of training.
-        seconds, processor_seconds: of training, on whatever machine it was.
-        rows: what the judge says.
-    """
-
-    entry: str
-    seed: int
-    config_sha256: str
-    commit: str
-    calls: Mapping[str, int]
-    iterations: int
-    seconds: float
-    processor_seconds: float
-    images: int
-    rows: Sequence[Measured]
-
-    @classmethod
-    def read(cls, path: Path) -> Cell:
-        record = json.loads(path.read_text())
-        return cls(**{**record, "rows": [Measured(**row) for row in record["rows"]]})
-
-    def at(self, steps: int) -> Measured | None:
-        return next((row for row in self.rows if row.steps == steps), None)
 
 
 class Budget:
@@ -218,76 +176,34 @@ def _commit() -> str:
     ).stdout.strip()
 
 
-# ---------------------------------------------------------------- tables
-
-
 @dataclass(frozen=True)
-class Spread:
-    """Mean and standard error over seeds; None of one seed."""
+class Wanted:
+    """Which cells are asked for: those kept in `results` are there; None is all entries, all seeds."""
 
-    mean: float
-    error: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        return cls(statistics.fmean(values), error)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if self.error is None else f" ±{self.error:.3f}")
+    results: Path
+    entries: Sequence[str] | None
+    seeds: Sequence[int] | None
 
 
-def read_cells(results: Path) -> dict[str, list[Cell]]:
-    """Entry -> its cells, by seed."""
-    cells: dict[str, list[Cell]] = {}
-    for path in sorted(results.glob("*.json")):
-        cell = Cell.read(path)
-        cells.setdefault(cell.entry, []).append(cell)
-    return cells
+def missing(comparison: ComparisonConfig, wanted: Wanted) -> Iterator[tuple[str, int]]:
+    """(entry, seed) of the cells that are not there as configured, seed by seed.
 
-
-def table(cells: Mapping[str, Sequence[Cell]], entries: Sequence[str], teacher_diversity: float) -> str:
-    """Markdown: means over seeds with standard errors; diversity as a ratio to the teacher's."""
-    lines = [
-        "| | seeds | Fréchet, 1 step | 2 steps | 4 steps | accuracy | diversity / teacher | generator updates | processor s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in entries:
-        found = cells.get(name, [])
-        if not found:
-            continue
-        most = max(row.steps for row in found[0].rows)
-        full = [row for cell in found if (row := cell.at(most)) is not None]
-        frechet = [
-            str(Spread.of(values)) if (values := [row.frechet for cell in found if (row := cell.at(steps))]) else "–"
-            for steps in (1, 2, 4)
-        ]
-        lines.append(
-            f"| {name} | {len(found)} | {' | '.join(frechet)} | {Spread.of([row.prompt_accuracy for row in full])} | "
-            f"{Spread.of([row.diversity / teacher_diversity for row in full])} | "
-            f"{statistics.fmean(cell.iterations for cell in found):.0f} | "
-            f"{statistics.fmean(cell.processor_seconds for cell in found):.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def picture(cells: Mapping[str, Sequence[Cell]], entries: Sequence[str], path: Path) -> None:
-    """Fréchet distance against steps, one line an entry, bars of one standard error."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name in entries:
-        found = cells.get(name, [])
-        steps = [row.steps for row in found[0].rows] if found else []
-        spreads = [Spread.of([row.frechet for cell in found if (row := cell.at(count))]) for count in steps]
-        axes.errorbar(steps, [s.mean for s in spreads], [s.error or 0 for s in spreads], marker="o", label=name)
-    axes.set(xlabel="network calls of the student", ylabel="Fréchet distance (judge)", xticks=[1, 2, 4])
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-# ---------------------------------------------------------------- commands
+    Raises:
+        Refusal: an entry that the comparison does not have.
+    """
+    for seed in wanted.seeds if wanted.seeds is not None else comparison.seeds:
+        for name in wanted.entries if wanted.entries is not None else comparison.entries:
+            entry = comparison.entries.get(name)
+            if entry is None:
+                raise Refusal(
+                    f"there is no entry {name!r} in the comparison: use one of {', '.join(comparison.entries)}"
+                )
+            if entry.seeds is not None and seed not in entry.seeds:
+                continue
+            path = wanted.results / f"{name}-seed{seed}.json"
+            own = hash_of(config_of(entry, seed), entry.calls or comparison.calls, entry.images or comparison.images)
+            if not path.is_file() or Cell.read(path).config_sha256 != own:
+                yield name, seed
 
 
 def main() -> None:
@@ -306,7 +222,7 @@ def main() -> None:
     comparison = read_comparison(arguments.comparison)
     if arguments.command == "run":
         logging.basicConfig(level=logging.WARNING)
-        for name, seed in _missing(comparison, arguments):
+        for name, seed in missing(comparison, Wanted(arguments.results, arguments.only, arguments.seeds)):
             cell = run_cell(name, comparison.entries[name], comparison, seed, arguments.work)
             arguments.results.mkdir(parents=True, exist_ok=True)
             path = arguments.results / f"{name}-seed{seed}.json"
@@ -328,21 +244,6 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
     if arguments.picture is not None:
         picture(cells, comparison.tables["methods"], arguments.picture)
-
-
-def _missing(comparison: ComparisonConfig, arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """(entry, seed) of the cells that are not there as configured, seed by seed; one that is being run elsewhere is left."""
-    names = arguments.only if arguments.only is not None else list(comparison.entries)
-    seeds = arguments.seeds if arguments.seeds is not None else comparison.seeds
-    for seed in seeds:
-        for name in names:
-            entry = comparison.entries[name]
-            path = arguments.results / f"{name}-seed{seed}.json"
-            wanted = hash_of(config_of(entry, seed), entry.calls or comparison.calls, entry.images or comparison.images)
-            if entry.seeds is not None and seed not in entry.seeds:
-                continue
-            if not path.is_file() or Cell.read(path).config_sha256 != wanted:
-                yield name, seed
 
 
 if __name__ == "__main__":
