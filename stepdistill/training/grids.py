@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,20 +50,29 @@ class Grid:
         self.draws = Draws(plan.config.training.seed, 0, "grid", range(count), session.device, session.dtype)
         self.noise = self.draws.normal("noise", plan.setting.latent_shape)
         with torch.no_grad():
-            self.cond, null = session.encoder.text(prompts, sizes), session.encoder.null(sizes)
-            self.teacher = self._decoded(
-                teacher_sample(session.triple.real_score, self.cond, null, self.noise, teacher_steps, guidance)
+            self.cond, self.null = session.encoder.text(prompts, sizes), session.encoder.null(sizes)
+        self.teacher_steps, self.guidance = teacher_steps, guidance
+
+    @cached_property
+    def teacher(self) -> Tensor:
+        """The teacher's row, (N, 3, H, W) in [0, 1]; drawn when the first picture is wanted."""
+        session = self.session
+        with torch.no_grad():
+            return self._decoded(
+                teacher_sample(
+                    session.triple.real_score, self.cond, self.null, self.noise, self.teacher_steps, self.guidance
+                )
             )
 
     @torch.no_grad()
     def draw(self, iteration: int) -> None:
         """Draw the current student. Raises OSError where the disk refuses the picture."""
         latents = student_latents(self.session, self.session.student, self.cond, self.noise, self.draws)
-        student = self._decoded(latents)
+        student, teacher = self._decoded(latents), self.teacher
         if self.folder is not None:
             path = grid_path(self.folder, iteration)
             path.parent.mkdir(parents=True, exist_ok=True)
-            tile([self.teacher, student]).save(path)
+            tile([teacher, student]).save(path)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         rows = [self.session.plan.family.decode(self.session.checkpoint, latent[None]) for latent in latents]
