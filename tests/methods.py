@@ -54,6 +54,20 @@ CASES: Mapping[str, Case] = {
         {"guidance": 2.0, "ratio": 1, "steps": 2, "checkpoints": 3, "record_every": 1, "interval": 1},
         period=4,
     ),
+    "phased": Case("phased", {"guidance": 2.0, "ratio": 2, "steps": 2, "phase_iterations": 2}, period=2),
+    "phased-kl": Case(
+        "phased",
+        {
+            "guidance": 2.0,
+            "ratio": 1,
+            "steps": 3,
+            "phases": 2,
+            "phase_iterations": 2,
+            "dm_weight": "exact_kl",
+            "exits": "sample",
+        },
+        period=2,
+    ),
 }
 FULLEST: Mapping[str, str] = {
     case.method: name for name, case in sorted(CASES.items(), key=lambda item: item[1].images)

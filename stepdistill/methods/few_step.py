@@ -25,7 +25,7 @@ from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
 
-class FewStepConfig(Settings):
+class LadderConfig(Settings):
     steps: int = Field(4, ge=1, description="network calls of the student")
     timesteps: list[float] | None = Field(
         None,
@@ -33,10 +33,6 @@ class FewStepConfig(Settings):
     )
     guidance: float = Field(description="teacher guidance scale w that the student absorbs; 1 is off")
     ratio: int = Field(5, ge=1, description="fake-score updates per generator update")
-    fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
-    fake_space: Literal["native", "x0"] = "native"
-    gan: parts.GanConfig = parts.GanConfig()
-    simulate: bool = Field(True, description="train on the student's own rollouts; false noises real images")
     exits: parts.Exits = Field(
         "batch",
         description="the step that is trained: one for the whole batch, as published, or drawn for each sample, which gives "
@@ -46,13 +42,42 @@ class FewStepConfig(Settings):
         None,
         description="odds of training each step, noisiest first; even as published. More weight on the first keeps diversity",
     )
+
+
+class FewStepConfig(LadderConfig):
+    fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
+    fake_space: Literal["native", "x0"] = "native"
+    gan: parts.GanConfig = parts.GanConfig()
+    simulate: bool = Field(True, description="train on the student's own rollouts; false noises real images")
     transition: Literal["renoise", "deterministic"] = "renoise"
 
 
+LadderConfigT = TypeVar("LadderConfigT", bound=LadderConfig)
 FewStepConfigT = TypeVar("FewStepConfigT", bound=FewStepConfig)
 
 
-class FewStep(Method[FewStepConfigT]):
+class OnLadder(Method[LadderConfigT]):
+    """A ladder, and two time scales along it."""
+
+    def __init__(self, config: LadderConfigT, setting: Setting) -> None:
+        super().__init__(config, setting)
+        if config.timesteps is not None:
+            self.ladder = parts.ladder_of(self.schedule, config.timesteps)
+        else:
+            self.ladder = few_step_ladder(self.schedule, config.steps)
+        odds = config.exit_odds
+        if odds is not None and (len(odds) != len(self.ladder) or min(odds) < 0 or max(odds) <= 0):
+            raise Refusal(
+                f"method.exit_odds is {odds} and the ladder has {len(self.ladder)} steps: give as many odds, none below 0"
+            )
+
+    def updates(self, progress: Progress) -> Sequence[str]:
+        if progress.stage_iteration % self.config.ratio == 0:
+            return GENERATOR, FAKE_SCORE
+        return (FAKE_SCORE,)
+
+
+class FewStep(OnLadder[FewStepConfigT]):
     """Base of DMD2 and of what builds on it."""
 
     name: str
@@ -61,19 +86,10 @@ class FewStep(Method[FewStepConfigT]):
     def __init__(self, config: FewStepConfigT, setting: Setting) -> None:
         super().__init__(config, setting)
         self.transition = Transition(TransitionKind(config.transition))
-        if config.timesteps is not None:
-            self.ladder = parts.ladder_of(self.schedule, config.timesteps)
-        else:
-            self.ladder = few_step_ladder(self.schedule, config.steps)
-        odds = config.exit_odds
-        if odds is not None and not config.simulate:
+        if config.exit_odds is not None and not config.simulate:
             raise Refusal(
                 "method.exit_odds is set and method.simulate is false, where every image is noised to an even draw of the "
                 "ladder: remove one of the two"
-            )
-        if odds is not None and (len(odds) != len(self.ladder) or min(odds) < 0 or max(odds) <= 0):
-            raise Refusal(
-                f"method.exit_odds is {odds} and the ladder has {len(self.ladder)} steps: give as many odds, none below 0"
             )
 
     @classmethod
@@ -85,11 +101,6 @@ class FewStep(Method[FewStepConfigT]):
             seed = derive_seed(triple.seed, "head")
             head = seeded_head(self.setting.feature_channels, self.setting.feature_size, seed, self.config.gan.width)
             triple.attach_head(FAKE_SCORE, parts.HEAD, head)
-
-    def updates(self, progress: Progress) -> Sequence[str]:
-        if progress.stage_iteration % self.config.ratio == 0:
-            return GENERATOR, FAKE_SCORE
-        return (FAKE_SCORE,)
 
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         graph = GENERATOR in self.updates(progress)

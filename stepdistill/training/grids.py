@@ -13,22 +13,19 @@ from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.models.conditioning import Conditioning, ImageSize
-from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.sampler import sample, teacher_sample
+from stepdistill.models.sampler import student_sample, teacher_sample
 from stepdistill.training.folder import grid_path
 from stepdistill.training.session import Session
 
 
-def student_latents(session: Session, student: Denoiser, cond: Conditioning, noise: Tensor, draws: Draws) -> Tensor:
-    """The student's samples by its own recipe."""
-    recipe = session.method.recipe()
-    schedule = session.plan.setting.schedule
-    return sample(
-        lambda x, t: student.x0(x, t, cond),
-        schedule,
+def student_latents(session: Session, role: str, cond: Conditioning, noise: Tensor, draws: Draws) -> Tensor:
+    """Samples by the method's recipe with `role` (generator or EMA) as what is in training."""
+    return student_sample(
+        session.triple,
+        session.method.experts(role, session.stage),
+        session.method.recipe(),
+        cond,
         noise,
-        recipe.ladder(schedule),
-        recipe.transition(),
         lambda index: draws.normal(f"fresh{index}", noise.shape[1:]),
     )
 
@@ -70,9 +67,7 @@ class Grid:
     @torch.no_grad()
     def draw(self, iteration: int) -> None:
         """Draw the current student. Raises OSError where the disk refuses the picture."""
-        denoiser = self.session.triple.denoiser(self.session.student)
-        with self.session.triple.at_hand(self.session.student):
-            latents = student_latents(self.session, denoiser, self.cond, self.noise, self.draws)
+        latents = student_latents(self.session, self.session.student, self.cond, self.noise, self.draws)
         student, teacher = self._decoded(latents), self.teacher
         if self.folder is not None:
             path = grid_path(self.folder, iteration)

@@ -207,7 +207,7 @@ class Trainer:
         for index, (first, stage) in enumerate(self._boundaries()):
             begins = index > self.counters.stage or self.counters.iteration == 0
             if begins and self.counters.iteration >= first:
-                self.counters.stage = index
+                self.counters.stage = self.session.stage = index
                 for source, target in stage.copies:
                     self.triple.copy_role(self.session.student if source == STUDENT else source, target)
                 for role in stage.reset:
@@ -279,7 +279,7 @@ class Trainer:
                 f"{self.session.plan.config.model.path!r} have {self.base}: put the weights back that the run was started with"
             )
         self.environment.warn_of(facts.environment)
-        self.counters = facts.counters
+        self.counters, self.session.stage = facts.counters, facts.counters.stage
         for role in self.triple.layouts:
             if role not in saved.tensors:
                 raise Refusal(
