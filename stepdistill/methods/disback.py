@@ -152,11 +152,6 @@ class DisBack(FewStep[DisBackConfig]):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if not self.targets:
             return
-        if state["digests"].shape != self._digests.shape:
-            raise Refusal(
-                f"the checkpoint belongs to a path of {len(state['digests']) + 1} recorded scores and method.checkpoints is "
-                f"{self.config.checkpoints}: set it back, or start the run afresh"
-            )
         self._digests = state["digests"].clone()
         self._recorded, self._held = int(state["recorded"]), int(state["held"])
 
