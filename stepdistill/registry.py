@@ -21,6 +21,8 @@ METHODS: Mapping[str, str] = {
     "dmd2": "stepdistill.methods.dmd2:DMD2",
     "flash": "stepdistill.methods.flash:Flash",
     "decoupled": "stepdistill.methods.decoupled:Decoupled",
+    "disback": "stepdistill.methods.disback:DisBack",
+    "phased": "stepdistill.methods.phased:Phased",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

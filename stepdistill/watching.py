@@ -107,7 +107,6 @@ class StudentWatch:
     def _pictures(self, role: str) -> Iterator[Picture]:
         session, plan = self.session, self.session.plan
         state = PartialState()
-        denoiser = session.triple.denoiser(role)
         indices = shard(len(self.prompts), state.process_index, state.num_processes)
         # the first process has the most images; the others call a sharded network as often as it does
         calls = range(0, len(shard(len(self.prompts), 0, state.num_processes)), BATCH)
@@ -118,8 +117,7 @@ class StudentWatch:
             texts = [self.prompts.prompts[i] for i in rows]
             cond = session.encoder.text(texts, [ImageSize.plain(*plan.setting.size)] * len(rows))
             noise = draws.normal("noise", plan.setting.latent_shape)
-            with session.triple.at_hand(role):
-                latents = student_latents(session, denoiser, cond, noise, draws)[: len(mine)]
+            latents = student_latents(session, role, cond, noise, draws)[: len(mine)]
             for latent in latents:
                 decoded = plan.family.decode(session.checkpoint, latent[None])
                 yield self.chain(as_uint8(decoded.float().clamp(0, 1), (0, 1), self.protocol.quantize)[0])

@@ -25,6 +25,7 @@ from stepdistill.training.trainer import Trainer
 GAN = {"name": "dmd2", "guidance": 2.0, "ratio": 2, "steps": 2, "gan": {"weight": 1e-2}}
 PLAIN = {"name": "dmd2", "guidance": 2.0, "ratio": 3, "steps": 4}
 PAIRS = {"name": "dmd", "guidance": 2.0}
+PATH = {"name": "disback", "guidance": 2.0, "ratio": 1, "steps": 2, "checkpoints": 3, "record_every": 1, "interval": 1}
 MODES = {"lora": ("lora", "lora"), "full": ("full", "full"), "mixed": ("lora", "full")}
 
 
@@ -113,7 +114,7 @@ def test_counts_and_bytes_are_those_of_the_session(
     assert {role: phases(forecast)[f"{role} step"] - constant for role in held} == gradients
 
 
-@pytest.mark.parametrize(("method", "layout"), [(GAN, "lora"), (PLAIN, "full"), (PAIRS, "lora")])
+@pytest.mark.parametrize(("method", "layout"), [(GAN, "lora"), (PLAIN, "full"), (PAIRS, "lora"), (PATH, "full")])
 def test_calls_are_those_of_the_trainer(
     config: Callable[..., RunConfig],
     tmp_path: Path,

@@ -187,10 +187,10 @@ class NoiseSchedule:
         """alpha^2 / sigma^2, float64."""
         return (self.alpha(t) / self.sigma(t)).square()
 
-    def add_noise(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
-        """x_t = alpha x0 + sigma eps, in float32 or better."""
-        alpha, sigma = self.levels(t, x0)
-        return alpha * full(x0) + sigma * full(eps)
+    def add_noise(self, x: Tensor, eps: Tensor, t: Time, s: Time | None = None) -> Tensor:
+        """x_t = alpha x + sigma eps, in float32 or better; where x is a sample of time s, by the kernel from s to t."""
+        alpha, sigma = self.levels(t, x) if s is None else (broadcast(level, x) for level in self.kernel(s, t))
+        return alpha * full(x) + sigma * full(eps)
 
     def kernel(self, s: Time, t: Time) -> tuple[Tensor, Tensor]:
         """(alpha_{t|s}, sigma_{t|s}) of x_t = alpha_{t|s} x_s + sigma_{t|s} eps for s cleaner than t, float64."""

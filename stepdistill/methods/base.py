@@ -263,6 +263,10 @@ class Method(ABC, Generic[ConfigT]):
     def recipe(self) -> Recipe:
         """How the generator must be sampled."""
 
+    def experts(self, role: str, stage: int) -> tuple[str, ...]:
+        """Roles that sample at a stage, one for each of the recipe's experts; `role` (generator or EMA) is in training."""
+        return (role,)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Running tensors of the method itself."""
         return {}

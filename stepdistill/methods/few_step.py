@@ -25,6 +25,7 @@ from stepdistill.methods.base import Batch, Decode, Method, Needs, Progress, Rol
 from stepdistill.methods.divergence import DivergenceName, RatioWeights
 from stepdistill.methods.gan import GanConfig, attach_gan, gan_critic_loss, gan_generator_loss, logits_at
 from stepdistill.models.blending import blend_role
+from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
@@ -37,7 +38,7 @@ class MomentConfig(Settings):
     std: float = Field(1.0, gt=0, description="of real latents; 0.9 for SDXL")
 
 
-class FewStepConfig(Settings):
+class LadderConfig(Settings):
     steps: int = Field(4, ge=1, description="network calls of the student")
     timesteps: list[float] | None = Field(
         None,
@@ -45,8 +46,6 @@ class FewStepConfig(Settings):
     )
     guidance: float = Field(description="teacher guidance scale w that the student absorbs; 1 is off")
     ratio: int = Field(5, ge=1, description="fake-score updates per generator update")
-    fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
-    fake_space: Literal["native", "x0"] = "native"
     fake_blend: float = Field(
         0.0,
         ge=0,
@@ -54,13 +53,6 @@ class FewStepConfig(Settings):
         description="lambda of the fake score's blend into the generator after each of its updates: psi <- lambda psi + "
         "(1 - lambda) theta, which lets a ratio of 1 or 2 be stable; 0 is off (SenseFlow, Flash-DMD; 0.97)",
     )
-    gan: GanConfig = GanConfig()
-    divergence: DivergenceName = Field(
-        "reverse_kl",
-        description="that matching descends; another than DMD's reverse KL reads density ratios off the GAN",
-    )
-    moments: MomentConfig = MomentConfig()
-    simulate: bool = Field(True, description="train on the student's own rollouts; false noises real images")
     exits: parts.Exits = Field(
         "batch",
         description="the step that is trained: one for the whole batch, as published, or drawn for each sample, which gives "
@@ -70,13 +62,57 @@ class FewStepConfig(Settings):
         None,
         description="odds of training each step, noisiest first; even as published. More weight on the first keeps diversity",
     )
+
+
+class FewStepConfig(LadderConfig):
+    fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
+    fake_space: Literal["native", "x0"] = "native"
+    gan: GanConfig = GanConfig()
+    divergence: DivergenceName = Field(
+        "reverse_kl",
+        description="that matching descends; another than DMD's reverse KL reads density ratios off the GAN",
+    )
+    moments: MomentConfig = MomentConfig()
+    simulate: bool = Field(True, description="train on the student's own rollouts; false noises real images")
     transition: Literal["renoise", "deterministic"] = "renoise"
 
 
+LadderConfigT = TypeVar("LadderConfigT", bound=LadderConfig)
 FewStepConfigT = TypeVar("FewStepConfigT", bound=FewStepConfig)
 
 
-class FewStep(Method[FewStepConfigT]):
+class OnLadder(Method[LadderConfigT]):
+    """A ladder, and two time scales along it."""
+
+    def __init__(self, config: LadderConfigT, setting: Setting) -> None:
+        super().__init__(config, setting)
+        if config.timesteps is not None:
+            self.ladder = parts.ladder_of(self.schedule, config.timesteps)
+        else:
+            self.ladder = few_step_ladder(self.schedule, config.steps)
+        odds = config.exit_odds
+        exits = len(self.exit_ladder)
+        if odds is not None and (len(odds) != exits or min(odds) < 0 or max(odds) <= 0):
+            raise Refusal(
+                f"method.exit_odds is {odds} and rollouts are left at one of {exits} steps: give as many odds, none below 0"
+            )
+
+    @property
+    def exit_ladder(self) -> Sequence[float]:
+        """The steps that a rollout may be left at: the first ones of the ladder, or all."""
+        return self.ladder
+
+    def updates(self, progress: Progress) -> Sequence[str]:
+        if progress.stage_iteration % self.config.ratio == 0:
+            return GENERATOR, FAKE_SCORE
+        return (FAKE_SCORE,)
+
+    def after_update(self, role: str, statistics: Mapping[str, float], triple: Triple, progress: Progress) -> None:
+        if role == GENERATOR and self.config.fake_blend > 0:
+            blend_role(triple, FAKE_SCORE, GENERATOR, 1 - self.config.fake_blend)
+
+
+class FewStep(OnLadder[FewStepConfigT]):
     """Base of DMD2 and of what builds on it."""
 
     name: str
@@ -85,22 +121,11 @@ class FewStep(Method[FewStepConfigT]):
     def __init__(self, config: FewStepConfigT, setting: Setting) -> None:
         super().__init__(config, setting)
         self.transition = Transition(TransitionKind(config.transition))
-        if config.timesteps is not None:
-            self.ladder = parts.ladder_of(self.schedule, config.timesteps)
-        else:
-            self.ladder = few_step_ladder(self.schedule, config.steps)
-        odds = config.exit_odds
-        if odds is not None and not config.simulate:
+        if config.exit_odds is not None and not config.simulate:
             raise Refusal(
                 "method.exit_odds is set and method.simulate is false, where every image is noised to an even draw of the "
                 "ladder: remove one of the two"
             )
-        exits = len(self.exit_ladder)
-        if odds is not None and (len(odds) != exits or min(odds) < 0 or max(odds) <= 0):
-            raise Refusal(
-                f"method.exit_odds is {odds} and rollouts are left at one of {exits} steps: give as many odds, none below 0"
-            )
-
         self.decode: Decode | None = None
         self.ratios = RatioWeights(config.divergence) if config.divergence != "reverse_kl" else None
         if self.ratios is not None and (config.gan.weight == 0 or config.gan.loss != "logistic"):
@@ -108,11 +133,6 @@ class FewStep(Method[FewStepConfigT]):
                 f"method.divergence is {config.divergence!r}, which reads density ratios off a logistic GAN, and there is none: "
                 "set method.gan.weight and method.gan.loss: logistic, or method.divergence: reverse_kl"
             )
-
-    @property
-    def exit_ladder(self) -> Sequence[float]:
-        """The steps that a rollout may be left at: the first ones of the ladder, or all."""
-        return self.ladder
 
     @classmethod
     def needs(cls, config: FewStepConfigT) -> Needs:
@@ -123,11 +143,6 @@ class FewStep(Method[FewStepConfigT]):
         self.decode = decode
         if self.config.gan.weight > 0:
             attach_gan(triple, self.config.gan, self.setting, decode)
-
-    def updates(self, progress: Progress) -> Sequence[str]:
-        if progress.stage_iteration % self.config.ratio == 0:
-            return GENERATOR, FAKE_SCORE
-        return (FAKE_SCORE,)
 
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         graph = GENERATOR in self.updates(progress)
@@ -191,10 +206,9 @@ class FewStep(Method[FewStepConfigT]):
         return Terms(denoising + self.config.gan.critic_weight * critic, logged)
 
     def after_update(self, role: str, statistics: Mapping[str, float], triple: Triple, progress: Progress) -> None:
+        super().after_update(role, statistics, triple, progress)
         if role == GENERATOR and self.ratios is not None and statistics:
             self.ratios.update(statistics)
-        if role == GENERATOR and self.config.fake_blend > 0:
-            blend_role(triple, FAKE_SCORE, GENERATOR, 1 - self.config.fake_blend)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.ratios.state_dict() if self.ratios is not None else {}
@@ -204,9 +218,19 @@ class FewStep(Method[FewStepConfigT]):
             self.ratios.load_state_dict(state)
 
     def matching(
-        self, rollout: Rollout, triple: Triple, draws: Draws, levels: parts.LevelConfig, weight: parts.DmWeight
+        self,
+        rollout: Rollout,
+        triple: Triple,
+        draws: Draws,
+        levels: parts.LevelConfig,
+        weight: parts.DmWeight,
+        guidance: float | None = None,
+        target: Denoiser | None = None,
     ) -> Terms:
-        """Distribution matching on the generator's sample, weighted as the divergence asks."""
+        """Distribution matching on the generator's sample, weighted as the divergence asks.
+
+        guidance, target: the config's, and the teacher, by default.
+        """
         statistics: dict[str, Tensor] = {}
 
         def weigh(x_t: Tensor, t: Tensor) -> Tensor:
@@ -219,9 +243,10 @@ class FewStep(Method[FewStepConfigT]):
             triple,
             draws,
             levels=levels,
-            guidance=self.config.guidance,
+            guidance=self.config.guidance if guidance is None else guidance,
             weight=weight,
             weigh=weigh,
+            target=target,
         )
         return Terms(parts.surrogate(rollout.x0, direction), logged, statistics)
 

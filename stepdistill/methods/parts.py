@@ -95,15 +95,20 @@ def matching_direction(
     guidance: float,
     weight: DmWeight,
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
+    target: Denoiser | None = None,
+    anchor: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Noise x, ask both scores without graph, and return (d, what to log). Teacher guided, fake score never.
+    """Noise x, ask both scores without graph, and return (d, what to log). Target guided, fake score never.
 
+    target: whose distribution x is to have; the teacher by default.
+    anchor: (x_s, s) to noise in place of x, by the kernel from its own time s.
     weigh: (x_t, t) -> each sample's factor of d, (B,).
     """
     t = levels.levels().times(triple.schedule, draws.uniform("dm.t"))
+    x_s, s = anchor or (x, None)
     with torch.no_grad():
-        x_t = triple.schedule.add_noise(x, draws.normal("dm.eps", x.shape[1:]), t)
-        real = triple.real_score.guided(x_t, t, cond, null, guidance)
+        x_t = triple.schedule.add_noise(x_s, draws.normal("dm.eps", x.shape[1:]), t, s)
+        real = (target or triple.real_score).guided(x_t, t, cond, null, guidance)
         fake = triple.fake_score.x0(x_t, t, cond)
     alpha, sigma = triple.schedule.levels(t, real)
     direction = matching_gradient(x.detach(), real, fake, alpha, sigma, weight)
@@ -114,6 +119,12 @@ def matching_direction(
     gap = (fake - real).flatten(1).norm(dim=1) / (own - real.flatten(1)).norm(dim=1).clamp_min(1e-6)
     logged = {"dm": 0.5 * direction.square().mean(), "score_gap": gap.mean(), **latent_statistics(x)}
     return direction, logged
+
+
+def ramped(guidance: float, done: int, ramp: int) -> float:
+    """w of the update that follows `done` others, w - 1 growing evenly from 0 to its all over `ramp` of them; 0 is none."""
+    share = min(1.0, (done + 1) / ramp) if ramp else 1.0
+    return 1 + share * (guidance - 1)
 
 
 def latent_statistics(x: Tensor) -> dict[str, Tensor]:
@@ -166,10 +177,11 @@ def roll_out(
     graph: bool,
     exits: Exits = "batch",
     odds: Sequence[float] | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward simulation (DMD2, section 4.5): (x_t, t, x0 at t). Steps before the exit run without graph.
 
-    `odds` are those of leaving at each step of the ladder, even by default.
+    `odds` are those of leaving at each step of the ladder, even by default; `start` is x at its first entry, noise by default.
 
     The exit call keeps a graph if `graph`. Samples that have left the walk cost nothing more; the number of calls is the
     same on every process all the same, since a sharded network needs everyone at each of them.
@@ -183,7 +195,7 @@ def roll_out(
     else:
         calls = len(ladder) - 1
         exit_step = torch.bucketize(draws.uniform("exit").cpu(), bounds, right=True)
-    x_t = draws.normal("noise", shape)
+    x_t = draws.normal("noise", shape) if start is None else start
     exit_step = exit_step.to(x_t.device)
     for index in range(calls):
         walking = torch.nonzero(exit_step > index)[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Recipe:
         baked_guidance: teacher guidance scale w that the student has absorbed.
         resolution: (height, width) in pixels that it was trained at.
         alpha, rank: of the LoRA; 0 for a full model.
+        experts: network calls of each expert, noisiest first, where the student is several; empty for one.
     """
 
     scheduler_class: str
@@ -57,9 +59,12 @@ class Recipe:
     resolution: tuple[int, int] = (0, 0)
     alpha: float = 0.0
     rank: int = 0
+    experts: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         record = asdict(self)
+        if not self.experts:
+            del record["experts"]
         scheduler = {"class_name": record.pop("scheduler_class"), "config": record.pop("scheduler_config")}
         return json.dumps({"scheduler": scheduler, **record}, indent=2, sort_keys=True)
 
@@ -69,7 +74,7 @@ class Recipe:
         try:
             record = json.loads(text)
             scheduler = record.pop("scheduler")
-            for key in ("timesteps", "sigmas", "resolution"):
+            for key in ("timesteps", "sigmas", "resolution", "experts"):
                 record[key] = tuple(record.get(key, ()))
             return cls(scheduler_class=scheduler["class_name"], scheduler_config=scheduler["config"], **record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -112,6 +117,11 @@ class Recipe:
         if self.sigmas:
             return tuple(schedule.time_at(torch.tensor(self.sigmas, dtype=torch.float64)).tolist())
         return tuple(float(t) for t in self.timesteps)
+
+    def by_step(self, experts: Sequence[str]) -> tuple[str, ...]:
+        """Which of the student's experts makes each network call."""
+        shares = zip(experts, self.experts or (self.num_inference_steps,), strict=True)
+        return tuple(expert for expert, calls in shares for _ in range(calls))
 
     def transition(self) -> Transition:
         """The transition of our own sampler for this recipe.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from stepdistill.diffusion.timesteps import trailing_ladder
 from stepdistill.diffusion.transitions import Gaussian, Transition, TransitionKind
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.recipe import Recipe
+from stepdistill.models.triple import Triple
 
 Predict = Callable[[Tensor, float], Tensor]
 """(x_t, t) -> x0."""
@@ -84,6 +87,24 @@ def sample(
     for step in walk(predict, schedule, noise, ladder, transition, fresh):
         x = step.x_s
     return x
+
+
+def by_turns(triple: Triple, ladder: Sequence[float], roles: Sequence[str], cond: Conditioning) -> Predict:
+    """x0 along a ladder by the role whose turn it is, one role for each step."""
+    role_at = dict(zip(ladder, roles, strict=True))
+    return lambda x, t: triple.denoiser(role_at[t]).x0(x, t, cond)
+
+
+def student_sample(
+    triple: Triple, experts: Sequence[str], recipe: Recipe, cond: Conditioning, noise: Tensor, fresh: Noise
+) -> Tensor:
+    """Where a student takes `noise` by its recipe, (B, C, h, w); `experts` are its roles, one for each of the recipe's."""
+    ladder = recipe.ladder(triple.schedule)
+    with ExitStack() as stack:
+        for role in dict.fromkeys(experts):
+            stack.enter_context(triple.at_hand(role))
+        predict = by_turns(triple, ladder, recipe.by_step(experts), cond)
+        return sample(predict, triple.schedule, noise, ladder, recipe.transition(), fresh)
 
 
 def teacher_sample(

@@ -225,17 +225,7 @@ class Triple:
             Refusal: missing or unexpected keys, or another shape; nothing is changed then.
         """
         own = self.state(role)
-        reshaped = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
-        faults = {
-            "missing": own.keys() - tensors.keys(),
-            "unexpected": tensors.keys() - own.keys(),
-            "differently shaped": reshaped,
-        }
-        if any(faults.values()):
-            told = "; ".join(f"{len(keys)} {what} ({_some(sorted(keys))})" for what, keys in faults.items() if keys)
-            raise Refusal(
-                f"the saved {role} does not fit this one, with tensors {told}: use the rank, targets and base it was trained with"
-            )
+        check_fit(role, own, tensors)
         for key, value in own.items():
             value.copy_(laid_out_like(value, tensors[key]))
 
@@ -292,6 +282,20 @@ class Triple:
             for key, value in self.base.state_dict().items()
             if ".lora_" not in key
         }
+
+
+def check_fit(role: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not, name by name and shape by shape, those of a role."""
+    faults = {
+        "missing": own.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - own.keys(),
+        "differently shaped": [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape],
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{len(keys)} {what} ({_some(sorted(keys))})" for what, keys in faults.items() if keys)
+        raise Refusal(
+            f"the saved {role} does not fit this one, with tensors {told}: use the rank, targets and base it was trained with"
+        )
 
 
 def _some(names: list[str], count: int = 5) -> str:

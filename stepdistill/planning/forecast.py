@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -133,12 +134,13 @@ def _calls(walked: Walk, config: RunConfig) -> tuple[NetworkCalls, ...]:
 def _compute(walked: Walk, traced: Trace, config: RunConfig, gpu: Gpu) -> Compute:
     """Forwards by the mean number of rows, backwards by the share of iterations in which their role is due."""
     training, cache, done = config.training, config.cache, Flops()
+    traced_often = Counter(phase.name for phase in traced.phases)
     for call, counted in walked.calls.items():
         done += traced.per_row[call.network, call.features] * counted.rows
     encoded = {TEXT: cache is None or not cache.text, IMAGES: cache is None or not cache.latents}
     for phase in traced.phases:
         if phase.name == f"{phase.role} backward":
-            done += phase.flops * walked.share(phase.role)
+            done += phase.flops * (walked.share(phase.role) / traced_often[phase.name])
         elif encoded.get(phase.name, False):
             done += phase.flops
     done = done * training.accumulation

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from stepdistill.training.session import Plan
 
 ROLLOUT = "rollout"
 COUNTED = 120
-"""Iterations that are walked through to find the average of network calls that are drawn by lot."""
+"""Iterations that are walked through to find the average of network calls that are drawn by lot or change with time."""
 LISTED = 100_000
 """Iterations whose due roles are looked at."""
 
@@ -71,8 +72,8 @@ class Walk:
     Attributes:
         patterns: the roles that are due together, with the share of the run's iterations in which they are.
         calls: mean of each kind of call over all iterations, for one micro-batch.
-        dearest: of the iterations walked through, those to be traced: together they update every role, and their
-            rollouts are short, since further calls without graph take time and no memory.
+        dearest: of the iterations walked through, those to be traced: together they update every role and call every
+            network, and their rollouts are short, since further calls without graph take time and no memory.
     """
 
     patterns: Mapping[tuple[str, ...], float]
@@ -151,21 +152,29 @@ def run_micro_batch(
 
 
 def walk(plan: Plan) -> Walk:
-    """Walk through the first iterations with a network of a hundred weights in place of the model's.
+    """Walk through iterations of the whole run with a network of a hundred weights in place of the model's.
 
     Every lot is drawn as process 0 of the run itself will draw it, so that the counts of these iterations are its own.
     """
     method, training = plan.method_class(plan.method_config, plan.setting), plan.config.training
-    due = Counter(tuple(method.updates(progress)) for progress in progresses(method, min(training.max_steps, LISTED)))
-    patterns = {roles: count / due.total() for roles, count in due.items()}
+    count = min(training.max_steps, LISTED)
+    due: dict[tuple[str, ...], list[int]] = {}
+    for progress in progresses(method, count):
+        due.setdefault(tuple(method.updates(progress)), []).append(progress.iteration)
+    patterns = {roles: len(iterations) / count for roles, iterations in due.items()}
+    walked = set(chain.from_iterable(_spread(iterations, COUNTED // len(due)) for iterations in due.values()))
+    if count <= COUNTED:
+        walked = set(range(count))
     toy, triple, batch = _toy(plan)
     found: dict[tuple[str, ...], list[tuple[Progress, Calls]]] = {}
-    last = min(training.max_steps, COUNTED)
-    numbers = sample_numbers(0, last, batch=training.batch_size, accumulation=1)
     with torch.no_grad():
         toy.prepare(triple, _toy_images)
-    for progress, samples in zip(progresses(toy, last), numbers, strict=True):
-        draws = Draws(training.seed, progress.iteration, "", samples)
+    for progress in progresses(toy, count):
+        if progress.iteration not in walked:
+            continue
+        first = progress.iteration
+        (samples,) = sample_numbers(first, first + 1, batch=training.batch_size, accumulation=1)
+        draws = Draws(training.seed, first, "", samples)
         with CallCounter(triple) as counter:
             run_micro_batch(toy, triple, batch, progress, draws, counter, lambda role, loss: None)
         found.setdefault(tuple(toy.updates(progress)), []).append((progress, dict(counter.found)))
@@ -175,6 +184,13 @@ def walk(plan: Plan) -> Walk:
             for call, counted in calls.items():
                 mean[call] += counted * (patterns[roles] / len(seen))
     return Walk(patterns, dict(mean), _dearest(found))
+
+
+def _spread(items: Sequence[int], count: int) -> Sequence[int]:
+    """At most `count` of them, evenly spread."""
+    if len(items) <= count:
+        return items
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def progresses(method: Method[Any], count: int) -> Iterator[Progress]:
@@ -205,12 +221,14 @@ class _ToyVision(VisionEncoder):
 
 
 def _dearest(found: Mapping[tuple[str, ...], Sequence[tuple[Progress, Calls]]]) -> list[Progress]:
-    covered: set[str] = set()
+    covered: set[Hashable] = set()
     chosen: list[Progress] = []
     for roles in sorted(found, key=len, reverse=True):
-        if not covered.issuperset(roles):
-            covered.update(roles)
-            chosen.append(min(found[roles], key=lambda seen: sum(c.rows for c in seen[1].values()))[0])
+        for progress, calls in sorted(found[roles], key=lambda seen: sum(c.rows for c in seen[1].values())):
+            kinds = {*roles, *((call.network, call.features) for call in calls)}
+            if not kinds <= covered:
+                covered |= kinds
+                chosen.append(progress)
     return chosen
 
 

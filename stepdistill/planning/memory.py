@@ -28,13 +28,13 @@ class Sizes:
     Attributes:
         base: frozen network, as configured: quantised or not.
         unpacked: its largest linear layer in the base's dtype, which a quantised product needs; 0 without quantisation.
-        roles: trained parameters of each role without heads.
+        roles: parameters of each role without heads: those that are trained, and frozen ones that the method added.
         heads: of all discriminator heads.
         ema: the averaged copy.
         optimizers: what each role's optimizer keeps.
         encoders: text encoders together.
         vae: autoencoder.
-        frozen: models that losses ask: vision encoders, rewards.
+        models: that losses ask: vision encoders, rewards.
         parameters: of all these.
     """
 
@@ -46,7 +46,7 @@ class Sizes:
     optimizers: dict[str, int]
     encoders: int
     vae: int
-    frozen: int
+    models: int
     parameters: tuple[Parameters, ...]
 
 
@@ -58,7 +58,7 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
     kind = config.model.quantization
     saved = sum(size_of([weight]) - quantized_size(weight, kind) for weight in linear)
     others = companions(session.checkpoint)
-    roles = {role: triple.network_parameters(role) for role in plan.roles}
+    roles = {role: triple.network_parameters(role) for role in triple.layouts if role != EMA}
     heads = [head for named in triple.heads.values() for head in named.values()]
     ema = triple.network_parameters(EMA) if EMA in triple.layouts else {}
     configured = {"generator": config.optimizers.generator, "fake_score": config.optimizers.fake_score}
@@ -70,7 +70,7 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
     parameters = [
         Parameters(name=f"{REAL_SCORE} (the base)", count=_count(base.values()), trained=False),
         *(
-            Parameters(name=f"{role} ({held[role]})", count=_count(own.values()), trained=True)
+            Parameters(name=f"{role} ({held[role]})", count=_count(own.values()), trained=role in plan.roles)
             for role, own in roles.items()
         ),
         Parameters(name="heads", count=sum(_count(head.parameters()) for head in heads), trained=True),
@@ -89,7 +89,7 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
         ema=size_of(ema.values()),
         optimizers=optimizers,
         encoders=sum(size_of(part.parameters()) for name, part in others.items() if name != VAE),
-        frozen=sum(size_of(model.parameters()) for model in triple.frozen.values()),
+        models=sum(size_of(model.parameters()) for model in triple.frozen.values()),
         vae=sum(size_of(part.parameters()) for name, part in others.items() if name == VAE),
         parameters=tuple(item for item in parameters if item.count),
     )
@@ -106,15 +106,19 @@ def memory_of(sizes: Sizes, phases: Iterable[Phase], config: RunConfig, processe
         "ema": 0 if "ema" in offload else -(-sizes.ema // share),
         "text encoders": 0 if cache is not None and cache.text else sizes.encoders,
         "autoencoder": sizes.vae,
-        "vision and reward models": sizes.frozen,
+        "vision and reward models": sizes.models,
         "runtime (assumed)": RUNTIME if config.training.device != "cpu" else 0,
     }
     moments = {f"{role} optimizer": -(-held // share) for role, held in sizes.optimizers.items()}
     resident = {name: 0 if "optimizer" in offload else held for name, held in moments.items()}
     skipped = {TEXT} if cache is not None and cache.text else set()
     skipped |= {IMAGES} if cache is not None and cache.latents else set()
-    found: dict[str, dict[str, int]] = {}
+    dearest: dict[str, Phase] = {}
     for phase in phases:
+        if phase.name not in dearest or phase.transient > dearest[phase.name].transient:
+            dearest[phase.name] = phase
+    found: dict[str, dict[str, int]] = {}
+    for phase in dearest.values():
         if phase.name in skipped:
             continue
         # a forward holds gradients where micro-batches came before it; what is no gradient is activation

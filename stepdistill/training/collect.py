@@ -143,4 +143,4 @@ class _Student:
         shape = plan.setting.latent_shape
         noise = torch.stack([noise_for(seed, shape) for seed in seeds]).to(session.device, session.dtype)
         draws = Draws(0, 0, "collect", seeds, session.device, session.dtype)
-        return student_latents(session, session.triple.denoiser(session.student), cond, noise, draws)
+        return student_latents(session, session.student, cond, noise, draws)

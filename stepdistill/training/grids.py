@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +13,19 @@ from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.models.conditioning import Conditioning, ImageSize
-from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.sampler import sample, teacher_sample
+from stepdistill.models.sampler import student_sample, teacher_sample
 from stepdistill.training.folder import grid_path
 from stepdistill.training.session import Session
 
 
-def student_latents(session: Session, student: Denoiser, cond: Conditioning, noise: Tensor, draws: Draws) -> Tensor:
-    """The student's samples by its own recipe."""
-    recipe = session.method.recipe()
-    schedule = session.plan.setting.schedule
-    return sample(
-        lambda x, t: student.x0(x, t, cond),
-        schedule,
+def student_latents(session: Session, role: str, cond: Conditioning, noise: Tensor, draws: Draws) -> Tensor:
+    """Samples by the method's recipe with `role` (generator or EMA) as what is in training."""
+    return student_sample(
+        session.triple,
+        session.method.experts(role, session.stage),
+        session.method.recipe(),
+        cond,
         noise,
-        recipe.ladder(schedule),
-        recipe.transition(),
         lambda index: draws.normal(f"fresh{index}", noise.shape[1:]),
     )
 
@@ -52,22 +50,29 @@ class Grid:
         self.draws = Draws(plan.config.training.seed, 0, "grid", range(count), session.device, session.dtype)
         self.noise = self.draws.normal("noise", plan.setting.latent_shape)
         with torch.no_grad():
-            self.cond, null = session.encoder.text(prompts, sizes), session.encoder.null(sizes)
-            self.teacher = self._decoded(
-                teacher_sample(session.triple.real_score, self.cond, null, self.noise, teacher_steps, guidance)
+            self.cond, self.null = session.encoder.text(prompts, sizes), session.encoder.null(sizes)
+        self.teacher_steps, self.guidance = teacher_steps, guidance
+
+    @cached_property
+    def teacher(self) -> Tensor:
+        """The teacher's row, (N, 3, H, W) in [0, 1]; drawn when the first picture is wanted."""
+        session = self.session
+        with torch.no_grad():
+            return self._decoded(
+                teacher_sample(
+                    session.triple.real_score, self.cond, self.null, self.noise, self.teacher_steps, self.guidance
+                )
             )
 
     @torch.no_grad()
     def draw(self, iteration: int) -> None:
         """Draw the current student. Raises OSError where the disk refuses the picture."""
-        denoiser = self.session.triple.denoiser(self.session.student)
-        with self.session.triple.at_hand(self.session.student):
-            latents = student_latents(self.session, denoiser, self.cond, self.noise, self.draws)
-        student = self._decoded(latents)
+        latents = student_latents(self.session, self.session.student, self.cond, self.noise, self.draws)
+        student, teacher = self._decoded(latents), self.teacher
         if self.folder is not None:
             path = grid_path(self.folder, iteration)
             path.parent.mkdir(parents=True, exist_ok=True)
-            tile([self.teacher, student]).save(path)
+            tile([teacher, student]).save(path)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         rows = [self.session.plan.family.decode(self.session.checkpoint, latent[None]) for latent in latents]

@@ -153,6 +153,7 @@ def open_run(
     saved = checkpoints.read(newest)
     for role in session.triple.layouts:
         session.triple.load_state(role, saved.tensors[role])
+    session.stage = saved.facts.counters.stage
     return session, saved.facts.counters.iteration
 
 

@@ -67,7 +67,7 @@ class Plan:
 
 @dataclass
 class Session:
-    """A plan with its weights."""
+    """A plan with its weights, and the stage of the run that they are of."""
 
     plan: Plan
     checkpoint: Checkpoint
@@ -75,11 +75,17 @@ class Session:
     triple: Triple
     method: Method[Any]
     device: torch.device
+    stage: int = 0
 
     @property
     def student(self) -> str:
         """The role that is shown and exported: the EMA where there is one."""
         return EMA if self.plan.config.training.ema > 0 else GENERATOR
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """All roles of what is shown and exported, in the order of the recipe's experts."""
+        return self.method.experts(self.student, self.stage)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,7 +184,8 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
         compute_dtype=dtype,
         seed=config.training.seed,
     )
-    method = plan.method_class(plan.method_config, plan.setting)
+    with torch.device("cpu"):  # its ladders and levels are numbers even where weights are outlines
+        method = plan.method_class(plan.method_config, plan.setting)
     pipeline = checkpoint.pipeline
     triple.frozen = frozen_models(plan.method_class.needs(plan.method_config))
     decode = None if pipeline is None else lambda latents: plan.family.decode(checkpoint, latents)

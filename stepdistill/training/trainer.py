@@ -205,8 +205,9 @@ class Trainer:
     def _enter_stage(self) -> None:
         """At a stage's first iteration: set its roles up and give it optimizers of its own."""
         for index, (first, stage) in enumerate(self._boundaries()):
-            if index > self.counters.stage and self.counters.iteration >= first:
-                self.counters.stage = index
+            begins = index > self.counters.stage or self.counters.iteration == 0
+            if begins and self.counters.iteration >= first:
+                self.counters.stage = self.session.stage = index
                 for source, target in stage.copies:
                     self.triple.copy_role(self.session.student if source == STUDENT else source, target)
                 for role in stage.reset:
@@ -278,7 +279,7 @@ class Trainer:
                 f"{self.session.plan.config.model.path!r} have {self.base}: put the weights back that the run was started with"
             )
         self.environment.warn_of(facts.environment)
-        self.counters = facts.counters
+        self.counters, self.session.stage = facts.counters, facts.counters.stage
         for role in self.triple.layouts:
             if role not in saved.tensors:
                 raise Refusal(

@@ -1,0 +1,88 @@
+"""The comparison tool: one cell made again against the kept one, budgets, what is missing, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from stepdistill.errors import Refusal
+
+TOOLS = Path(__file__).parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+import compare_methods as compare  # noqa: E402
+import comparetables  # noqa: E402
+
+COMPARISON = compare.read_comparison(TOOLS / "comparison.yaml")
+
+
+def test_a_kept_cell_is_what_its_config_gives_again(tmp_path: Path) -> None:
+    """Trained, exported and measured anew: the same calls and iterations, and the judge's figures but for rounding."""
+    kept = comparetables.Cell.read(compare.RESULTS / "check-seed0.json")
+    again = compare.run_cell("check", COMPARISON.entries["check"], COMPARISON, 0, tmp_path)
+    assert again.config_sha256 == kept.config_sha256, "the config of the cell 'check' changed: run it again"
+    assert (again.calls, again.iterations, again.images) == (kept.calls, kept.iterations, kept.images)
+    for new, old in zip(again.rows, kept.rows, strict=True):
+        assert asdict(new) == pytest.approx(asdict(old), rel=0.02)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_budget_counts_every_call_and_ends_the_run() -> None:
+    """3 iterations of 64 samples: 1 exit call and some on the way, guided teacher 2, fake score 1 in each loss."""
+    kept = comparetables.Cell.read(compare.RESULTS / "check-seed0.json")
+    budget = COMPARISON.entries["check"].calls
+    assert budget is not None
+    assert kept.calls["real_score"] == kept.iterations * 64 * 2
+    assert kept.calls["fake_score"] == kept.iterations * 64 * 2
+    assert kept.iterations * 64 <= kept.calls["generator"] <= kept.iterations * 64 * 4
+    spent = sum(kept.calls.values())
+    assert budget <= spent < budget * kept.iterations / (kept.iterations - 1) + 64
+
+
+def test_every_kept_cell_is_of_todays_config() -> None:
+    for name, cells in comparetables.read_cells(compare.RESULTS).items():
+        entry = COMPARISON.entries[name]
+        for cell in cells:
+            calls, images = entry.calls or COMPARISON.calls, entry.images or COMPARISON.images
+            config = compare.config_of(entry, cell.seed)
+            assert cell.config_sha256 == compare.hash_of(config, calls, images), (name, cell.seed)
+
+
+def test_all_entries_and_tables_fit() -> None:
+    for name, entry in COMPARISON.entries.items():
+        assert compare.config_of(entry, 0).training.seed == 0, name
+    assert {name for names in COMPARISON.tables.values() for name in names} <= set(COMPARISON.entries)
+
+
+def test_only_missing_and_changed_cells_run(tmp_path: Path) -> None:
+    wanted = compare.Wanted(tmp_path, None, None)
+    everything = list(compare.missing(COMPARISON, wanted))
+    assert ("check", 0) in everything
+    assert ("check", 1) not in everything
+    assert everything.index(("dmd2", 0)) < everything.index(("decoupled", 0)) < everything.index(("dmd2", 1))
+    kept = comparetables.Cell.read(compare.RESULTS / "check-seed0.json")
+    (tmp_path / "check-seed0.json").write_text(json.dumps(asdict(kept)))
+    assert ("check", 0) not in compare.missing(COMPARISON, wanted)
+    (tmp_path / "check-seed0.json").write_text(json.dumps(asdict(replace(kept, config_sha256="of another config"))))
+    assert list(compare.missing(COMPARISON, compare.Wanted(tmp_path, ["check"], None))) == [("check", 0)]
+    with pytest.raises(Refusal, match="no entry 'dmd3'"):
+        list(compare.missing(COMPARISON, compare.Wanted(tmp_path, ["dmd3"], None)))
+
+
+def test_table_and_picture(tmp_path: Path) -> None:
+    kept = comparetables.Cell.read(compare.RESULTS / "check-seed0.json")
+    rows = [replace(row, frechet=1.0, diversity=0.1, prompt_accuracy=0.9) for row in kept.rows]
+    one = replace(kept, entry="one", rows=rows)
+    two = replace(one, seed=1, rows=[replace(row, frechet=3.0) for row in rows])
+    short = replace(one, entry="short", rows=rows[:1])
+    cells = {"one": [one, two], "short": [short]}
+    lines = comparetables.table(cells, ["one", "short", "absent"], 0.2).splitlines()
+    assert len(lines) == 4
+    # standard error of 1 and 3: sqrt(2) / sqrt(2)
+    assert lines[2].startswith("| one | 2 | 2.000 ±1.000 | 2.000 ±1.000 | 2.000 ±1.000 | 0.900 ±0.000 | 0.500 ±0.000 |")
+    assert lines[3].startswith("| short | 1 | 1.000 | - | - | 0.900 | 0.500 |")
+    comparetables.picture(cells, ["one", "short"], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000

@@ -1,0 +1,250 @@
+"""Methods and layouts on the embedded teacher, at the same number of network calls of training, cell by cell.
+
+    python tools/compare_methods.py run                       # every cell that is missing; stop and start as you like
+    python tools/compare_methods.py run --only dmd2 --seeds 0
+    python tools/compare_methods.py table --json rows.json --picture curves.png
+
+A cell trains one entry of tools/comparison.yaml with one seed until its calls are spent, exports the student, loads it with
+stock diffusers and lets the judge, which nothing is trained against, measure it. tools/results/compare_methods/ keeps one
+file a cell, with the commit and the hash of the config; a cell whose config has changed since is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+from comparetables import Cell, Measured, picture, read_cells, table
+from pydantic import Field
+
+from stepdistill import api
+from stepdistill.assets import TEACHER, resolve
+from stepdistill.config import RunConfig, Settings, load_config, parse
+from stepdistill.data.tensors import write_atomically
+from stepdistill.demo import TEACHER_ROW
+from stepdistill.errors import Refusal
+from stepdistill.evaluation.fashion import Scorer, evaluation_set
+from stepdistill.exporting.artefact import draw, load_artefact
+from stepdistill.models.recipe import Recipe
+from stepdistill.planning.loop import CallCounter
+from stepdistill.training.run import train
+from stepdistill.training.session import DTYPES, Session
+from stepdistill.training.watch import Seen
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).parent / "results" / "compare_methods"
+BATCH, FOREVER = 64, 1_000_000
+MEASURES = ("frechet", "prompt_accuracy", "diversity", "saturation")
+
+
+class EntryConfig(Settings):
+    """One row of a comparison."""
+
+    config: str
+    set: list[str] = Field([], description="changes to the config, as --set takes them")
+    calls: int | None = Field(None, gt=0)
+    images: int | None = Field(None, gt=0)
+    seeds: list[int] | None = None
+
+
+class ComparisonConfig(Settings):
+    """tools/comparison.yaml."""
+
+    calls: int = Field(gt=0, description="network calls of training, a cell")
+    seeds: list[int]
+    images: int
+    entries: dict[str, EntryConfig]
+    tables: dict[str, list[str]]
+
+
+class Budget:
+    """A watcher that ends the run when its network calls are spent."""
+
+    every = 1
+
+    def __init__(self, session: Session, calls: int) -> None:
+        self.calls = calls
+        self.counter = CallCounter(session.triple)
+        self.counter.__enter__()
+
+    def __call__(self, iteration: int) -> Seen:
+        return Seen({}, None, enough=sum(self.spent().values()) >= self.calls)
+
+    def spent(self) -> dict[str, int]:
+        """Rows by role that was asked. Forwards that are left at the features count whole."""
+        spent: dict[str, int] = {}
+        for call, counted in self.counter.found.items():
+            spent[call.network] = spent.get(call.network, 0) + round(counted.rows)
+        return spent
+
+
+def read_comparison(path: Path) -> ComparisonConfig:
+    """Raises Refusal."""
+    return parse(ComparisonConfig, yaml.safe_load(path.read_text()), str(path))
+
+
+def config_of(entry: EntryConfig, seed: int) -> RunConfig:
+    """The config of a cell: no end but the budget's, and nothing written but the last checkpoint."""
+    quiet = [f"training.max_steps={FOREVER}", f"training.save_every={FOREVER}", "training.grid_every=0"]
+    return load_config(ROOT / entry.config, [*entry.set, *quiet, f"training.seed={seed}"])
+
+
+def hash_of(config: RunConfig, calls: int, images: int) -> str:
+    """Of all that decides a cell's numbers."""
+    said = {"config": config.model_dump(mode="json", exclude={"output"}), "calls": calls, "images": images}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: int, work: Path) -> Cell:
+    """Train, export, draw with stock diffusers, measure."""
+    calls, images = entry.calls or comparison.calls, entry.images or comparison.images
+    config = config_of(entry, seed)
+    folder = work / f"{name}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    budgets: list[Budget] = []
+
+    def watcher(session: Session, _folder: Path) -> Budget:
+        budgets.append(Budget(session, calls))
+        return budgets[0]
+
+    begun, used = time.perf_counter(), _processor_seconds()
+    outcome = train(config, folder / "run", None, watcher)
+    seconds, processor = time.perf_counter() - begun, _processor_seconds() - used
+    full = config.roles.generator.mode == "full"
+    artefact = api.export(folder / "run", "pipeline" if full else "diffusers-lora", folder / "student", device="cpu")
+    rows = measure(artefact, full, images)
+    shutil.rmtree(folder)
+    return Cell(
+        entry=name,
+        seed=seed,
+        config_sha256=hash_of(config, calls, images),
+        commit=_commit(),
+        calls=budgets[0].spent(),
+        iterations=outcome.iteration,
+        seconds=round(seconds, 1),
+        processor_seconds=round(processor, 1),
+        images=images,
+        rows=rows,
+    )
+
+
+def measure(artefact: Path, full: bool, images: int) -> list[Measured]:
+    """The student at its own number of steps, and at every fewer one of 1, 2, 4 that divides its ladder."""
+    base = str(artefact) if full else resolve(TEACHER)
+    pipeline, recipe = load_artefact(base, None if full else artefact, DTYPES["float32"], "cpu")
+    if recipe is None:
+        raise RuntimeError(f"{artefact} holds no recipe")
+    prompts, seeds = evaluation_set(images)
+    scorer, rows = Scorer(), []
+    for shorter in _shortened(recipe):
+        drawn = np.concatenate(list(draw(pipeline, prompts, seeds, recipe=shorter, batch_size=BATCH)))
+        scores = scorer.score(drawn, prompts)
+        measures = {key: round(getattr(scores, key), 5) for key in MEASURES}
+        rows.append(Measured(shorter.num_inference_steps, **measures))
+    return rows
+
+
+def _shortened(recipe: Recipe) -> Iterator[Recipe]:
+    own = recipe.num_inference_steps
+    for steps in (1, 2, 4):
+        if own % steps == 0:
+            kept = [index * own // steps for index in range(steps)]
+            timesteps = tuple(recipe.timesteps[i] for i in kept) if recipe.timesteps else ()
+            sigmas = tuple(recipe.sigmas[i] for i in kept) if recipe.sigmas else ()
+            yield replace(recipe, num_inference_steps=steps, timesteps=timesteps, sigmas=sigmas)
+
+
+def _processor_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which cells are asked for: those kept in `results` are there; None is all entries, all seeds."""
+
+    results: Path
+    entries: Sequence[str] | None
+    seeds: Sequence[int] | None
+
+
+def missing(comparison: ComparisonConfig, wanted: Wanted) -> Iterator[tuple[str, int]]:
+    """(entry, seed) of the cells that are not there as configured, seed by seed.
+
+    Raises:
+        Refusal: an entry that the comparison does not have.
+    """
+    for seed in wanted.seeds if wanted.seeds is not None else comparison.seeds:
+        for name in wanted.entries if wanted.entries is not None else comparison.entries:
+            entry = comparison.entries.get(name)
+            if entry is None:
+                raise Refusal(
+                    f"there is no entry {name!r} in the comparison: use one of {', '.join(comparison.entries)}"
+                )
+            if entry.seeds is not None and seed not in entry.seeds:
+                continue
+            path = wanted.results / f"{name}-seed{seed}.json"
+            own = hash_of(config_of(entry, seed), entry.calls or comparison.calls, entry.images or comparison.images)
+            if not path.is_file() or Cell.read(path).config_sha256 != own:
+                yield name, seed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comparison", type=Path, default=Path(__file__).parent / "comparison.yaml")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run the cells that are missing")
+    run.add_argument("--only", nargs="*", default=None, help="entries; all by default")
+    run.add_argument("--seeds", nargs="*", type=int, default=None)
+    run.add_argument("--work", type=Path, default=Path("runs/compare"))
+    show = commands.add_parser("table", help="print the tables")
+    show.add_argument("--json", type=Path, default=None)
+    show.add_argument("--picture", type=Path, default=None)
+    arguments = parser.parse_args()
+    comparison = read_comparison(arguments.comparison)
+    if arguments.command == "run":
+        logging.basicConfig(level=logging.WARNING)
+        for name, seed in missing(comparison, Wanted(arguments.results, arguments.only, arguments.seeds)):
+            cell = run_cell(name, comparison.entries[name], comparison, seed, arguments.work)
+            arguments.results.mkdir(parents=True, exist_ok=True)
+            path = arguments.results / f"{name}-seed{seed}.json"
+            write_atomically(path, (json.dumps(asdict(cell), indent=2) + "\n").encode())
+            last = cell.rows[-1]
+            print(f"{name} seed {seed}: {cell.iterations} iterations, {cell.seconds:.0f} s, {last}", flush=True)
+        return
+    cells = read_cells(arguments.results)
+    teacher = json.loads(TEACHER_ROW.read_text())["1.5"]
+    for title, entries in comparison.tables.items():
+        print(f"{title}\n\n{table(cells, entries, teacher['diversity'])}\n")
+    if arguments.json is not None:
+        rows = [
+            {"method": cell.entry, "seed": cell.seed, **asdict(row)}
+            for found in cells.values()
+            for cell in found
+            for row in cell.rows
+        ]
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    if arguments.picture is not None:
+        picture(cells, comparison.tables["methods"], arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
