@@ -175,7 +175,8 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
         compute_dtype=dtype,
         seed=config.training.seed,
     )
-    method = plan.method_class(plan.method_config, plan.setting)
+    with torch.device("cpu"):  # an outline's weights have no content, but what a method makes of its schedule has
+        method = plan.method_class(plan.method_config, plan.setting)
     method.prepare(triple)
     for heads in triple.heads.values():
         for head in heads.values():

@@ -114,7 +114,8 @@ class Family(ABC):
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's raw output in the schedule's prediction type (sign and extra channels mended), shape of x_t.
 
-        t has shape (B,), native times of the schedule; the family converts it to what its network wants.
+        t has shape (B,), native times of the schedule; the family converts it to what its network wants. The network is given
+        x_t by position, first: so its calls are counted.
         """
 
     @abstractmethod

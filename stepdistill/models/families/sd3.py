@@ -112,7 +112,7 @@ class SD3(TransformerFamily):
                 "guidance by two calls and a method with one time"
             )
         return network(  # type: ignore[no-any-return]
-            hidden_states=x_t,
+            x_t,
             timestep=(TRAIN_STEPS * t).float(),
             encoder_hidden_states=cond.text,
             pooled_projections=cond.pooled,
