@@ -26,6 +26,7 @@ METHODS: Mapping[str, str] = {
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",
     "sdxl": "stepdistill.models.families.sdxl:SDXL",
+    "sd3": "stepdistill.models.families.sd3:SD3",
     "analytic": "stepdistill.models.families.analytic:Analytic",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
 from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, recipe_of
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
@@ -31,6 +33,13 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "tcd": ("TCDScheduler", {}),
 }
 """Short names for `--scheduler`: (class, changes to the checkpoint's config)."""
+FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # on straight paths DDIM is Euler
+    "ddim": ("FlowMatchEulerDiscreteScheduler", {}),
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "lcm": ("FlowMatchLCMScheduler", {}),
+}
+"""The same for a flow-matching checkpoint."""
 
 
 def load_artefact(
@@ -126,13 +135,28 @@ def draw(
                 batch["negative_prompt"] = [negative_prompt] * count
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
             try:
-                images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
+                with seeded_steps(pipeline, generators):
+                    images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
             except ValueError as error:
                 first = " ".join(str(error).split())[:200]
                 raise Refusal(f"the pipeline refuses to draw ({first}): change steps, size or scheduler") from None
             yield (np.floor(images * 255) if quantize == "floor" else (images * 255).round()).astype(np.uint8)
     finally:
         pipeline.scheduler = own  # the next scheduler must start from the checkpoint's config, not from this one's
+
+
+@contextmanager
+def seeded_steps(pipeline: DiffusionPipeline, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Inside, a scheduler that draws noise draws it from these generators, one a sample.
+
+    The pipeline of SD3 does not hand on the generators that it was called with, and leaves its scheduler to the global one.
+    """
+    step = pipeline.scheduler.step
+    vars(pipeline.scheduler)["step"] = lambda *args, **more: step(*args, **{"generator": generators, **more})
+    try:
+        yield
+    finally:
+        del vars(pipeline.scheduler)["step"]
 
 
 def _arguments(
@@ -159,8 +183,13 @@ def _arguments(
         changed = replace(recipe, scheduler_config={**recipe.scheduler_config, **spaced})
         pipeline.scheduler = changed.scheduler(dict(pipeline.scheduler.config))
         arguments = {"num_inference_steps": steps, "guidance_scale": recipe.guidance_scale}
+        if recipe.sigmas and steps is not None:
+            arguments["sigmas"] = [1 - index / steps for index in range(steps)]
     else:
-        name, changes = SCHEDULERS[scheduler or "ddim"]
+        known = FLOW_SCHEDULERS if NoiseSchedule.from_config(pipeline.scheduler.config).is_flow else SCHEDULERS
+        if scheduler is not None and scheduler not in known:
+            raise Refusal(f"the scheduler {scheduler!r} does not walk a flow: use one of {', '.join(known)}")
+        name, changes = known[scheduler or "ddim"]
         pipeline.scheduler = vars(diffusers)[name].from_config({**pipeline.scheduler.config, **changes})
         default = recipe.num_inference_steps if recipe is not None else 50
         arguments = {

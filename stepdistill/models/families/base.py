@@ -106,11 +106,16 @@ class Family(ABC):
     def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
         """What `load` gives, in the same dtypes, with every weight on the meta device; no weight file is looked for."""
 
+    def left_out(self, info: CheckpointInfo) -> tuple[str, ...]:
+        """Components that the checkpoint is without and the pipeline's loader must be told `None` for."""
+        return ()
+
     @abstractmethod
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's raw output in the schedule's prediction type (sign and extra channels mended), shape of x_t.
 
-        t has shape (B,), native times of the schedule; the family converts it to what its network wants.
+        t has shape (B,), native times of the schedule; the family converts it to what its network wants. The network is given
+        x_t by position, first: so its calls are counted.
         """
 
     @abstractmethod
@@ -153,6 +158,11 @@ class Family(ABC):
     def feature_module(self, network: nn.Module) -> nn.Module:
         """The module whose output a discriminator head reads (UNets: the mid block)."""
 
+    def feature_map(self, network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+        """(B, C, h, w) of what that module returned for x_t: a map already, or flat features, where h = w = 1."""
+        features: Tensor = output
+        return features[..., None, None] if features.ndim == 2 else features
+
     @abstractmethod
     def feature_channels(self, info: CheckpointInfo) -> int:
         """Channels of that output."""
@@ -182,5 +192,7 @@ class Family(ABC):
         """Write a tiny random checkpoint in diffusers format; every variant in `tiny_variants` joins the test matrix."""
 
     tiny_variants: ClassVar[tuple[str, ...]] = ("default",)
+    has_kohya_layout: ClassVar[bool] = True
+    """Loaders of kohya's LoRA layout, diffusers' among them, know the network's modules by `lora_COMPONENT_PATH`."""
     is_stock: ClassVar[bool] = True
     """The network is a model of diffusers, which can be quantised, compiled and given another attention."""
