@@ -24,6 +24,7 @@ METHODS: Mapping[str, str] = {
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",
     "sdxl": "stepdistill.models.families.sdxl:SDXL",
+    "sana": "stepdistill.models.families.sana:Sana",
     "analytic": "stepdistill.models.families.analytic:Analytic",
 }
 

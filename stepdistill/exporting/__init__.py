@@ -92,7 +92,7 @@ def export_role(
         (aside / "reproduce.py").write_text(script)
         write_card(
             checkpoint.info,
-            triple.family.pipeline_name,
+            type(pipeline).__name__,
             recipe,
             format,
             FILES[format],

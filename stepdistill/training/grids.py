@@ -20,7 +20,7 @@ from stepdistill.training.session import Session
 
 def student_latents(session: Session, student: Denoiser, cond: Conditioning, noise: Tensor, draws: Draws) -> Tensor:
     """The student's samples by its own recipe."""
-    recipe = session.method.recipe()
+    recipe = session.recipe
     schedule = session.plan.setting.schedule
     return sample(
         lambda x, t: student.x0(x, t, cond),

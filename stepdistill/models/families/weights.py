@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPTextConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stepdistill.models.files import Shapes, read_header, read_json, refuse_key_differences, variant_of, weights
 
 ModelClass = type[Any]
-"""A diffusers model or a CLIP text encoder of transformers."""
+"""A diffusers model or a text encoder of transformers."""
 
 # names that diffusers before 0.15 gave to the VAE's attention; it still renames them as it loads
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -29,9 +29,9 @@ def empty_component(folder: Path, component: str, model_class: ModelClass) -> nn
     """The component that its config describes, on the meta device."""
     config = read_json(folder / component / "config.json")
     with torch.device("meta"):
-        is_text = issubclass(model_class, PreTrainedModel)
-        model: nn.Module = model_class(CLIPTextConfig.from_dict(config)) if is_text else model_class.from_config(config)
-    return model
+        if issubclass(model_class, PreTrainedModel):
+            return model_class(model_class.config_class.from_dict(config))  # type: ignore[no-any-return]
+        return model_class.from_config(config)  # type: ignore[no-any-return]
 
 
 def canonical(shapes: Shapes) -> Shapes:
