@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import edit, refusal
@@ -34,7 +35,7 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.timesteps import few_step_ladder, trailing_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
-from stepdistill.exporting.artefact import load_artefact
+from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.methods.base import Setting
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.models.adapters import AdapterBank, LoraSettings, suffixes_present
@@ -136,9 +137,9 @@ def test_the_schedule_is_that_of_the_stock_scheduler(copied: Tiny) -> None:
     FlowMatchEulerDiscreteScheduler(shift=2.5).save_pretrained(folder / "scheduler")
     assert inspect_checkpoint(folder).schedule == NoiseSchedule.flow(2.5)
     DDIMScheduler().save_pretrained(folder / "scheduler")
-    refusal(lambda: inspect_checkpoint(folder), "DDIMScheduler", "flow matching", "restore the scheduler")
+    refusal(lambda: inspect_checkpoint(folder), "a VP process", "flow matching", "restore the scheduler")
     SCMScheduler().save_pretrained(folder / "scheduler")
-    refusal(lambda: inspect_checkpoint(folder), "SCMScheduler")
+    refusal(lambda: inspect_checkpoint(folder), "SCMScheduler is Sana-Sprint's alone")
 
 
 def test_sprint_counts_in_the_angles_of_its_scheduler(copied: Tiny) -> None:
@@ -342,21 +343,13 @@ def test_inputs_that_the_network_lacks_are_refused(tiny: Tiny) -> None:
     refusal(lambda: SANA.call(plain.network, x, t, replace(cond, second_time=t)), "second time")
 
 
-def test_tokens_are_laid_out_as_the_latents_are() -> None:
-    tokens = torch.arange(6.0)[None, :, None].expand(2, 6, 3)
-    features = SANA.feature_map(tokens, torch.zeros(2, 4, 4, 6))
-    assert features.shape == (2, 3, 2, 3)
-    assert features[0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert SANA.feature_map(torch.zeros(2, 5), torch.zeros(2, 5, 1, 1)).shape == (2, 5, 1, 1)
-
-
 def test_features_are_the_block_s_tokens_also_under_checkpointing(tiny: Tiny) -> None:
     checkpoint = loaded(tiny("sana"))
     cond, caught, called = SANA.encode(checkpoint, PROMPTS, SIZES), [], []
     network = SANA.empty_like(checkpoint.network).eval()
     network.load_state_dict(checkpoint.network.state_dict())
     denoiser = Denoiser(network, SANA, checkpoint.info.schedule)
-    hook = network.transformer_blocks[1].register_forward_hook(lambda _m, _a, out: caught.append(out.detach()))
+    hook = SANA.feature_module(network).register_forward_hook(lambda _m, _a, out: caught.append(out.detach()))
     denoiser.x0(noise(2, 4, 8, 12), 0.5, cond)
     hook.remove()
     x = noise(2, 4, 8, 12).requires_grad_()
@@ -372,7 +365,7 @@ def test_features_are_the_block_s_tokens_also_under_checkpointing(tiny: Tiny) ->
 
     SANA.enable_gradient_checkpointing(network, function)
     (checkpointed,) = torch.autograd.grad(denoiser.features(x, 0.5, cond).square().sum(), x)
-    assert called == SANA.blocks(network)
+    assert called
     torch.testing.assert_close(plain, checkpointed)
 
 
@@ -500,3 +493,29 @@ def test_a_deterministic_or_full_student_exports(tiny: Tiny, tmp_path: Path, var
 def test_ladders_of_the_teacher_are_those_of_the_shift(tiny: Tiny) -> None:
     info = loaded(tiny("sana")).info
     assert trailing_ladder(info.schedule, 2) == pytest.approx((1.0, 0.75))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bases_are_drawn_by_the_solvers_that_their_pipelines_take(tiny: Tiny, variant: str) -> None:
+    """At the size of the checkpoint, which is no size of the pipeline's list, and with its shift under any solver."""
+    pipeline, recipe = load_artefact(str(tiny("sana", variant)), None, torch.float32, "cpu")
+    assert recipe is None
+    drawn = {
+        steps: next(draw(pipeline, PROMPTS, [1, 2], steps=steps, guidance=3.0)) for steps in (2, 3)
+    }  # fmt: skip
+    assert drawn[2].shape == (2, 32, 32, 3)
+    assert next(draw(pipeline, PROMPTS, [1, 2], size=(32, 64), steps=1)).shape == (2, 32, 64, 3)
+    if variant == "sprint":
+        call = {"intermediate_timesteps": 1.3, "guidance_scale": 3.0, **CALL, "output_type": "np"}
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        theirs = pipeline(PROMPTS, num_inference_steps=2, generator=generators, **call).images
+        refusal(lambda: next(draw(pipeline, PROMPTS, [1, 2], scheduler="euler")), "'euler'", "SanaSprintPipeline")
+        refusal(lambda: next(draw(pipeline, PROMPTS, [1, 2], negative_prompt="dog")), "remove it")
+    else:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        call = {"guidance_scale": 3.0, **CALL, "output_type": "np"}
+        theirs = pipeline(PROMPTS, num_inference_steps=2, generator=generators, **call).images
+        solver = next(draw(pipeline, PROMPTS, [1, 2], steps=2, guidance=3.0, scheduler="dpm++2m"))
+        assert not np.array_equal(solver, drawn[2])
+    assert np.abs(drawn[2] - (theirs * 255).round()).max() <= 1

@@ -88,11 +88,11 @@ def export_role(
         pipeline, _ = load_artefact(exported, None if format == "pipeline" else aside, torch.float32, "cpu")
         tolerance = HALF_TOLERANCE if half else TOLERANCE
         verify(pipeline, proof, recipe, tolerance)
-        script = reproduction_script(base, format, FILES[format], tolerance)
+        script = reproduction_script(base, format, FILES[format], tolerance, triple.family.left_out(checkpoint.info))
         (aside / "reproduce.py").write_text(script)
         write_card(
             checkpoint.info,
-            type(pipeline).__name__,
+            triple.family,
             recipe,
             format,
             FILES[format],

@@ -8,13 +8,14 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from stepdistill.assets import resolve
-from stepdistill.models.families.base import CheckpointInfo
+from stepdistill.exporting.proof import loader_arguments
+from stepdistill.models.families.base import CheckpointInfo, Family
 from stepdistill.models.recipe import Recipe
 
 
 def write_card(
     info: CheckpointInfo,
-    pipeline_name: str,
+    family: Family,
     recipe: Recipe,
     format: str,
     file: str,
@@ -32,8 +33,13 @@ def write_card(
         pipeline_tag="text-to-image",
         tags=tags,
     )
+    others = (
+        "; for ComfyUI, A1111 and kohya tools export `--format kohya-lora`"
+        if family.has_kohya_layout
+        else " and ComfyUI"
+    )
     programs = {
-        "diffusers-lora": f"`{file}` is for diffusers; for ComfyUI, A1111 and kohya tools export `--format kohya-lora`.",
+        "diffusers-lora": f"`{file}` is for diffusers{others}.",
         "kohya-lora": f"`{file}` is for ComfyUI, A1111 and kohya tools; diffusers loads it too.",
         "pipeline": "The folder is a diffusers pipeline.",
     }
@@ -52,7 +58,7 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
 * The licence is the base model's ({info.licence or "the base states none"}).
 {more}
 ```python
-{usage(pipeline_name, recipe, format, file, folder.resolve())}
+{usage(family.pipeline_of(info), recipe, format, file, folder.resolve(), family.left_out(info))}
 ```
 
 `reproduce.py` redraws `proof.safetensors` with stock diffusers and compares.
@@ -60,7 +66,9 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(target)
 
 
-def usage(pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Path) -> str:
+def usage(
+    pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Path, left_out: Sequence[str] = ()
+) -> str:
     """Python that draws one image with stock diffusers."""
     ladder = "".join(
         f" {key}={list(times)}," for key, times in (("timesteps", recipe.timesteps), ("sigmas", recipe.sigmas)) if times
@@ -69,7 +77,7 @@ def usage(pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Pa
     lines = [
         f"from diffusers import {recipe.scheduler_class}, {pipeline_name}",
         "",
-        f'pipe = {pipeline_name}.from_pretrained("{source}")',
+        f'pipe = {pipeline_name}.from_pretrained("{source}"{loader_arguments(left_out)})',
     ]
     if format != "pipeline":
         lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{file}")')

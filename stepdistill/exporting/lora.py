@@ -75,12 +75,12 @@ def write_diffusers_lora(triple: Triple, role: str, recipe: Recipe, folder: Path
 
 def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, folder: Path, dtype: torch.dtype) -> Path:
     """Write kohya's layout: `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight` and `.alpha`, for ComfyUI and A1111."""
-    lora = settings_of(triple, role)
-    if triple.family.network_component != "unet":
+    if not triple.family.has_kohya_layout:
         raise Refusal(
-            f"kohya's layout is one of UNets, and a LoRA of {triple.family.name!r} is on a {triple.family.network_component}: "
-            "export it with --format diffusers-lora"
+            f"kohya's layout has no names that diffusers knows for the network of {triple.family.name!r}: export it with --format "
+            "diffusers-lora, which ComfyUI reads as well"
         )
+    lora = settings_of(triple, role)
     tensors: dict[str, Tensor] = {}
     for key, value in lora_tensors(triple, role, dtype).items():
         module, _, matrix = key.removesuffix(".weight").rpartition(".")

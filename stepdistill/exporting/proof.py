@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.errors import Refusal
+from stepdistill.exporting.artefact import seeded_steps
 from stepdistill.models.conditioning import ImageSize
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.recipe import Recipe
@@ -120,9 +121,10 @@ def verify(
     arguments = recipe.apply(pipeline)
     generators = [torch.Generator().manual_seed(seed) for seed in proof.seeds]
     height, width = recipe.resolution
-    drawn = pipeline(
-        list(proof.prompts), generator=generators, output_type="pt", height=height, width=width, **arguments
-    ).images
+    with seeded_steps(pipeline, generators):
+        drawn = pipeline(
+            list(proof.prompts), generator=generators, output_type="pt", height=height, width=width, **arguments
+        ).images
     worst = float((drawn.float().cpu() - proof.images.float()).abs().max())
     if not worst <= tolerance:
         raise Refusal(
@@ -136,12 +138,19 @@ def verify(
     return worst
 
 
-def reproduction_script(base: str, format: str, file: str, tolerance: float) -> str:
+def loader_arguments(left_out: Sequence[str]) -> str:
+    """`, NAME=None` for each component that `from_pretrained` must be told of."""
+    return "".join(f", {name}=None" for name in left_out)
+
+
+def reproduction_script(base: str, format: str, file: str, tolerance: float, left_out: Sequence[str] = ()) -> str:
     """A script that imports torch, safetensors and diffusers alone and reproduces the proof from the exported files."""
-    load = "pipe = DiffusionPipeline.from_pretrained(here, torch_dtype=torch.float32)"
+    lacking = loader_arguments(left_out)
+    load = f"pipe = DiffusionPipeline.from_pretrained(here, torch_dtype=torch.float32{lacking})"
     if format != "pipeline":
+        where = f'sys.argv[1] if len(sys.argv) > 1 else "{base}"'
         load = (
-            f'pipe = DiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "{base}", torch_dtype=torch.float32)\n'
+            f"pipe = DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.float32{lacking})\n"
             f'pipe.load_lora_weights(here, weight_name="{file}")'
         )
     return f'''"""Reproduce proof.safetensors with stock diffusers: python reproduce.py [BASE]"""
@@ -160,8 +169,11 @@ scheduler = getattr(diffusers, recipe["scheduler"]["class_name"])
 pipe.scheduler = scheduler.from_config({{**pipe.scheduler.config, **recipe["scheduler"]["config"]}})
 ladder = {{key: recipe[key] for key in ("timesteps", "sigmas") if recipe[key]}}
 height, width = recipe["resolution"]
+generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+step = pipe.scheduler.step  # not every pipeline hands its generators on to it
+pipe.scheduler.step = lambda *args, **more: step(*args, **{{"generator": generators, **more}})
 images = pipe(
-    prompts, generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="pt",
+    prompts, generator=generators, output_type="pt",
     num_inference_steps=recipe["num_inference_steps"], guidance_scale=recipe["guidance_scale"],
     height=height, width=width, **ladder, **recipe["call"],
 ).images

@@ -27,7 +27,7 @@ from stepdistill.models.quantization import Quantized, quantize
 from stepdistill.registry import family_names, load_family, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONFIGS = ("model_index.json", "README.md", "*/*.json", "*/*.txt")
+_CONFIGS = ("model_index.json", "README.md", "*/*.json", "*/*.txt", "*/spiece.model")
 
 
 def inspect_checkpoint(

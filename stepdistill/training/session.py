@@ -181,7 +181,8 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
         compute_dtype=dtype,
         seed=config.training.seed,
     )
-    method = plan.method_class(plan.method_config, plan.setting)
+    with torch.device("cpu"):  # an outline's weights have no content, but what a method makes of its schedule has
+        method = plan.method_class(plan.method_config, plan.setting)
     pipeline = checkpoint.pipeline
     decode = None if pipeline is None else lambda latents: plan.family.decode(checkpoint, latents)
     method.prepare(triple, decode)

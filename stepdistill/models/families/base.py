@@ -90,7 +90,7 @@ class Family(ABC):
     pipeline_name: ClassVar[str]
     """Class name in `model_index.json` (the text-to-image pipeline that exports are loaded with)."""
     other_pipelines: ClassVar[tuple[str, ...]] = ()
-    """Further class names there that the family reads; an export is loaded with its base's own."""
+    """Further class names there that the family reads."""
     network_component: ClassVar[str]
     """Attribute of the pipeline that holds the network: `unet` or `transformer`; also the prefix of LoRA keys."""
 
@@ -111,11 +111,20 @@ class Family(ABC):
     def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
         """What `load` gives, in the same dtypes, with every weight on the meta device; no weight file is looked for."""
 
+    def pipeline_of(self, info: CheckpointInfo) -> str:
+        """Class name of the checkpoint's own pipeline, which its exports are loaded with."""
+        return self.pipeline_name
+
+    def left_out(self, info: CheckpointInfo) -> tuple[str, ...]:
+        """Components that the checkpoint is without and the pipeline's loader must be told `None` for."""
+        return ()
+
     @abstractmethod
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's raw output in the schedule's prediction type (sign and extra channels mended), shape of x_t.
 
-        t has shape (B,), native times of the schedule; the family converts it to what its network wants.
+        t has shape (B,), native times of the schedule; the family converts it to what its network wants. The network is given
+        x_t by position, first: so its calls are counted.
         """
 
     @abstractmethod
@@ -158,18 +167,10 @@ class Family(ABC):
     def feature_module(self, network: nn.Module) -> nn.Module:
         """The module whose output a discriminator head reads (UNets: the mid block)."""
 
-    def feature_map(self, output: Tensor, x_t: Tensor) -> Tensor:
-        """What the feature module returned for latents x_t (B, C, H, W), as (B, C', h, w).
-
-        Flat features (B, C') become 1 x 1; tokens (B, h w, C'), in rows, get the proportions of x_t.
-        """
-        if output.ndim == 2:
-            return output[..., None, None]
-        if output.ndim == 3:
-            height, width = x_t.shape[-2:]
-            stride = round((height * width / output.shape[1]) ** 0.5)
-            return output.transpose(1, 2).unflatten(2, (height // stride, width // stride))
-        return output
+    def feature_map(self, network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+        """(B, C, h, w) of what that module returned for x_t: a map already, or flat features, where h = w = 1."""
+        features: Tensor = output
+        return features[..., None, None] if features.ndim == 2 else features
 
     @abstractmethod
     def feature_channels(self, info: CheckpointInfo) -> int:
@@ -208,5 +209,7 @@ class Family(ABC):
         """Write a tiny random checkpoint in diffusers format; every variant in `tiny_variants` joins the test matrix."""
 
     tiny_variants: ClassVar[tuple[str, ...]] = ("default",)
+    has_kohya_layout: ClassVar[bool] = True
+    """Loaders of kohya's LoRA layout, diffusers' among them, know the network's modules by `lora_COMPONENT_PATH`."""
     is_stock: ClassVar[bool] = True
     """The network is a model of diffusers, which can be quantised, compiled and given another attention."""

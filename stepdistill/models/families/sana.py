@@ -10,13 +10,11 @@ scheduler's angles are the axis on which ladders and noise levels are even.
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import diffusers
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -30,30 +28,18 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import Gemma2Model, GemmaTokenizer
 
-from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families import tiny
-from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part, Posterior
-from stepdistill.models.families.unet import stock_pipeline
-from stepdistill.models.families.weights import ModelClass, check_folder, empty_component
-from stepdistill.models.files import licence, read_json, variant_of, weights
+from stepdistill.models.families.base import Checkpoint, CheckpointInfo, Posterior
+from stepdistill.models.families.pipeline import stock_pipeline
+from stepdistill.models.families.transformer import TRAIN_STEPS, TransformerFamily
+from stepdistill.models.families.weights import ModelClass
+from stepdistill.models.files import read_json
 from stepdistill.models.recipe import TRIGFLOW_SCHEDULER, Recipe
-from stepdistill.registry import nearest
 
-CLASSES: Mapping[str, ModelClass] = {
-    "transformer": SanaTransformer2DModel, "vae": AutoencoderDC, "text_encoder": Gemma2Model
-}  # fmt: skip
-LORA_TARGETS: Mapping[str, tuple[str, ...]] = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    # every linear layer and 1 x 1 convolution; the depthwise ones have no low rank to speak of
-    "all": (
-        "to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "linear_2", "time_embed.linear",
-        "proj_out",
-    ),
-}  # fmt: skip
-
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # as published with Sana
 TINY_SCHEDULER: tiny.Config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
@@ -66,16 +52,22 @@ def _default(name: str, pipeline_class: type[DiffusionPipeline] = SanaPipeline) 
 TOKENS = int(_default("max_sequence_length"))
 GUIDANCE = float(_default("guidance_scale", SanaSprintPipeline))
 """What a Sprint network is told unless a method says otherwise."""
-FEATURE_DEPTH = 0.7
-"""Share of the blocks before the one whose output a discriminator reads: of the four that Sana-Sprint's heads read (2, 8, 14
-and 19 of 20, released code), the third."""
 
 
-class Sana(Family):
+class Sana(TransformerFamily):
     name: ClassVar[str] = "sana"
     pipeline_name: ClassVar[str] = "SanaPipeline"
     other_pipelines: ClassVar[tuple[str, ...]] = ("SanaSprintPipeline",)
-    network_component: ClassVar[str] = "transformer"
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
+    network_class: ClassVar[ModelClass] = SanaTransformer2DModel
+    vae_class: ClassVar[ModelClass] = AutoencoderDC
+    text_encoders: ClassVar[Mapping[str, ModelClass]] = {"text_encoder": Gemma2Model}
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": _ATTENTION,
+        # every linear layer and 1 x 1 convolution; the depthwise ones have no low rank to speak of
+        "all": (*_ATTENTION, "conv_inverted", "conv_point", "linear_1", "linear_2", "time_embed.linear", "proj_out"),
+    }
     tiny_variants: ClassVar[tuple[str, ...]] = ("default", "sprint")
 
     # ---------------------------------------------------------------- checkpoints
@@ -83,15 +75,22 @@ class Sana(Family):
     def inspect(self, source: str, folder: Path, single_file: Path | None) -> CheckpointInfo:
         if single_file is not None:
             raise Refusal(f"{source!r} is a single file, and Sana is read from diffusers folders only: give the folder")
-        network = read_json(folder / "transformer" / "config.json")
-        vae = read_json(folder / "vae" / "config.json")
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        info = super().inspect(source, folder, None)
+        sprint = _is_sprint(info.network_config)
         pipeline = read_json(folder / "model_index.json").get("_class_name")
-        if _is_sprint(network) != (pipeline == SanaSprintPipeline.__name__):
+        if sprint != (pipeline == SanaSprintPipeline.__name__):
             raise Refusal(
-                f"{str(folder)!r} is a {pipeline} whose transformer has guidance_embeds {_is_sprint(network)}, and that input is "
+                f"{str(folder)!r} is a {pipeline} whose transformer has guidance_embeds {sprint}, and that input is "
                 "Sana-Sprint's alone: give model_index.json and transformer of one checkpoint"
             )
+        if sprint != info.schedule.by_angle:
+            raise Refusal(
+                f"the scheduler in {str(folder)!r} is a {info.scheduler_config.get('_class_name')}, and {TRIGFLOW_SCHEDULER} is "
+                f"Sana-Sprint's{'' if sprint else ' alone'}: restore the scheduler config of the original checkpoint"
+            )
+        return replace(info, latent_multiple=self.feature_stride(info))
+
+    def _latent_space(self, folder: Path, network: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
         channels = int(network["in_channels"])
         told = network.get("out_channels") or channels
         if vae.get("_class_name") != "AutoencoderDC" or vae["latent_channels"] != channels:
@@ -104,73 +103,25 @@ class Sana(Family):
                 f"the transformer in {str(folder)!r} reads {channels} channels and writes {told}, which are neither a velocity nor "
                 "one with a learned variance: give a text-to-image checkpoint"
             )
-        downsampling = 2 ** (len(vae["encoder_block_out_channels"]) - 1)
-        side = int(network["sample_size"]) * downsampling
-        return CheckpointInfo(
-            source=source,
-            folder=folder,
-            single_file=None,
-            family=self.name,
-            network_config=network,
-            scheduler_config=scheduler,
-            schedule=_schedule(scheduler, _is_sprint(network), folder / "scheduler" / "scheduler_config.json"),
-            latent_channels=channels,
-            downsampling=downsampling,
-            default_size=(side, side),
-            licence=licence(folder),
-            latent_multiple=int(network.get("patch_size", 1)),
-        )
+        return channels, 2 ** (len(vae["encoder_block_out_channels"]) - 1)
 
-    def load(
-        self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
-    ) -> Checkpoint:
-        for component, model_class in CLASSES.items():
-            check_folder(info.folder, component, model_class)
-        wanted = {
-            "transformer": "network" in parts, "text_encoder": "text" in parts, "vae": bool(parts & {"network", "images"})
-        }  # fmt: skip
-        variants = {variant_of(info.folder, component) for component in CLASSES} - {""}
-        with warnings.catch_warnings():
-            # diffusers 0.42 renames torch_dtype, which the versions before it know only
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            pipeline = _pipeline_class(info).from_pretrained(
-                info.folder,
-                torch_dtype={"default": dtype, "vae": _vae_dtype(dtype)},
-                variant=min(variants, default=None),
-                use_safetensors=True,
-                local_files_only=True,
-                **{component: None for component, is_wanted in wanted.items() if not is_wanted},
-            )
-        if "images" not in parts and pipeline.vae is not None:
-            pipeline.vae.encoder = None
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.requires_grad_(False).eval()
-        pipeline.to(device)
-        network = pipeline.transformer
-        if network is None:
-            network = empty_component(info.folder, "transformer", SanaTransformer2DModel).requires_grad_(False).eval()
-        return Checkpoint(info, network, pipeline)
+    def pipeline_of(self, info: CheckpointInfo) -> str:
+        return self._class_of(info).__name__
 
-    def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
-        modules: dict[str, Any] = {name: empty_component(info.folder, name, kind) for name, kind in CLASSES.items()}
-        for name, module in modules.items():
-            nn.Module.to(module, _vae_dtype(dtype) if name == "vae" else dtype).requires_grad_(False).eval()
-        scheduler = vars(diffusers)[info.scheduler_config["_class_name"]].from_config(dict(info.scheduler_config))
-        tokenizer = GemmaTokenizer.from_pretrained(info.folder / "tokenizer", local_files_only=True)
-        pipeline = _pipeline_class(info)(**modules, tokenizer=tokenizer, scheduler=scheduler)
-        return Checkpoint(info, pipeline.transformer, pipeline)
+    def _class_of(self, info: CheckpointInfo) -> type[DiffusionPipeline]:
+        return SanaSprintPipeline if _is_sprint(info.network_config) else SanaPipeline  # type: ignore[no-any-return]
+
+    def _tokenizer(self, folder: Path, name: str) -> GemmaTokenizer:
+        if (folder / name / "tokenizer.json").is_file():
+            return GemmaTokenizer.from_pretrained(folder / name, local_files_only=True)
+        # Gemma's vocabulary is not packaged, and for an outline's shapes any will do that reads the instruction by words
+        return tiny.gemma_tokenizer(" ".join(_default("complex_human_instruction")))
 
     def encoder_files(self, info: CheckpointInfo, part: Literal["text", "images"]) -> dict[str, Path]:
-        component = "text_encoder" if part == "text" else "vae"
-        paths = [info.folder / component / "config.json"]
-        paths += weights(info.folder, component)[variant_of(info.folder, component)]
-        if part == "text":
-            paths += sorted((info.folder / "tokenizer").glob("*"))
-        found = {path.relative_to(info.folder).as_posix(): path for path in paths if path.is_file()}
+        found = super().encoder_files(info, part)
         if part == "text":
             # the instruction that goes before every prompt is written there
-            found["pipeline of diffusers"] = Path(inspect.getfile(_pipeline_class(info)))
+            found["pipeline of diffusers"] = Path(inspect.getfile(self._class_of(info)))
         return found
 
     def encoding_bytes(self, info: CheckpointInfo, dtype: torch.dtype) -> int:
@@ -181,7 +132,7 @@ class Sana(Family):
     # ---------------------------------------------------------------- prompts
 
     def encode(self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
-        instruction = _default("complex_human_instruction", _pipeline_class(checkpoint.info))
+        instruction = _default("complex_human_instruction", self._class_of(checkpoint.info))
         return _encoded(checkpoint, prompts, instruction)
 
     def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
@@ -201,7 +152,7 @@ class Sana(Family):
                 f"the conditioning has {'no' if cond.guidance is None else 'a'} guidance scale to embed, and the transformer's "
                 f"guidance_embeds is {config.guidance_embeds}: use conditioning that was encoded for this checkpoint"
             )
-        time, guidance = 1000 * config.timestep_scale * t, None
+        time, guidance = TRAIN_STEPS * config.timestep_scale * t, None
         if cond.guidance is not None:
             time, guidance = t, cond.guidance.to(cond.text) * config.guidance_embeds_scale
         out: Tensor = network(
@@ -215,25 +166,10 @@ class Sana(Family):
         # a learned variance comes after the velocity
         return out[:, : x_t.shape[1]]
 
-    def empty_like(self, network: nn.Module) -> nn.Module:
-        return SanaTransformer2DModel.from_config(network.config)  # type: ignore[no-any-return]
-
-    def feature_module(self, network: nn.Module) -> nn.Module:
-        blocks = self.blocks(network)
-        return blocks[int(FEATURE_DEPTH * len(blocks))]
-
-    def feature_channels(self, info: CheckpointInfo) -> int:
-        return int(info.network_config["num_attention_heads"] * info.network_config["attention_head_dim"])
-
-    def feature_stride(self, info: CheckpointInfo) -> int:
-        return info.latent_multiple
-
-    def lora_targets(self, preset: str) -> tuple[str, ...]:
-        if preset not in LORA_TARGETS:
-            raise Refusal(
-                f"there is no preset of LoRA targets named {preset!r}: {nearest(preset, tuple(LORA_TARGETS))}"
-            )
-        return LORA_TARGETS[preset]
+    def tokens(self, output: Any) -> Tensor:
+        """The block's whole output: text comes in by cross-attention only."""
+        tokens: Tensor = output
+        return tokens
 
     def stock_recipe(self, info: CheckpointInfo, recipe: Recipe) -> Recipe:
         """As given but without the pipeline's own choice of a size; Sprint's scheduler gets angles, and its network its w."""
@@ -269,12 +205,6 @@ class Sana(Family):
                 "intermediate_timesteps": float(walked[1]) if len(walked) == 2 else None,
             },
         )
-
-    def blocks(self, network: nn.Module) -> list[nn.Module]:
-        return list(network.transformer_blocks)  # type: ignore[arg-type]
-
-    def enable_gradient_checkpointing(self, network: nn.Module, function: Callable[..., Tensor]) -> None:
-        network.enable_gradient_checkpointing(function)  # type: ignore[operator]
 
     # ---------------------------------------------------------------- the autoencoder
 
@@ -315,22 +245,6 @@ def _is_sprint(network_config: Mapping[str, Any]) -> bool:
     return bool(network_config.get("guidance_embeds", False))
 
 
-def _pipeline_class(info: CheckpointInfo) -> type[DiffusionPipeline]:
-    return SanaSprintPipeline if _is_sprint(info.network_config) else SanaPipeline  # type: ignore[no-any-return]
-
-
-def _schedule(config: Mapping[str, Any], sprint: bool, origin: Path) -> NoiseSchedule:
-    """Of the stock flow scheduler, DPM-Solver's or another; of Sprint's angles."""
-    schedule = NoiseSchedule.from_config(config)
-    if schedule.is_flow and schedule.by_angle == sprint:
-        return schedule
-    wanted = f"angles, by {TRIGFLOW_SCHEDULER}" if sprint else "flow matching"
-    raise Refusal(
-        f"{str(origin)!r} describes a {config.get('_class_name')} of prediction_type {config.get('prediction_type')!r}, and this "
-        f"checkpoint's network wants {wanted}: restore the scheduler config of the original checkpoint"
-    )
-
-
 @torch.no_grad()
 def _encoded(checkpoint: Checkpoint, prompts: Sequence[str], instruction: list[str] | None) -> Conditioning:
     pipeline = stock_pipeline(checkpoint)
@@ -344,8 +258,3 @@ def _encoded(checkpoint: Checkpoint, prompts: Sequence[str], instruction: list[s
     )
     guidance = torch.full((len(prompts),), GUIDANCE, device=text.device) if sprint else None
     return Conditioning(text, mask=mask, guidance=guidance)
-
-
-def _vae_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The autoencoder is published in float32; float64 is for tests that compare layouts of the same work."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

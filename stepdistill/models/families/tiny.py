@@ -29,6 +29,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 from stepdistill.models.families.clip import make_tokenizer
@@ -71,8 +74,33 @@ def text_encoder(width: int, act: str) -> CLIPTextModel:
     return _sharpened(CLIPTextModel(_text_config(width, act)))
 
 
-def text_encoder_with_projection(width: int) -> CLIPTextModelWithProjection:
-    return _sharpened(CLIPTextModelWithProjection(_text_config(width, "gelu")))
+def text_encoder_with_projection(width: int, act: str = "gelu") -> CLIPTextModelWithProjection:
+    return _sharpened(CLIPTextModelWithProjection(_text_config(width, act)))
+
+
+def t5_encoder(width: int) -> T5EncoderModel:
+    """T5 v1.1's form: gated, its embeddings apart from any output; for the vocabulary of `t5_tokenizer`."""
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=3,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    return T5EncoderModel(config)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A unigram tokenizer in T5's format that knows ten words whole and spells all others."""
+    letters = "abcdefghijklmnopqrstuvwxyz,."
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -3.0) for word in WORDS if len(word) > 1] + [(letter, -6.0) for letter in letters]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
 def unet(channels: tuple[int, int], **changes: Any) -> UNet2DConditionModel:
@@ -95,17 +123,17 @@ def unet(channels: tuple[int, int], **changes: Any) -> UNet2DConditionModel:
     return network
 
 
-def vae(scaling_factor: float) -> AutoencoderKL:
-    """Images of 16 x 16 pixels to 8 x 8 latents."""
+def vae(scaling_factor: float, **changes: Any) -> AutoencoderKL:
+    """Images of 16 x 16 pixels to 8 x 8 latents, of four channels unless told otherwise."""
     return AutoencoderKL(
         block_out_channels=(32, 64),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
-        latent_channels=4,
         norm_num_groups=8,
         sample_size=16,
         scaling_factor=scaling_factor,
+        **{"latent_channels": 4, **changes},
     )
 
 
@@ -186,6 +214,8 @@ def write(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.glob("tokenizer*"):
         model = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        if model["type"] != "BPE":
+            continue
         (path / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
         merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
         (path / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")

@@ -18,6 +18,8 @@ ModelClass = type[Any]
 # names that diffusers before 0.15 gave to the VAE's attention; it still renames them as it loads
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+_T5_EMBEDDINGS = {"encoder.embed_tokens.weight": "shared.weight"}
+
 
 def wanted_shapes(folder: Path, component: str, model_class: ModelClass) -> Shapes:
     """What the component's config asks for, found by building it on the meta device."""
@@ -29,16 +31,19 @@ def empty_component(folder: Path, component: str, model_class: ModelClass) -> nn
     """The component that its config describes, on the meta device."""
     config = read_json(folder / component / "config.json")
     with torch.device("meta"):
-        if issubclass(model_class, PreTrainedModel):
-            return model_class(model_class.config_class.from_dict(config))  # type: ignore[no-any-return]
-        return model_class.from_config(config)  # type: ignore[no-any-return]
+        is_text = issubclass(model_class, PreTrainedModel)
+        made = model_class.config_class.from_dict(config) if is_text else config
+        model: nn.Module = model_class(made) if is_text else model_class.from_config(made)
+    return model
 
 
 def canonical(shapes: Shapes) -> Shapes:
     """Keys in one spelling of those that the libraries take for the same tensor.
 
-    transformers 5 dropped the prefix `text_model.` of CLIPTextModel, and position ids are no longer stored.
+    transformers 5 dropped the prefix `text_model.` of CLIPTextModel, position ids are no longer stored, and T5 has its
+    embeddings under two names.
     """
+    shapes = {_T5_EMBEDDINGS.get(key, key): shape for key, shape in shapes.items()}
     return {
         re.sub(
             r"\.(query|key|value|proj_attn)\.", lambda m: f".{_OLD_ATTENTION[m[1]]}.", key.removeprefix("text_model.")
