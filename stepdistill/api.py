@@ -106,7 +106,7 @@ def export(
         session.checkpoint,
         session.triple,
         session.student,
-        session.method.recipe(),
+        session.recipe,
         format,
         Path(output),
         prompts=_proof_prompts(session),
@@ -186,7 +186,7 @@ def _quantized_student(
     if model.quantization == "none":
         return None
     session, _ = open_run(run, device, checkpoint=checkpoint)
-    recipe, seeds = session.method.recipe(), list(range(PROOF_IMAGES))
+    recipe, seeds = session.recipe, list(range(PROOF_IMAGES))
     latents = final_latents(session.checkpoint, session.triple, session.student, recipe, _proof_prompts(session), seeds)
     return QuantizedStudent(f"a base in {model.quantization} ({model.dtype} elsewhere)", latents.cpu())
 

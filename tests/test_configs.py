@@ -21,7 +21,7 @@ COLLECTIONS = sorted(path.name for path in CONFIGS.glob("*_pairs.yaml"))
 
 
 def tiny_of(name: str, tiny: Callable[..., Path]) -> Path:
-    family = next(family for family in ("sdxl", "sd3", "sd") if name.startswith(family))
+    family = next(family for family in ("sdxl", "sd3", "sd", "sana") if name.startswith(family))
     return tiny(family, "v" if name.startswith("sd21v") else "default")
 
 

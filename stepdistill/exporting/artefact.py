@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,10 @@ FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     # on straight paths DDIM is Euler
     "ddim": ("FlowMatchEulerDiscreteScheduler", {}),
     "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "dpm++2m": (
+        "DPMSolverMultistepScheduler",
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "algorithm_type": "dpmsolver++"},
+    ),
     "lcm": ("FlowMatchLCMScheduler", {}),
 }
 """The same for a flow-matching checkpoint."""
@@ -122,8 +127,12 @@ def draw(
     """
     own = pipeline.scheduler
     arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
-    if size is not None:
-        arguments |= {"height": size[0], "width": size[1]}
+    arguments |= _size_arguments(pipeline, size)
+    if negative_prompt is not None and "negative_prompt" not in signature(pipeline.__call__).parameters:
+        raise Refusal(
+            f"a negative prompt was given, and {type(pipeline).__name__} tells its network a guidance scale instead of comparing "
+            "two prompts: remove it"
+        )
     if negative_prompt is not None and arguments["guidance_scale"] <= 1:
         logger.warning("the negative prompt has no effect: guidance is off (w = %g)", arguments["guidance_scale"])
     try:
@@ -177,6 +186,8 @@ def _arguments(
         logger.warning("overriding the recipe's %s: the model was trained for its own recipe", ", ".join(overridden))
     if recipe is not None and not {"steps", "scheduler"} & set(overridden):
         arguments = recipe.apply(pipeline)
+    elif (schedule := NoiseSchedule.from_config(pipeline.scheduler.config)).by_angle:
+        arguments = _angle_arguments(pipeline, recipe, steps, scheduler)
     elif recipe is not None and scheduler is None:
         # another number of steps by the same kind of sampler; its ladder starts at the noisiest time, like the recipe's
         spaced = {"timestep_spacing": "trailing"} if "timestep_spacing" in recipe.scheduler_config else {}
@@ -186,11 +197,14 @@ def _arguments(
         if recipe.sigmas and steps is not None:
             arguments["sigmas"] = [1 - index / steps for index in range(steps)]
     else:
-        known = FLOW_SCHEDULERS if NoiseSchedule.from_config(pipeline.scheduler.config).is_flow else SCHEDULERS
+        known = FLOW_SCHEDULERS if schedule.is_flow else SCHEDULERS
         if scheduler is not None and scheduler not in known:
             raise Refusal(f"the scheduler {scheduler!r} does not walk a flow: use one of {', '.join(known)}")
         name, changes = known[scheduler or "ddim"]
-        pipeline.scheduler = vars(diffusers)[name].from_config({**pipeline.scheduler.config, **changes})
+        if schedule.is_flow and schedule.dynamic_shift is None:
+            # which the checkpoint's own scheduler may have by the other name
+            changes = {**changes, "shift": schedule.shift, "flow_shift": schedule.shift}
+        pipeline.scheduler = getattr(diffusers, name).from_config({**pipeline.scheduler.config, **changes})
         default = recipe.num_inference_steps if recipe is not None else 50
         arguments = {
             "num_inference_steps": steps or default,
@@ -199,6 +213,34 @@ def _arguments(
     if guidance is not None:
         arguments["guidance_scale"] = guidance
     return arguments
+
+
+def _angle_arguments(
+    pipeline: DiffusionPipeline, recipe: Recipe | None, steps: int | None, scheduler: str | None
+) -> dict[str, Any]:
+    """For a pipeline that walks by the angles of its own scheduler only, evenly, but in two steps as published."""
+    if scheduler is not None:
+        raise Refusal(
+            f"the scheduler {scheduler!r} was asked for, and {type(pipeline).__name__} works with its own only: remove it"
+        )
+    defaults = signature(pipeline.__call__).parameters
+    steps = steps or (
+        recipe.num_inference_steps if recipe is not None else int(defaults["num_inference_steps"].default)
+    )
+    return {
+        "num_inference_steps": steps,
+        "intermediate_timesteps": defaults["intermediate_timesteps"].default if steps == 2 else None,
+        "guidance_scale": recipe.guidance_scale if recipe is not None else defaults["guidance_scale"].default,
+    }
+
+
+def _size_arguments(pipeline: DiffusionPipeline, size: tuple[int, int] | None) -> dict[str, Any]:
+    """Sana's pipelines draw 1024 x 1024 pixels by default, whatever the checkpoint, and at sizes from a list of their own."""
+    if "use_resolution_binning" not in signature(pipeline.__call__).parameters:
+        return {} if size is None else {"height": size[0], "width": size[1]}
+    side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    height, width = size or (side, side)
+    return {"height": height, "width": width, "use_resolution_binning": False}
 
 
 def _orphans(keys: Sequence[str], loaded: dict[str, torch.nn.Parameter], name: str) -> list[str]:

@@ -44,18 +44,21 @@ def write_card(
         "pipeline": "The folder is a diffusers pipeline.",
     }
     height, width = recipe.resolution
+    told = "sample with guidance off (`guidance_scale=1`)"
+    if recipe.guidance_scale != 1:
+        told = f"the network is told `guidance_scale={recipe.guidance_scale:g}`, as in training"
     more = "".join(f"* {note}\n" for note in notes)
     text = f"""# {recipe.num_inference_steps}-step {Path(recipe.base).name}
 
 Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_steps} network calls an image.
 {programs[format]}
 
-* Scheduler `{recipe.scheduler_class}`, timesteps {list(recipe.timesteps or recipe.sigmas)}, {height}x{width} pixels.
-* Guidance w = {recipe.baked_guidance:g} is baked in: sample with guidance off (`guidance_scale=1`). Negative prompts do nothing.
+* Scheduler `{recipe.scheduler_class}`, timesteps {list(recipe.timesteps or recipe.sigmas or recipe.angles)}, {height}x{width} pixels.
+* Guidance w = {recipe.baked_guidance:g} is baked in: {told}. Negative prompts do nothing.
 * The licence is the base model's ({info.licence or "the base states none"}).
 {more}
 ```python
-{usage(family.pipeline_name, recipe, format, file, folder.resolve(), family.left_out(info))}
+{usage(family.pipeline_of(info), recipe, format, file, folder.resolve(), family.left_out(info))}
 ```
 
 `reproduce.py` redraws `proof.safetensors` with stock diffusers and compares.
@@ -67,7 +70,9 @@ def usage(
     pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Path, left_out: Sequence[str] = ()
 ) -> str:
     """Python that draws one image with stock diffusers."""
-    ladder = f"timesteps={list(recipe.timesteps)}" if recipe.timesteps else f"sigmas={list(recipe.sigmas)}"
+    ladder = "".join(
+        f" {key}={list(times)}," for key, times in (("timesteps", recipe.timesteps), ("sigmas", recipe.sigmas)) if times
+    )
     source = str(folder) if format == "pipeline" else resolve(recipe.base)
     lines = [
         f"from diffusers import {recipe.scheduler_class}, {pipeline_name}",
@@ -76,11 +81,14 @@ def usage(
     ]
     if format != "pipeline":
         lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{file}")')
-    changes = "".join(f", {key}={value!r}" for key, value in recipe.scheduler_config.items())
+    changes, call = (
+        "".join(f", {key}={value!r}" for key, value in settings.items())
+        for settings in (recipe.scheduler_config, recipe.call)
+    )
     lines += [
         f"pipe.scheduler = {recipe.scheduler_class}.from_config(pipe.scheduler.config{changes})",
-        f'image = pipe("a photo", num_inference_steps={recipe.num_inference_steps}, {ladder},',
-        f"             guidance_scale={recipe.guidance_scale}).images[0]",
+        f'image = pipe("a photo", num_inference_steps={recipe.num_inference_steps},{ladder}',
+        f"             guidance_scale={recipe.guidance_scale}{call}).images[0]",
     ]
     return "\n".join(lines)
 

@@ -167,7 +167,7 @@ with safe_open(os.path.join(here, "proof.safetensors"), "pt") as proof:
 pipe.set_progress_bar_config(disable=True)
 scheduler = getattr(diffusers, recipe["scheduler"]["class_name"])
 pipe.scheduler = scheduler.from_config({{**pipe.scheduler.config, **recipe["scheduler"]["config"]}})
-ladder = {{"timesteps": recipe["timesteps"]}} if recipe["timesteps"] else {{"sigmas": recipe["sigmas"]}}
+ladder = {{key: recipe[key] for key in ("timesteps", "sigmas") if recipe[key]}}
 height, width = recipe["resolution"]
 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 step = pipe.scheduler.step  # not every pipeline hands its generators on to it
@@ -175,7 +175,7 @@ pipe.scheduler.step = lambda *args, **more: step(*args, **{{"generator": generat
 images = pipe(
     prompts, generator=generators, output_type="pt",
     num_inference_steps=recipe["num_inference_steps"], guidance_scale=recipe["guidance_scale"],
-    height=height, width=width, **ladder,
+    height=height, width=width, **ladder, **recipe["call"],
 ).images
 difference = float((images.float() - expected).abs().max())
 print(f"largest difference from the trained generator: {{difference:.2e}}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,13 @@ class Denoiser:
     def guided(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning, w: Tensor | float) -> Tensor:
         """x0 under classifier-free guidance; one batched call of 2B rows, a plain call where w = 1.
 
+        A network that is told its guidance (`cond.guidance`) is told w, in one call, and `null` is not looked at.
+
         w: float or (B,); w = 1 is off.
         """
+        if cond.guidance is not None:
+            told = torch.as_tensor(w).to(cond.guidance).expand(len(cond))
+            return self.x0(x_t, t, replace(cond, guidance=told))
         if not isinstance(w, Tensor) and w == 1:
             return self.x0(x_t, t, cond)
         uncond, conditional = self.both(x_t, t, cond, null)

@@ -141,7 +141,7 @@ def _family_of(folder: Path) -> Family:
     for family_name in family_names():
         family: Family = load_family(family_name)
         known[family.pipeline_name] = family
-        if family.pipeline_name == name:
+        if name in (family.pipeline_name, *family.other_pipelines):
             return family
     raise Refusal(
         f"{str(folder / 'model_index.json')!r} names the pipeline {name!r}, which no family reads, so change the checkpoint or "

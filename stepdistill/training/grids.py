@@ -23,7 +23,7 @@ def student_latents(session: Session, role: str, cond: Conditioning, noise: Tens
     return student_sample(
         session.triple,
         session.method.experts(role, session.stage),
-        session.method.recipe(),
+        session.recipe,
         cond,
         noise,
         lambda index: draws.normal(f"fresh{index}", noise.shape[1:]),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.models.conditioning import Conditioning, ImageSize
+from stepdistill.models.recipe import Recipe
 
 Part: TypeAlias = Literal["network", "text", "images"]
 """What can be left out of memory: the denoising network, the text encoders, the encoder half of the autoencoder."""
@@ -36,6 +37,7 @@ class CheckpointInfo:
         downsampling: image pixels per latent pixel, along each side.
         default_size: (height, width) in pixels that the checkpoint draws by default.
         licence: SPDX-like id of the model card, None where the folder has none.
+        latent_multiple: what the sides of x_t must be multiples of.
     """
 
     source: str
@@ -49,6 +51,7 @@ class CheckpointInfo:
     downsampling: int
     default_size: tuple[int, int]
     licence: str | None = None
+    latent_multiple: int = 2
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(C, h, w) of x_t for an image of (height, width) pixels."""
@@ -86,6 +89,8 @@ class Family(ABC):
     name: ClassVar[str]
     pipeline_name: ClassVar[str]
     """Class name in `model_index.json` (the text-to-image pipeline that exports are loaded with)."""
+    other_pipelines: ClassVar[tuple[str, ...]] = ()
+    """Further class names there that the family reads."""
     network_component: ClassVar[str]
     """Attribute of the pipeline that holds the network: `unet` or `transformer`; also the prefix of LoRA keys."""
 
@@ -105,6 +110,10 @@ class Family(ABC):
     @abstractmethod
     def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
         """What `load` gives, in the same dtypes, with every weight on the meta device; no weight file is looked for."""
+
+    def pipeline_of(self, info: CheckpointInfo) -> str:
+        """Class name of the checkpoint's own pipeline, which its exports are loaded with."""
+        return self.pipeline_name
 
     def left_out(self, info: CheckpointInfo) -> tuple[str, ...]:
         """Components that the checkpoint is without and the pipeline's loader must be told `None` for."""
@@ -174,6 +183,14 @@ class Family(ABC):
     @abstractmethod
     def lora_targets(self, preset: str) -> tuple[str, ...]:
         """Module-name suffixes for peft of a preset: `attention`, or `all` (DMD2's list of linears and convolutions)."""
+
+    def stock_recipe(self, info: CheckpointInfo, recipe: Recipe) -> Recipe:
+        """A method's recipe in the words of the checkpoint's own pipeline.
+
+        Raises:
+            Refusal: the pipeline cannot sample so.
+        """
+        return recipe
 
     @abstractmethod
     def blocks(self, network: nn.Module) -> list[nn.Module]:

@@ -28,6 +28,7 @@ class PipelineFamily(Family):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     network_class: ClassVar[ModelClass]
+    vae_class: ClassVar[ModelClass] = AutoencoderKL
     text_encoders: ClassVar[Mapping[str, ModelClass]]
     optional_encoders: ClassVar[frozenset[str]] = frozenset()
     """Text encoders that a checkpoint may be without: its `model_index.json` nulls or omits them."""
@@ -42,18 +43,7 @@ class PipelineFamily(Family):
         vae = read_json(folder / "vae" / "config.json")
         scheduler = self._scheduler_config(folder, single_file)
         schedule = self._schedule(scheduler, single_file or folder / "scheduler" / "scheduler_config.json")
-        channels = network["in_channels"]
-        if not channels == network["out_channels"] == vae["latent_channels"]:
-            raise Refusal(
-                f"the {self.network_component} in {str(folder)!r} reads {channels} channels and writes "
-                f"{network['out_channels']}, and the VAE's latents have {vae['latent_channels']}: give a text-to-image "
-                "checkpoint, where the three are equal"
-            )
-        if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-            raise Refusal(
-                f"the VAE in {str(folder)!r} is an {vae['_class_name']}: give a checkpoint with an AutoencoderKL"
-            )
-        downsampling = 2 ** (len(vae["block_out_channels"]) - 1)
+        channels, downsampling = self._latent_space(folder, network, vae)
         latent = network["sample_size"]
         height, width = latent if isinstance(latent, list) else (latent, latent)
         return CheckpointInfo(
@@ -69,6 +59,25 @@ class PipelineFamily(Family):
             default_size=(height * downsampling, width * downsampling),
             licence=licence(folder) if single_file is None else None,
         )
+
+    def _latent_space(self, folder: Path, network: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+        """(channels, image pixels per latent pixel) of two configs. Raises Refusal where they do not fit together."""
+        channels = network["in_channels"]
+        if not channels == network["out_channels"] == vae["latent_channels"]:
+            raise Refusal(
+                f"the {self.network_component} in {str(folder)!r} reads {channels} channels and writes "
+                f"{network['out_channels']}, and the VAE's latents have {vae['latent_channels']}: give a text-to-image "
+                "checkpoint, where the three are equal"
+            )
+        if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+            raise Refusal(
+                f"the VAE in {str(folder)!r} is an {vae['_class_name']}: give a checkpoint with an AutoencoderKL"
+            )
+        return channels, 2 ** (len(vae["block_out_channels"]) - 1)
+
+    def _class_of(self, info: CheckpointInfo) -> type[DiffusionPipeline]:
+        """The class of the checkpoint's pipeline."""
+        return self.pipeline_class
 
     def _scheduler_config(self, folder: Path, single_file: Path | None) -> dict[str, Any]:
         return read_json(folder / "scheduler" / "scheduler_config.json")
@@ -109,9 +118,10 @@ class PipelineFamily(Family):
         index = read_json(info.folder / "model_index.json")
         absent = {name: None for name, entry in index.items() if isinstance(entry, list)}
         flags = {name: value for name, value in index.items() if name not in absent and not name.startswith("_")}
-        scheduler = vars(diffusers)[info.scheduler_config["_class_name"]].from_config(dict(info.scheduler_config))
+        # diffusers imports a class when it is asked for it
+        scheduler = getattr(diffusers, info.scheduler_config["_class_name"]).from_config(dict(info.scheduler_config))
         tokenizers = {name: self._tokenizer(info.folder, name) for name in self.tokenizers if name not in missing}
-        pipeline = self.pipeline_class(**{**absent, **modules, **tokenizers, **flags, "scheduler": scheduler})
+        pipeline = self._class_of(info)(**{**absent, **modules, **tokenizers, **flags, "scheduler": scheduler})
         return Checkpoint(info, modules[self.network_component], pipeline)
 
     def left_out(self, info: CheckpointInfo) -> tuple[str, ...]:
@@ -129,7 +139,7 @@ class PipelineFamily(Family):
 
     def _classes(self, folder: Path) -> dict[str, ModelClass]:
         """Component -> class, of every component with weights."""
-        return {self.network_component: self.network_class, "vae": AutoencoderKL, **self._encoders(folder)}
+        return {self.network_component: self.network_class, "vae": self.vae_class, **self._encoders(folder)}
 
     def _absent(self, parts: frozenset[Part]) -> dict[str, None]:
         """Components that are not loaded, as diffusers wants to be told."""
@@ -143,7 +153,7 @@ class PipelineFamily(Family):
             check_folder(info.folder, component, model_class)
         # diffusers takes the plain file of each component that lacks this variant
         variants = {variant_of(info.folder, component) for component in classes} - {""}
-        return self.pipeline_class.from_pretrained(
+        return self._class_of(info).from_pretrained(
             info.folder,
             torch_dtype={"default": dtype, "vae": vae_dtype(dtype)},
             variant=min(variants, default=None),

@@ -33,7 +33,8 @@ CLIP_L, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 SDXL_CLIP_L, SDXL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 REFINER = "conditioner.embedders.0.model."
 FAMILY_OF = {
-    "sd15": "sd", "sd21": "sd", "sd21base": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35m": "sd3", "sd35l": "sd3"
+    "sd15": "sd", "sd21": "sd", "sd21base": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35m": "sd3", "sd35l": "sd3",
+    "sana": "sana",
 }  # fmt: skip
 """Folder of packaged configs -> family."""
 
