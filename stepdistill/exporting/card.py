@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from stepdistill.assets import resolve
+from stepdistill.exporting.lora import expert_files
 from stepdistill.models.families.base import CheckpointInfo
 from stepdistill.models.recipe import Recipe
 
@@ -32,11 +33,18 @@ def write_card(
         pipeline_tag="text-to-image",
         tags=tags,
     )
+    files = ", ".join(f"`{name}`" for name in expert_files(file, len(recipe.experts)))
+    verb = "are" if recipe.experts else "is"
     programs = {
-        "diffusers-lora": f"`{file}` is for diffusers; for ComfyUI, A1111 and kohya tools export `--format kohya-lora`.",
-        "kohya-lora": f"`{file}` is for ComfyUI, A1111 and kohya tools; diffusers loads it too.",
+        "diffusers-lora": f"{files} {verb} for diffusers; for ComfyUI, A1111 and kohya tools export `--format kohya-lora`.",
+        "kohya-lora": f"{files} {verb} for ComfyUI, A1111 and kohya tools; diffusers loads {'them' if recipe.experts else 'it'} too.",
         "pipeline": "The folder is a diffusers pipeline.",
     }
+    if recipe.experts:
+        shares = " + ".join(str(calls) for calls in recipe.experts)
+        told = f"The student is {len(recipe.experts)} experts, which make {shares} of the calls, in this order; `experts.py` hands over "
+        told += "in diffusers, and other programs want a sampler of its own for each expert's steps."
+        notes = [told, *notes]
     height, width = recipe.resolution
     more = "".join(f"* {note}\n" for note in notes)
     text = f"""# {recipe.num_inference_steps}-step {Path(recipe.base).name}
@@ -66,13 +74,23 @@ def usage(pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Pa
         "",
         f'pipe = {pipeline_name}.from_pretrained("{source}")',
     ]
-    if format != "pipeline":
+    if recipe.experts:
+        lines = [
+            "import sys",
+            f'sys.path.insert(0, "{folder}")',
+            lines[0],
+            "from experts import load_experts",
+            *lines[1:],
+        ]
+        lines.append(f'experts = load_experts(pipe, "{folder}")')
+    elif format != "pipeline":
         lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{file}")')
+    switching = ", callback_on_step_end=experts" if recipe.experts else ""
     changes = "".join(f", {key}={value!r}" for key, value in recipe.scheduler_config.items())
     lines += [
         f"pipe.scheduler = {recipe.scheduler_class}.from_config(pipe.scheduler.config{changes})",
         f'image = pipe("a photo", num_inference_steps={recipe.num_inference_steps}, {ladder},',
-        f"             guidance_scale={recipe.guidance_scale}).images[0]",
+        f"             guidance_scale={recipe.guidance_scale}{switching}).images[0]",
     ]
     return "\n".join(lines)
 
