@@ -20,6 +20,7 @@ METHODS: Mapping[str, str] = {
     "dmd": "stepdistill.methods.dmd:DMD",
     "dmd2": "stepdistill.methods.dmd2:DMD2",
     "decoupled": "stepdistill.methods.decoupled:Decoupled",
+    "disback": "stepdistill.methods.disback:DisBack",
     "phased": "stepdistill.methods.phased:Phased",
 }
 FAMILIES: Mapping[str, str] = {

@@ -114,9 +114,7 @@ class Decoupled(FewStep[DecoupledConfig]):
         return self.schedule.fraction_at(t_gen)
 
     def _guidance(self, progress: Progress) -> float:
-        done = progress.updates.get(GENERATOR, 0)
-        share = min(1.0, (done + 1) / self.config.ramp) if self.config.ramp else 1.0
-        return 1 + share * (self.config.guidance - 1)
+        return parts.ramped(self.config.guidance, progress.updates.get(GENERATOR, 0), self.config.ramp)
 
 
 def moment_penalty(x: Tensor, mean: float, std: float) -> Tensor:

@@ -109,17 +109,19 @@ def matching_direction(
     levels: LevelConfig,
     guidance: float,
     weight: DmWeight,
+    target: Denoiser | None = None,
     anchor: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Noise x, ask both scores without graph, and return (d, what to log). Teacher guided, fake score never.
+    """Noise x, ask both scores without graph, and return (d, what to log). Target guided, fake score never.
 
+    target: whose distribution x is to have; the teacher by default.
     anchor: (x_s, s) to noise in place of x, by the kernel from its own time s.
     """
     t = levels.levels().times(triple.schedule, draws.uniform("dm.t"))
     x_s, s = anchor or (x, None)
     with torch.no_grad():
         x_t = triple.schedule.add_noise(x_s, draws.normal("dm.eps", x.shape[1:]), t, s)
-        real = triple.real_score.guided(x_t, t, cond, null, guidance)
+        real = (target or triple.real_score).guided(x_t, t, cond, null, guidance)
         fake = triple.fake_score.x0(x_t, t, cond)
     alpha, sigma = triple.schedule.levels(t, real)
     direction = matching_gradient(x.detach(), real, fake, alpha, sigma, weight)
@@ -128,6 +130,12 @@ def matching_direction(
     gap = (fake - real).flatten(1).norm(dim=1) / (own - real.flatten(1)).norm(dim=1).clamp_min(1e-6)
     logged = {"dm": 0.5 * direction.square().mean(), "score_gap": gap.mean(), **latent_statistics(x)}
     return direction, logged
+
+
+def ramped(guidance: float, done: int, ramp: int) -> float:
+    """w of the update that follows `done` others, w - 1 growing evenly from 0 to its all over `ramp` of them; 0 is none."""
+    share = min(1.0, (done + 1) / ramp) if ramp else 1.0
+    return 1 + share * (guidance - 1)
 
 
 def latent_statistics(x: Tensor) -> dict[str, Tensor]:

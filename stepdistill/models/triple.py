@@ -118,7 +118,7 @@ class Triple:
             if source is self.base and self.bank.settings:
                 raise RuntimeError("full roles are copied from the untouched base: add them before the LoRA roles")
             network = copy.deepcopy(source)
-            network.load_state_dict(self._base_state() if source is not self.base else source.state_dict())
+            network.load_state_dict(self.base_state() if source is not self.base else source.state_dict())
             if next(network.parameters()).dtype != torch.float64:
                 network = network.float()
             self.networks[name] = network.eval().requires_grad_(trainable)
@@ -139,7 +139,7 @@ class Triple:
     def reset_role(self, name: str) -> None:
         """Set a role back to the base: zero B for a LoRA (A stays), the base's weights for a full network."""
         if name in self.networks:
-            self.networks[name].load_state_dict(self._base_state())
+            self.networks[name].load_state_dict(self.base_state())
             return
         for key, parameter in self.bank.parameters(name):
             if ".lora_B." in key:
@@ -218,17 +218,7 @@ class Triple:
             Refusal: missing or unexpected keys, or another shape; nothing is changed then.
         """
         own = self.state(role)
-        reshaped = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
-        faults = {
-            "missing": own.keys() - tensors.keys(),
-            "unexpected": tensors.keys() - own.keys(),
-            "differently shaped": reshaped,
-        }
-        if any(faults.values()):
-            told = "; ".join(f"{len(keys)} {what} ({_some(sorted(keys))})" for what, keys in faults.items() if keys)
-            raise Refusal(
-                f"the saved {role} does not fit this one, with tensors {told}: use the rank, targets and base it was trained with"
-            )
+        check_fit(role, own, tensors)
         for key, value in own.items():
             value.copy_(laid_out_like(value, tensors[key]))
 
@@ -260,7 +250,7 @@ class Triple:
     def fingerprint(self) -> str:
         """Names the base by the first values of each of its tensors, before sharding; the same in float32 and bfloat16."""
         digest = blake2b(digest_size=8)
-        for key, value in self._base_state().items():
+        for key, value in self.base_state().items():
             first = unpacked(value.detach()).flatten()[:64].to("cpu", torch.bfloat16)
             digest.update(f"{key} {tuple(value.shape)}".encode() + first.float().numpy().tobytes())
         return digest.hexdigest()
@@ -269,15 +259,30 @@ class Triple:
         """A copy of the base without any adapter, in float32 or better."""
         dtype = torch.float64 if next(self.base.parameters()).dtype == torch.float64 else torch.float32
         network = self.family.empty_like(self.base).to(dtype)
-        network.load_state_dict(self._base_state())
+        network.load_state_dict(self.base_state())
         return network.eval().requires_grad_(False)
 
-    def _base_state(self) -> dict[str, Tensor]:
+    def base_state(self) -> dict[str, Tensor]:
+        """The base's tensors under the names that a network without adapters has."""
         return {
             key.replace(".base_layer.", "."): value
             for key, value in self.base.state_dict().items()
             if ".lora_" not in key
         }
+
+
+def check_fit(role: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not, name by name and shape by shape, those of a role."""
+    faults = {
+        "missing": own.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - own.keys(),
+        "differently shaped": [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape],
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{len(keys)} {what} ({_some(sorted(keys))})" for what, keys in faults.items() if keys)
+        raise Refusal(
+            f"the saved {role} does not fit this one, with tensors {told}: use the rank, targets and base it was trained with"
+        )
 
 
 def _some(names: list[str], count: int = 5) -> str:

@@ -205,7 +205,8 @@ class Trainer:
     def _enter_stage(self) -> None:
         """At a stage's first iteration: set its roles up and give it optimizers of its own."""
         for index, (first, stage) in enumerate(self._boundaries()):
-            if index > self.counters.stage and self.counters.iteration >= first:
+            begins = index > self.counters.stage or self.counters.iteration == 0
+            if begins and self.counters.iteration >= first:
                 self.counters.stage = self.session.stage = index
                 for source, target in stage.copies:
                     self.triple.copy_role(self.session.student if source == STUDENT else source, target)

@@ -1,0 +1,391 @@
+"""Guidance by small adapters beside the attention of a frozen network: one call where guidance takes two.
+
+Adapter guidance distillation (AGD; Jensen & Sadat, 2025): each adapter adds to the output of one attention module what it
+makes of that module's input, the guidance scale w, the time and the prompt. This file imports torch and diffusers alone, and
+an export ships it as it is:
+
+    from guidance_adapter import load_guidance_adapter
+    adapter = load_guidance_adapter(pipe, "guidance_adapter.safetensors", w=7.5)
+    image = pipe("a photo", guidance_scale=1.0).images[0]          # half the network calls of guidance_scale=7.5
+    adapter.w = 5.0                                                 # or one w a row; None turns it off
+
+The network keeps its parameter names: adapters live in hooks, so that LoRAs load before and after, and attention processors,
+`torch.compile` and CPU offload are none of their business.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+from diffusers.models.model_loading_utils import load_state_dict
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+HYPERPARAMETERS = "guidance_adapter"
+ADAPTED: dict[type[nn.Module], str] = {
+    BasicTransformerBlock: "attn2",
+    JointTransformerBlock: "attn",
+    SanaTransformerBlock: "attn2",
+}
+"""Block of a network -> its attention that is adapted: the one that looks at the prompt."""
+TIMED = ("time_embedding", "time_text_embed", "time_embed")
+"""Where a network embeds its time."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Hyperparameters; they travel with the weights.
+
+    Attributes:
+        kind: `cross` looks at the module's input by attention over the tokens; `offset` shifts all positions alike.
+        width: d of tokens and attention.
+        shared: one set of token encoders for all adapters instead of one each: less than half the parameters.
+        w_low, w_high: range of w that was trained; outside of it a warning is given once.
+    """
+
+    kind: Literal["cross", "offset"] = "cross"
+    width: int = 128
+    shared: bool = False
+    w_low: float = 1.0
+    w_high: float = 12.0
+
+
+@dataclass
+class Told:
+    """What the adapters know of the pass that is running; each (B, ...)."""
+
+    w: Tensor
+    text: Tensor
+    time: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class ScalarEncoder(nn.Module):
+    """LayerNorm(MLP(cos(2 pi (f p + b)))) of scalars p (B,), as one token (B, d); f and b are drawn once and saved."""
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, width: int, stream: torch.Generator) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(width, generator=stream))
+        self.register_buffer("phases", torch.rand(width, generator=stream))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, p: Tensor) -> Tensor:
+        weight = self.frequencies
+        angles = 2 * math.pi * (p.to(weight)[:, None] * weight + self.phases)
+        return self.norm(self.mlp(angles.cos()))  # type: ignore[no-any-return]
+
+
+class Tokens(nn.Module):
+    """Tokens (B, 2 + L, d) of w, of the network's own time embedding, and of the L text embeddings."""
+
+    def __init__(self, width: int, time_width: int, text_width: int, stream: torch.Generator) -> None:
+        super().__init__()
+        self.guidance = ScalarEncoder(width, stream)
+        self.time = nn.Linear(time_width, width)
+        self.text = nn.Linear(text_width, width)
+
+    def forward(self, told: Told) -> Tensor:
+        if told.time is None:
+            raise RuntimeError("the network reached an attention before it embedded its time")
+        like = self.time.weight
+        time, text = self.time(told.time.to(like)), self.text(told.text.to(like))
+        return torch.cat([self.guidance(told.w)[:, None], time[:, None], text], 1)
+
+
+class CrossAdapter(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V W_o + b with Q of the module's input and K, V of the tokens; zero at first."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(channels, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, channels)
+        for linear in (self.query, self.key, self.value):
+            nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """hidden (B, N, C), tokens (B, S, d) -> (B, N, C)."""
+        tokens = tokens + positions(tokens.shape[1], tokens.shape[2]).to(tokens)
+        query, key = self.query(hidden), self.key(tokens)
+        scores = query @ key.transpose(1, 2) / math.sqrt(key.shape[-1])
+        weights = scores.float().softmax(-1).to(scores) if scores.dtype.itemsize < 4 else scores.softmax(-1)
+        return self.out(weights @ self.value(tokens))  # type: ignore[no-any-return]
+
+
+class OffsetAdapter(nn.Module):
+    """MLP(token of w + token of t + mean of the text's), the same at all positions; zero at first."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        last = nn.Linear(width, channels)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """hidden (B, N, C), tokens (B, S, d) -> (B, 1, C)."""
+        return self.mlp(tokens[:, 0] + tokens[:, 1] + tokens[:, 2:].mean(1))[:, None]  # type: ignore[no-any-return]
+
+
+class GuidanceAdapter(nn.Module):
+    """All adapters of one network, by the name of the module they stand beside.
+
+    Args:
+        network: a diffusers UNet or transformer; nothing of it is changed until `attach`.
+        settings: of the adapters.
+        seed: of their first weights.
+
+    Raises:
+        ValueError: the network has no attention that looks at a prompt.
+    """
+
+    def __init__(self, network: nn.Module, settings: AdapterSettings, seed: int = 0) -> None:
+        super().__init__()
+        self.settings = settings
+        found = adapted_modules(network)
+        if not found:
+            raise ValueError(
+                f"{type(network).__name__} has no attention that looks at a prompt, which guidance adapters stand beside: use a "
+                "U-Net or transformer of diffusers that has"
+            )
+        stream = torch.Generator().manual_seed(seed)
+        widths = settings.width, time_width(network), text_width(network)
+        kind = CrossAdapter if settings.kind == "cross" else OffsetAdapter
+        with torch.random.fork_rng(devices=[]):  # initialisers draw from the global stream
+            torch.manual_seed(seed)
+            self.adapters = nn.ModuleDict(
+                {_key(name): kind(width, settings.width) for name, (_, width) in found.items()}
+            )
+            owners = ["all"] if settings.shared else list(self.adapters)
+            self.encoders = nn.ModuleDict({owner: Tokens(*widths, stream) for owner in owners})
+        self._w: Tensor | float | None = None
+        self._told: Told | None = None
+        self._warned = False
+        self._handles: list[RemovableHandle] = []
+
+    # ---------------------------------------------------------------- what a user says
+
+    @property
+    def w(self) -> Tensor | float | None:
+        """Guidance scale: a number, one a row (B,), or None for the untouched network."""
+        return self._w
+
+    @w.setter
+    def w(self, value: Tensor | float | None) -> None:
+        if value is not None:
+            low, high = float(torch.as_tensor(value).min()), float(torch.as_tensor(value).max())
+            settings = self.settings
+            if not self._warned and (low < settings.w_low or high > settings.w_high):
+                self._warned = True
+                warnings.warn(
+                    f"guidance w = {low if low < settings.w_low else high:g} is outside of the trained range "
+                    f"[{settings.w_low:g}, {settings.w_high:g}]: the adapter extrapolates",
+                    stacklevel=2,
+                )
+        self._w = value
+
+    @contextmanager
+    def told(self, w: Tensor | float | None) -> Iterator[None]:
+        """Inside, guidance is w."""
+        before, self._w = self._w, w
+        try:
+            yield
+        finally:
+            self._w = before
+
+    # ---------------------------------------------------------------- hooks
+
+    def attach(self, network: nn.Module, pipeline: Any = None) -> GuidanceAdapter:
+        """Stand beside a network. With a pipeline, guidance by two calls at the same time is refused.
+
+        Raises:
+            ValueError: the network's attention modules are not those that the adapters were made for.
+        """
+        found = adapted_modules(network)
+        if {_key(name) for name in found} != set(self.adapters):
+            raise ValueError(
+                f"the adapters were made for {len(self.adapters)} attention modules and {type(network).__name__} has "
+                f"{len(found)}, not the same: load them on the base that they were trained on"
+            )
+        signature = inspect.signature(type(network).forward)
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._told = None
+            if self._w is None:
+                return
+            if pipeline is not None and pipeline.do_classifier_free_guidance:
+                raise ValueError(
+                    f"the guidance adapter is on (w = {self._w}) and the pipeline guides as well: call it with "
+                    "guidance_scale=1.0, or set adapter.w = None"
+                )
+            given = signature.bind(module, *args, **kwargs).arguments
+            text = given["encoder_hidden_states"]
+            w = torch.as_tensor(self._w, dtype=torch.float32, device=text.device).expand(len(text))
+            if next(self.parameters()).device != text.device:
+                self.to(text.device)
+            self._told = Told(w, text)
+
+        def timed(_module: nn.Module, _args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            if self._told is not None:
+                embedded = output[-1] if isinstance(output, tuple) else output
+                self._told.time = embedded.expand(len(self._told.w), -1)
+
+        self._handles = [
+            network.register_forward_pre_hook(begin, with_kwargs=True),
+            _time_module(network).register_forward_hook(timed),
+        ]
+        for name, (module, _) in found.items():
+            self._handles.append(module.register_forward_hook(self._beside(_key(name)), with_kwargs=True))
+        return self
+
+    def detach(self) -> None:
+        """Leave the network as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _beside(self, name: str) -> Any:
+        adapter = self.adapters[name]
+
+        def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            told = self._told
+            if told is None:
+                return None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            own = self._own_dtype()
+            with torch.autocast(hidden.device.type, enabled=False):
+                more = adapter(hidden.to(own), self._tokens(name, told))
+            if isinstance(output, tuple):  # image and text stream
+                return (output[0] + more.to(output[0]), *output[1:])
+            return output + more.to(output)
+
+        return add
+
+    def _tokens(self, name: str, told: Told) -> Tensor:
+        if not self.settings.shared:
+            return self.encoders[name](told)  # type: ignore[no-any-return]
+        if told.tokens is None:
+            told.tokens = self.encoders["all"](told)
+        return told.tokens
+
+    def _own_dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+def load_guidance_adapter(pipeline: Any, path: str | Path, w: Tensor | float | None = None) -> GuidanceAdapter:
+    """Load adapters onto a pipeline's network.
+
+    Args:
+        pipeline: a stock diffusers pipeline; called with guidance_scale=1.0 from now on.
+        path: guidance_adapter.safetensors, or its folder.
+        w: guidance scale, (B,) or a number; None is off.
+
+    Raises:
+        ValueError: not a guidance adapter, or one of another base; the first missing or unexpected key is named.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "guidance_adapter.safetensors"
+    network = pipeline.unet if "unet" in pipeline.components else pipeline.transformer
+    adapter = GuidanceAdapter(network, settings_in(file))
+    tensors, own = load_state_dict(str(file)), adapter.state_dict()
+    for what, keys in (("lacks", own.keys() - tensors.keys()), ("has", tensors.keys() - own.keys())):
+        if keys:
+            raise ValueError(
+                f"{file} {what} {len(keys)} tensors (first: {min(keys)!r}) that this network's adapters "
+                f"{'have' if what == 'lacks' else 'have not'}: load it on the base that it was trained on"
+            )
+    reshaped = [key for key in own if own[key].shape != tensors[key].shape]
+    if reshaped:
+        raise ValueError(
+            f"{file} has {len(reshaped)} tensors of another shape (first: {reshaped[0]!r}): load it on the base it was trained on"
+        )
+    adapter.load_state_dict(tensors)
+    adapter.eval().requires_grad_(False).attach(network, pipeline)
+    adapter.w = w
+    return adapter
+
+
+def settings_in(file: Path) -> AdapterSettings:
+    """The hyperparameters in a file's metadata. Raises ValueError where it is no guidance adapter."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        metadata = json.loads(opened.read(length)).get("__metadata__", {})
+    if HYPERPARAMETERS not in metadata:
+        raise ValueError(
+            f"{file} is not a guidance adapter (it says no hyperparameters): give one that was exported as such"
+        )
+    return AdapterSettings(**json.loads(metadata[HYPERPARAMETERS]))
+
+
+def metadata_of(settings: AdapterSettings) -> dict[str, str]:
+    """What `settings_in` reads."""
+    return {HYPERPARAMETERS: json.dumps(asdict(settings))}
+
+
+def adapted_modules(network: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Name -> (attention module, channels of its input), of every block by its type: 16 in SD 1.5 and 2.1, 70 in SDXL."""
+    found = {}
+    for name, block in network.named_modules():
+        attribute = ADAPTED.get(type(block))
+        if attribute is not None:
+            module = block.get_submodule(attribute)
+            found[f"{name}.{attribute}"] = (module, module.get_submodule("to_q").in_features)
+    return found
+
+
+def positions(count: int, width: int) -> Tensor:
+    """Sinusoidal code of places 0 .. count - 1, (count, width): sines, then cosines."""
+    half = (width + 1) // 2
+    angles = torch.arange(count)[:, None] * torch.exp(-math.log(10000.0) * torch.arange(half) / half)
+    return torch.cat([angles.sin(), angles.cos()], 1)[:, :width]
+
+
+def time_width(network: nn.Module) -> int:
+    """Channels of the network's own time embedding."""
+    return _last_linear(_time_module(network)).out_features
+
+
+def text_width(network: Any) -> int:
+    """Channels of the text embeddings that the network is given."""
+    config = network.config
+    for key in ("joint_attention_dim", "caption_channels", "cross_attention_dim"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    raise ValueError(f"the config of {type(network).__name__} does not say how wide its text embeddings are")
+
+
+def _time_module(network: nn.Module) -> nn.Module:
+    for name, module in network.named_children():
+        if name in TIMED:
+            return module
+    raise ValueError(f"{type(network).__name__} embeds no time in any of {', '.join(TIMED)}")
+
+
+def _last_linear(module: nn.Module) -> nn.Linear:
+    embedders = [m for name, m in module.named_modules() if name.endswith("timestep_embedder")]
+    linears = [m for m in (embedders[0] if embedders else module).modules() if isinstance(m, nn.Linear)]
+    return linears[-1]
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")

@@ -1,0 +1,252 @@
+"""Guidance adapters beside a stock network: their counts, and that everything else goes on as if they were not there."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.models import families
+from stepdistill.models.guidance_adapter import (
+    AdapterSettings,
+    GuidanceAdapter,
+    load_guidance_adapter,
+    metadata_of,
+    positions,
+)
+
+KINDS = [("cross", False), ("cross", True), ("offset", False), ("offset", True)]
+CONFIGS = Path(families.__file__).parent / "configs"
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def pipeline(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(tiny(request.param))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def inputs(pipe: DiffusionPipeline, rows: int = 2) -> dict[str, Any]:
+    unet, stream = pipe.unet, torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=stream)
+
+    given: dict[str, Any] = {
+        "sample": normal(rows, 4, 8, 8),
+        "encoder_hidden_states": normal(rows, 77, unet.config.cross_attention_dim),
+    }
+    if unet.config.addition_embed_type == "text_time":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        given["added_cond_kwargs"] = {"text_embeds": normal(rows, pooled), "time_ids": torch.full((rows, 6), 64.0)}
+    return given
+
+
+def grown(adapter: GuidanceAdapter, scale: float = 0.3) -> GuidanceAdapter:
+    """Adapters that do something: all last layers random."""
+    stream = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if not parameter.any():
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=stream))
+    return adapter
+
+
+def written(adapter: GuidanceAdapter, folder: Path) -> Path:
+    file = folder / "guidance_adapter.safetensors"
+    save_file(adapter.state_dict(), file, metadata_of(adapter.settings))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "modules", "parameters"),
+    [
+        # 8 d^2 + 7 d + (C_time + 1) d + (C_text + 1) d + 2 d^2 + 2 C d + C a module, and published shares of the network
+        ("sdxl", 64, 70, 28_549_760),
+        ("sdxl", 128, 70, 62_750_720),
+        ("sdxl", 192, 70, 102_686_080),
+        ("sd21", 192, 16, 17_808_576),
+        ("sd15", 192, 16, 17_022_144),
+    ],
+)
+def test_counts_of_public_networks(model: str, width: int, modules: int, parameters: int) -> None:
+    config = json.loads((CONFIGS / model / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(config)
+    adapter = GuidanceAdapter(network, AdapterSettings(width=width))
+    count = sum(parameter.numel() for parameter in adapter.parameters())
+    assert (len(adapter.adapters), count) == (modules, parameters)
+    # the defaults stay below a twentieth of the network
+    total = sum(parameter.numel() for parameter in network.parameters())
+    shared = GuidanceAdapter(network, AdapterSettings(width=width, shared=True))
+    assert count < 0.05 * total
+    assert sum(parameter.numel() for parameter in shared.parameters()) < 0.5 * count
+
+
+@pytest.mark.parametrize(("kind", "shared"), KINDS)
+def test_at_first_it_is_the_network_and_off_it_always_is(pipeline: DiffusionPipeline, kind: Any, shared: bool) -> None:
+    unet, given = pipeline.unet, inputs(pipeline)
+    names = list(unet.state_dict())
+    with torch.no_grad():
+        own = unet(**given, timestep=torch.tensor(500)).sample
+        adapter = GuidanceAdapter(unet, AdapterSettings(kind, 16, shared)).attach(unet)
+        adapter.w = 7.5
+        assert torch.equal(unet(**given, timestep=torch.tensor(500)).sample, own)
+        grown(adapter)
+        on = unet(**given, timestep=torch.tensor(500)).sample
+        assert float((on - own).abs().max()) > 1e-3
+        adapter.w = None
+        assert torch.equal(unet(**given, timestep=torch.tensor(500)).sample, own)
+        adapter.w = 7.5
+        assert torch.equal(unet(**given, timestep=torch.tensor(500)).sample, on)
+        adapter.detach()
+        assert torch.equal(unet(**given, timestep=torch.tensor(500)).sample, own)
+    assert list(unet.state_dict()) == names
+
+
+@pytest.mark.parametrize(("kind", "shared"), KINDS)
+def test_it_hears_w_time_prompt_and_only_its_own_row(pipeline: DiffusionPipeline, kind: Any, shared: bool) -> None:
+    unet, given = pipeline.unet, inputs(pipeline)
+    adapter = grown(GuidanceAdapter(unet, AdapterSettings(kind, 16, shared))).attach(unet)
+
+    def ask(w: Tensor | float, t: Tensor | int | float, **changes: Any) -> Tensor:
+        adapter.w = w
+        with torch.no_grad():
+            return unet(**{**given, **changes}, timestep=t).sample
+
+    whole = ask(torch.tensor([2.0, 7.0]), torch.tensor([300, 800]))
+    for form in (300, 300.0, torch.tensor(300), torch.tensor([300, 300])):
+        assert torch.allclose(ask(2.0, form)[0], whole[0], atol=1e-5)
+    assert torch.allclose(ask(7.0, 800)[1], whole[1], atol=1e-5)
+
+    def shift(w: float, t: int, text: Tensor) -> Tensor:
+        """What the adapters add, to the first row."""
+        on = ask(w, t, encoder_hidden_states=text)
+        adapter.w = None
+        with torch.no_grad():
+            return (on - unet(**{**given, "encoder_hidden_states": text}, timestep=t).sample)[0]
+
+    text = given["encoder_hidden_states"]
+    for other in (shift(3.0, 300, text), shift(2.0, 800, text), shift(2.0, 300, text.flip(2))):
+        assert float((other - shift(2.0, 300, text)).abs().max()) > 1e-4
+
+
+def test_loras_before_and_after_attention_processors_and_compilation(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The same picture in whatever order LoRA and adapter came, with another attention, and compiled."""
+    from peft import LoraConfig
+
+    def fresh() -> DiffusionPipeline:
+        pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def with_lora(pipe: DiffusionPipeline) -> DiffusionPipeline:
+        torch.manual_seed(5)
+        pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_out.0"], init_lora_weights=False), "style")
+        return pipe
+
+    file = written(grown(GuidanceAdapter(fresh().unet, AdapterSettings(width=16))), tmp_path)
+
+    def draw(pipe: DiffusionPipeline) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.as_tensor(
+            pipe("a cat", num_inference_steps=3, guidance_scale=1.0, generator=generator, output_type="pt").images
+        )
+
+    plain = draw(fresh())
+    first, second = with_lora(fresh()), fresh()
+    load_guidance_adapter(first, file, w=6.0)
+    load_guidance_adapter(second, file, w=6.0)
+    adapted = draw(second)
+    both = draw(with_lora(second))
+    assert float((adapted - plain).abs().max()) > 1e-3
+    assert float((both - adapted).abs().max()) > 1e-3
+    assert torch.allclose(draw(first), both, atol=1e-6)
+    first.unet.set_attn_processor(AttnProcessor())
+    assert torch.allclose(draw(first), both, atol=1e-4)
+    second.unet = torch.compile(second.unet, backend="eager")
+    assert torch.allclose(draw(second), both, atol=1e-5)
+
+
+def test_guiding_twice_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
+    file = written(GuidanceAdapter(pipe.unet, AdapterSettings(width=16)), tmp_path)
+    adapter = load_guidance_adapter(pipe, file, w=5.0)
+    with pytest.raises(ValueError, match="and the pipeline guides as well"):
+        pipe("a cat", num_inference_steps=1, guidance_scale=7.5)
+    adapter.w = None
+    pipe("a cat", num_inference_steps=1, guidance_scale=7.5, output_type="latent")
+
+
+def test_w_outside_of_the_range_warns_once(pipeline: DiffusionPipeline) -> None:
+    adapter = GuidanceAdapter(pipeline.unet, AdapterSettings(width=16, w_low=1.0, w_high=8.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.w = torch.tensor([1.0, 8.0])
+    with pytest.warns(UserWarning, match=r"w = 9 is outside of the trained range \[1, 8\]"):
+        adapter.w = torch.tensor([2.0, 9.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.w = 0.5
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "stranger", "base"])
+def test_loading_takes_the_right_file_alone(tiny: Callable[..., Path], tmp_path: Path, fault: str) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
+    file = written(GuidanceAdapter(pipe.unet, AdapterSettings(width=16)), tmp_path)
+    tensors, metadata = load_file(file), metadata_of(AdapterSettings(width=16))
+    key = min(tensors)
+    if fault == "missing":
+        del tensors[key]
+    if fault == "unexpected":
+        tensors["adapters.elsewhere"] = torch.zeros(1)
+    if fault == "shape":
+        tensors[key] = torch.zeros(3, 3, 3)
+    save_file(tensors, file, {} if fault == "stranger" else metadata)
+    if fault == "base":
+        pipe = DiffusionPipeline.from_pretrained(tiny("sdxl"))
+    told = {
+        "missing": "lacks 1 tensors", "unexpected": "has 1 tensors", "shape": "another shape",
+        "stranger": "not a guidance adapter", "base": "base that it was trained on",
+    }[fault]  # fmt: skip
+    with pytest.raises(ValueError, match=told):
+        load_guidance_adapter(pipe, file)
+
+
+def test_half_precision_keeps_softmax_and_sum_in_float32(tiny: Callable[..., Path]) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
+    adapter = grown(GuidanceAdapter(pipe.unet, AdapterSettings(width=16)), 0.05).attach(pipe.unet)
+    adapter.w = 5.0
+    given = inputs(pipe)
+    with torch.no_grad():
+        exact = pipe.unet(**given, timestep=500).sample
+        pipe.unet.bfloat16()
+        half = {
+            key: value.bfloat16() if isinstance(value, Tensor) else value
+            for key, value in given.items()
+        }  # fmt: skip
+        rough = pipe.unet(**half, timestep=500).sample
+    assert rough.dtype == torch.bfloat16
+    assert float((rough.float() - exact).abs().max()) < 0.1 * float(exact.abs().max())
+
+
+def test_places_are_told_apart() -> None:
+    code = positions(79, 16)
+    assert code.shape == (79, 16)
+    assert torch.equal(code[0], torch.tensor([0.0] * 8 + [1.0] * 8))
+    distances = torch.cdist(code, code) + 10 * torch.eye(79)
+    assert float(distances.min()) > 0.05
+
+
+def test_a_network_without_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="no attention that looks at a prompt"):
+        GuidanceAdapter(torch.nn.Linear(2, 2), AdapterSettings())
