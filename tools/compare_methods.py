@@ -142,13 +142,15 @@ def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: 
 def measure(artefact: Path, full: bool, images: int) -> list[Measured]:
     """The student at its own number of steps, and at every fewer one of 1, 2, 4 that divides its ladder."""
     base = str(artefact) if full else resolve(TEACHER)
-    pipeline, recipe = load_artefact(base, None if full else artefact, DTYPES["float32"], "cpu")
-    if recipe is None:
+    loaded = load_artefact(base, None if full else artefact, DTYPES["float32"], "cpu")
+    if loaded.recipe is None:
         raise RuntimeError(f"{artefact} holds no recipe")
     prompts, seeds = evaluation_set(images)
     scorer, rows = Scorer(), []
-    for shorter in _shortened(recipe):
-        drawn = np.concatenate(list(draw(pipeline, prompts, seeds, recipe=shorter, batch_size=BATCH)))
+    for shorter in _shortened(loaded.recipe):
+        drawn = np.concatenate(
+            list(draw(loaded.pipeline, prompts, seeds, recipe=shorter, experts=loaded.experts, batch_size=BATCH))
+        )
         scores = scorer.score(drawn, prompts)
         measures = {key: round(getattr(scores, key), 5) for key in MEASURES}
         rows.append(Measured(shorter.num_inference_steps, **measures))

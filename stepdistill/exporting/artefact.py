@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from safetensors import safe_open
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
-from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, recipe_of
+from stepdistill.exporting.experts import Experts, adapter_experts, load_experts
+from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, expert_files, recipe_of
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.recipe import Recipe
 
@@ -47,9 +48,21 @@ FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 """The same for a flow-matching checkpoint."""
 
 
-def load_artefact(
-    model: str, lora: Path | None, dtype: torch.dtype, device: torch.device | str
-) -> tuple[DiffusionPipeline, Recipe | None]:
+@dataclass(frozen=True)
+class Artefact:
+    """A stock pipeline, and what came with it.
+
+    Attributes:
+        recipe: None for a base.
+        experts: the callback that its calls need, where the student is several experts.
+    """
+
+    pipeline: DiffusionPipeline
+    recipe: Recipe | None
+    experts: Experts | None = None
+
+
+def load_artefact(model: str, lora: Path | None, dtype: torch.dtype, device: torch.device | str) -> Artefact:
     """A stock pipeline of a base or exported pipeline, with a LoRA where one is given, and the recipe that came with it.
 
     Raises:
@@ -61,19 +74,39 @@ def load_artefact(
     pipeline = checkpoint.pipeline
     pipeline.set_progress_bar_config(disable=True)
     if lora is None:
-        return pipeline, Recipe.read(checkpoint.info.folder)
+        recipe = Recipe.read(checkpoint.info.folder)
+        several = recipe is not None and recipe.experts
+        return Artefact(pipeline, recipe, load_experts(pipeline, checkpoint.info.folder) if several else None)
     file = lora_file(lora)
-    load_lora(pipeline, file)
-    return pipeline, recipe_of(file) or Recipe.read(file.parent)
+    recipe = recipe_of(file) or Recipe.read(file.parent)
+    if recipe is None or not recipe.experts:
+        load_lora(pipeline, file)
+        return Artefact(pipeline, recipe)
+    return Artefact(pipeline, recipe, _load_experts(pipeline, lora, file, recipe.experts))
 
 
 def lora_file(path: Path) -> Path:
-    """The LoRA file in an exported folder, or the file itself. Raises Refusal."""
-    candidates = [path] if path.is_file() else [path / DIFFUSERS_FILE, path / KOHYA_FILE]
-    for candidate in candidates:
+    """The LoRA file in an exported folder, the first expert's where there are several, or the file itself. Raises Refusal."""
+    names = [expert_files(name, count)[0] for name in (DIFFUSERS_FILE, KOHYA_FILE) for count in (1, 2)]
+    for candidate in [path] if path.is_file() else [path / name for name in names]:
         if candidate.is_file() and candidate.suffix == ".safetensors":
             return candidate
     raise Refusal(f"there is no LoRA at {str(path)!r}: give an exported folder, or a .safetensors file")
+
+
+def _load_experts(pipeline: DiffusionPipeline, lora: Path, first: Path, calls: Sequence[int]) -> Experts:
+    """The LoRAs of all experts. Raises Refusal where one is missing, or is all that was named."""
+    if lora.is_file():
+        raise Refusal(
+            f"{str(lora)!r} is one of {len(calls)} experts, which draw together: give the folder that holds them all"
+        )
+    names = [f"expert_{k}" for k in range(1, len(calls) + 1)]
+    for name in names:
+        file = first.with_name(first.name.replace(names[0], name))
+        if not file.is_file():
+            raise Refusal(f"the student has {len(calls)} experts and {str(file)!r} is missing: export the run again")
+        load_lora(pipeline, file, name)
+    return adapter_experts(pipeline, names, calls)
 
 
 def load_lora(pipeline: DiffusionPipeline, file: Path, name: str = "stepdistill") -> None:
@@ -109,6 +142,7 @@ def draw(
     seeds: Sequence[int],
     *,
     recipe: Recipe | None = None,
+    experts: Experts | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
@@ -121,10 +155,13 @@ def draw(
 
     quantize: to 8 bits; floor is what DMD2's and GigaGAN's scripts do.
     The recipe applies unless `steps`, `guidance` or `scheduler` overrides it, which warns. guidance is w; 1 is off.
+    experts: those that came with the recipe.
 
     Raises:
         Refusal: unknown scheduler name, or a size or number of steps that the pipeline does not take.
     """
+    if (experts is None) != (recipe is None or not recipe.experts):
+        raise ValueError("a recipe of several experts is drawn with them, and no other is")
     own = pipeline.scheduler
     arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
     arguments |= _size_arguments(pipeline, size)
@@ -133,6 +170,8 @@ def draw(
             f"a negative prompt was given, and {type(pipeline).__name__} tells its network a guidance scale instead of comparing "
             "two prompts: remove it"
         )
+    if experts is not None:
+        arguments["callback_on_step_end"] = experts
     if negative_prompt is not None and arguments["guidance_scale"] <= 1:
         logger.warning("the negative prompt has no effect: guidance is off (w = %g)", arguments["guidance_scale"])
     try:
@@ -143,6 +182,8 @@ def draw(
             if negative_prompt is not None:
                 batch["negative_prompt"] = [negative_prompt] * count
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+            if experts is not None:
+                experts.start()
             try:
                 with seeded_steps(pipeline, generators):
                     images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images

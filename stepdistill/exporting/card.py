@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from stepdistill.assets import resolve
+from stepdistill.exporting.lora import expert_files
 from stepdistill.exporting.proof import loader_arguments
 from stepdistill.models.families.base import CheckpointInfo, Family
 from stepdistill.models.recipe import Recipe
@@ -38,11 +39,18 @@ def write_card(
         if family.has_kohya_layout
         else " and ComfyUI"
     )
+    files = ", ".join(f"`{name}`" for name in expert_files(file, len(recipe.experts)))
+    verb, them = ("are", "them") if recipe.experts else ("is", "it")
     programs = {
-        "diffusers-lora": f"`{file}` is for diffusers{others}.",
-        "kohya-lora": f"`{file}` is for ComfyUI, A1111 and kohya tools; diffusers loads it too.",
+        "diffusers-lora": f"{files} {verb} for diffusers{others}.",
+        "kohya-lora": f"{files} {verb} for ComfyUI, A1111 and kohya tools; diffusers loads {them} too.",
         "pipeline": "The folder is a diffusers pipeline.",
     }
+    if recipe.experts:
+        shares = " + ".join(str(calls) for calls in recipe.experts)
+        turns = f"The student is {len(recipe.experts)} experts, which make {shares} of the calls, in this order; `experts.py` hands over "
+        turns += "in diffusers, and other programs want a sampler of its own for each expert's steps."
+        notes = [turns, *notes]
     height, width = recipe.resolution
     told = "sample with guidance off (`guidance_scale=1`)"
     if recipe.guidance_scale != 1:
@@ -79,8 +87,18 @@ def usage(
         "",
         f'pipe = {pipeline_name}.from_pretrained("{source}"{loader_arguments(left_out)})',
     ]
-    if format != "pipeline":
+    if recipe.experts:
+        lines = [
+            "import sys",
+            f'sys.path.insert(0, "{folder}")',
+            lines[0],
+            "from experts import load_experts",
+            *lines[1:],
+        ]
+        lines.append(f'experts = load_experts(pipe, "{folder}")')
+    elif format != "pipeline":
         lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{file}")')
+    switching = ", callback_on_step_end=experts" if recipe.experts else ""
     changes, call = (
         "".join(f", {key}={value!r}" for key, value in settings.items())
         for settings in (recipe.scheduler_config, recipe.call)
@@ -88,7 +106,7 @@ def usage(
     lines += [
         f"pipe.scheduler = {recipe.scheduler_class}.from_config(pipe.scheduler.config{changes})",
         f'image = pipe("a photo", num_inference_steps={recipe.num_inference_steps},{ladder}',
-        f"             guidance_scale={recipe.guidance_scale}{call}).images[0]",
+        f"             guidance_scale={recipe.guidance_scale}{call}{switching}).images[0]",
     ]
     return "\n".join(lines)
 
