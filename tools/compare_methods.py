@@ -140,7 +140,8 @@ def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: 
 
 
 def measure(artefact: Path, full: bool, images: int) -> list[Measured]:
-    """The student at its own number of steps, and at every fewer one of 1, 2, 4 that divides its ladder."""
+    """The student at its own number of steps and at every fewer one of 1, 2, 4 that divides its ladder; several experts, whose
+    turns are steps of the whole ladder, at their own alone."""
     base = str(artefact) if full else resolve(TEACHER)
     loaded = load_artefact(base, None if full else artefact, DTYPES["float32"], "cpu")
     if loaded.recipe is None:
@@ -160,7 +161,7 @@ def measure(artefact: Path, full: bool, images: int) -> list[Measured]:
 def _shortened(recipe: Recipe) -> Iterator[Recipe]:
     own = recipe.num_inference_steps
     for steps in (1, 2, 4):
-        if own % steps == 0:
+        if own == steps or (own % steps == 0 and not recipe.experts):
             kept = [index * own // steps for index in range(steps)]
             timesteps = tuple(recipe.timesteps[i] for i in kept) if recipe.timesteps else ()
             sigmas = tuple(recipe.sigmas[i] for i in kept) if recipe.sigmas else ()
