@@ -121,8 +121,10 @@ class AlarmsConfig(Settings):
         gt=0,
         description="swing of the samples' mean, to and fro, in standard deviations of real latents, at most",
     )
-    score_gap: float | None = Field(1.0, gt=0, description="|mu_fake - mu_real| / |x - mu_real|, at most")
-    score_gap_rise: float | None = Field(2.0, gt=1, description="the same over its own start, at most, once above 1/2")
+    score_gap: float | None = Field(
+        1.5, gt=0, description="|mu_fake - mu_real| / |x - mu_real|, at most; near a good student it is about 1"
+    )
+    score_gap_rise: float | None = Field(2.0, gt=1, description="the same over its own start, at most, once above 1")
     fake_loss: float | None = Field(
         0.01, gt=0, description="relative change of the fake score's denoising loss since its start, at least"
     )

@@ -9,7 +9,7 @@ repeats nor forgets.
     latent_std      spread of the samples over real latents', rising             lower guidance; higher ratio; GAN or moments
     latent_mean     swing of the samples' mean, to and fro                       higher ratio; higher fake-score rate
     score_gap       |mu_fake - mu_real| / |x - mu_real|                          higher ratio; higher fake-score rate; less guidance
-    score_gap_rise  the same over its start, once above 1/2                      the same; lower generator rate
+    score_gap_rise  the same over its start, once above 1                        the same; lower generator rate
     fake_loss       the fake score's loss has never moved                        higher fake-score rate
     fake_shift      at the grids: the fake score is still the base               the same
     gradient        a role gets no gradient at all                               its section of `roles`
@@ -84,7 +84,7 @@ class Risen(Level):
 class OverStart(Level):
     """Level over the first one where it is above `least`, and 1 elsewhere."""
 
-    def __init__(self, window: int, least: float = 0.5) -> None:
+    def __init__(self, window: int, least: float = 1.0) -> None:
         super().__init__(window)
         self.least, self.start = least, 0.0
 
@@ -119,7 +119,7 @@ class Swing:
     0 where sampling noise, estimated from line to line, would do as much.
     """
 
-    BLOCKS, NOISE = 12, 4.0
+    BLOCKS, NOISE = 12, 5.0
 
     def __init__(self, window: int) -> None:
         self.block = max(1, window // 2)
