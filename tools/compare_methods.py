@@ -96,13 +96,16 @@ def read_comparison(path: Path) -> ComparisonConfig:
 
 def config_of(entry: EntryConfig, seed: int) -> RunConfig:
     """The config of a cell: no end but the budget's, and nothing written but the last checkpoint."""
-    quiet = [f"training.max_steps={FOREVER}", f"training.save_every={FOREVER}", "training.grid_every=0"]
+    cadences = [f"training.{key}={FOREVER}" for key in ("max_steps", "save_every", "log_every")]
+    quiet = [*cadences, "training.grid_every=0"]
     return load_config(ROOT / entry.config, [*entry.set, *quiet, f"training.seed={seed}"])
 
 
 def hash_of(config: RunConfig, calls: int, images: int) -> str:
-    """Of all that decides a cell's numbers."""
-    said = {"config": config.model_dump(mode="json", exclude={"output"}), "calls": calls, "images": images}
+    """Of all that decides a cell's numbers: what is said in its config, so that an option that is new changes no hash."""
+    written = {"max_steps", "save_every", "log_every", "grid_every"}
+    said = config.model_dump(mode="json", exclude_defaults=True, exclude={"output": True, "training": written})
+    said = {"config": said, "calls": calls, "images": images}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

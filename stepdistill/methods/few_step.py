@@ -125,6 +125,7 @@ class FewStep(OnLadder[FewStepConfigT]):
         if role == FAKE_SCORE:
             return self._critic_loss(rollout, triple, draws)
         terms = self.generator_loss(rollout, triple, progress, draws)
+        terms = replace(terms, parts={**terms.parts, **parts.sample_statistics(rollout)})
         if self.config.gan.weight == 0:
             return terms
         adversarial = parts.gan_generator_loss(triple, self.config.gan, rollout.x0, rollout.batch.cond, draws)

@@ -36,12 +36,13 @@ HARMLESS = frozenset(
         "log_every",
         "grid_every",
         "grid_prompts",
+        "grid_seeds",
         "trackers",
         "device",
         "max_bad_steps",
     )
 )
-"""Keys that change no number of a run."""
+"""Keys that change nothing that a run computes from; nor does any below `training.alarms`."""
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one another: one of them fills a cache, or writes a large checkpoint."""
 
@@ -260,7 +261,11 @@ def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
             )
     others = {"data", "optimizers", "training", "cache"}
     old, new = (_flat(run.model_dump(mode="json", include=others)) for run in (before, config))
-    changed = [key for key in sorted({*old, *new} - HARMLESS - RECORDED) if old.get(key) != new.get(key)]
+    changed = [
+        key
+        for key in sorted({*old, *new} - HARMLESS - RECORDED)
+        if old.get(key) != new.get(key) and not key.startswith("training.alarms.")
+    ]
     if changed:
         told = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
         logger.warning("this resume is not bit for bit what an unbroken run gives: %s", told)
