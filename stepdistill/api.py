@@ -17,7 +17,7 @@ from stepdistill.assets import resolve
 from stepdistill.config import RunConfig
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import Refusal
-from stepdistill.exporting import ExportFormat, check_output, export_role
+from stepdistill.exporting import ExportFormat, check_output, export_student
 from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.exporting.card import push_to_hub as push
 from stepdistill.exporting.proof import QuantizedStudent, final_latents
@@ -102,11 +102,11 @@ def export(
     quantized = _quantized_student(run, device, checkpoint)
     session, iteration = open_run(run, device, full_precision=True, checkpoint=checkpoint)
     logger.info("exporting the %s of iteration %d", session.student.replace("_", " "), iteration)
-    folder = export_role(
+    folder = export_student(
         session.checkpoint,
         session.triple,
-        session.student,
-        session.method.recipe(),
+        session.experts,
+        session.recipe,
         format,
         Path(output),
         prompts=_proof_prompts(session),
@@ -153,13 +153,13 @@ def sample(
         raise Refusal("--width and --height go together: give both or neither")
     listed = [prompt] if prompt is not None else list(read_prompts(str(prompts)).texts)
     texts = [text for text in listed for _ in range(num_images)]
-    pipeline, recipe = load_artefact(
+    artefact = load_artefact(
         resolve(model), Path(lora) if lora is not None else None, dtype_of(dtype), device_of(device)
     )
     size = (height, width) if height is not None and width is not None else None
     images = draw(
-        pipeline, texts, [seed + i for i in range(len(texts))], recipe=recipe, steps=steps, guidance=guidance,
-        negative_prompt=negative_prompt, size=size, scheduler=scheduler, batch_size=batch_size,
+        artefact.pipeline, texts, [seed + i for i in range(len(texts))], recipe=artefact.recipe, experts=artefact.experts,
+        steps=steps, guidance=guidance, negative_prompt=negative_prompt, size=size, scheduler=scheduler, batch_size=batch_size,
     )  # fmt: skip
     paths: list[Path] = []
     shown: list[torch.Tensor] = []
@@ -186,8 +186,8 @@ def _quantized_student(
     if model.quantization == "none":
         return None
     session, _ = open_run(run, device, checkpoint=checkpoint)
-    recipe, seeds = session.method.recipe(), list(range(PROOF_IMAGES))
-    latents = final_latents(session.checkpoint, session.triple, session.student, recipe, _proof_prompts(session), seeds)
+    recipe, seeds = session.recipe, list(range(PROOF_IMAGES))
+    latents = final_latents(session.checkpoint, session.triple, session.experts, recipe, _proof_prompts(session), seeds)
     return QuantizedStudent(f"a base in {model.quantization} ({model.dtype} elsewhere)", latents.cpu())
 
 

@@ -110,6 +110,35 @@ class DataConfig(Settings):
     workers: int = Field(0, ge=0, description="image loading threads")
 
 
+class AlarmsConfig(Settings):
+    """Bands of what a run logs: leaving one is said in a warning with its remedy, see training/alarms.py. null turns one off."""
+
+    enabled: bool = True
+    window: int = Field(10, gt=0, description="log lines whose mean is judged, and for which it must stay outside")
+    latent_std: float | None = Field(1.15, gt=1, description="std of the samples over that of real latents, at most")
+    latent_mean: float | None = Field(
+        0.25,
+        gt=0,
+        description="swing of the samples' mean, to and fro, in standard deviations of real latents, at most",
+    )
+    score_gap: float | None = Field(
+        1.5, gt=0, description="|mu_fake - mu_real| / |x - mu_real|, at most; near a good student it is about 1"
+    )
+    score_gap_rise: float | None = Field(2.0, gt=1, description="the same over its own start, at most, once above 1")
+    fake_loss: float | None = Field(
+        0.01, gt=0, description="relative change of the fake score's denoising loss since its start, at least"
+    )
+    fake_shift: float | None = Field(
+        0.01, gt=0, description="|mu_fake - mu_base| / |x - mu_base| at the grids' levels, at least"
+    )
+    gradient: float | None = Field(1e-12, gt=0, description="norm of a role's gradient, at least")
+    logits: float | None = Field(8.0, gt=0, description="the discriminator's logits, either way, at most")
+    diversity: float | None = Field(0.6, gt=0, lt=1, description="over the teacher's, at least")
+    saturation: float | None = Field(0.1, gt=0, lt=1, description="HSV saturation beyond the teacher's, at most")
+    clipped: float | None = Field(0.9, gt=0, lt=1, description="share of a role's updates whose gradient was clipped")
+    skipped: float | None = Field(0.01, gt=0, lt=1, description="share of steps skipped for gradients not finite")
+
+
 class TrainingConfig(Settings):
     max_steps: int = Field(gt=0, description="iterations, absolute: a resumed run stops at the same number")
     batch_size: int = Field(1, gt=0, description="per process and micro-batch")
@@ -132,8 +161,14 @@ class TrainingConfig(Settings):
     log_every: int = Field(10, gt=0)
     grid_every: int = Field(0, ge=0, description="iterations between sample grids; 0 draws one at the end only")
     grid_prompts: int = Field(8, gt=0)
+    grid_seeds: int = Field(
+        2,
+        gt=0,
+        description="noises per prompt of a grid: the first is shown, diversity is taken between them; 1 takes none",
+    )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     max_bad_steps: int = Field(10, gt=0, description="non-finite steps in a row that stop the run")
+    alarms: AlarmsConfig = AlarmsConfig()
 
 
 class CacheConfig(Settings):

@@ -109,9 +109,10 @@ def quickstart(
     api.export(folder / "run", "diffusers-lora", folder / "lora", device="cpu")
 
     scorer = Scorer()
-    pipeline, _ = load_artefact(resolve(TEACHER), None, torch.float32, "cpu")
+    pipeline = load_artefact(resolve(TEACHER), None, torch.float32, "cpu").pipeline
     bench = Bench(pipeline, prompts, seeds, scorer, folder / "images")
-    student, recipe = load_artefact(resolve(TEACHER), folder / "lora", torch.float32, "cpu")
+    student = load_artefact(resolve(TEACHER), folder / "lora", torch.float32, "cpu")
+    recipe = student.recipe
     if recipe is None:
         raise RuntimeError("the exported LoRA has no recipe")
     steps = recipe.num_inference_steps
@@ -119,7 +120,9 @@ def quickstart(
         (None if remeasure or images != IMAGES else shipped_teacher_row(guidance)) or teacher_row(bench, guidance),
         bench.measure("base", steps, 2 * steps, steps=steps, guidance=guidance, scheduler="dpm++2m"),
         bench.measure("base_same_recipe", steps, steps, recipe=recipe),
-        Bench(student, prompts, seeds, scorer, folder / "images").measure("student", steps, steps, recipe=recipe),
+        Bench(student.pipeline, prompts, seeds, scorer, folder / "images").measure(
+            "student", steps, steps, recipe=recipe, experts=student.experts
+        ),
     ]
     draw_grid(pipeline, guidance, prompts, seeds, folder)
     report = Report(tuple(rows), scorer.floor(images), time.perf_counter() - started, folder)

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
 from stepdistill.api import dtype_of, export
@@ -32,8 +31,7 @@ from stepdistill.evaluation.resize import ResizeMode
 from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting import check_output
-from stepdistill.exporting.artefact import SCHEDULERS, draw, load_artefact
-from stepdistill.models.recipe import Recipe
+from stepdistill.exporting.artefact import SCHEDULERS, Artefact, draw, load_artefact
 from stepdistill.training.session import device_of
 
 
@@ -98,18 +96,19 @@ def evaluate(
     )
     with TemporaryDirectory() as scratch:
         base, adapter, stats = _student_of(model, lora, Path(scratch) / "student", place)
-        pipeline, recipe = load_artefact(resolve(base), adapter, dtype_of(dtype), place)
+        artefact = load_artefact(resolve(base), adapter, dtype_of(dtype), place)
+        recipe = artefact.recipe
         chosen = Settings(plan.quantize, batch_size, size, dtype)
         own_w = guidance if guidance is not None else (recipe.guidance_scale if recipe else 7.5)
         own_steps = list(steps) or [recipe.num_inference_steps if recipe else 50]
         label = "student" if recipe is not None else "model"
-        student = Candidate(pipeline, recipe, _network_hash(pipeline))
+        student = Candidate(artefact, _network_hash(artefact))
         samplers = [_sampler(f"{label}-{n}", student, n, own_w, scheduler, chosen) for n in own_steps]
         if teacher_steps is not None:
             teacher = student
             if recipe is not None:
-                origin = load_artefact(resolve(recipe.base), None, dtype_of(dtype), place)[0]
-                teacher = Candidate(origin, None, _network_hash(origin))
+                origin = load_artefact(resolve(recipe.base), None, dtype_of(dtype), place)
+                teacher = Candidate(origin, _network_hash(origin))
             w = teacher_guidance if teacher_guidance is not None else (recipe.baked_guidance if recipe else own_w)
             samplers.insert(0, _sampler("teacher", teacher, teacher_steps, w, "ddim", chosen))
         return evaluate_samplers(
@@ -130,15 +129,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loaded pipeline, the recipe that came with it, and the hash of its network, adapters included."""
+    """What was loaded, and the hash of its networks, adapters included."""
 
-    pipeline: DiffusionPipeline
-    recipe: Recipe | None
+    artefact: Artefact
     weights: str
 
 
-def _network_hash(pipeline: DiffusionPipeline) -> str:
-    return weights_hash(pipeline.unet if "unet" in pipeline.components else pipeline.transformer)[:16]
+def _network_hash(artefact: Artefact) -> str:
+    pipeline = artefact.pipeline
+    others = artefact.experts.networks if artefact.experts is not None else ()
+    networks = (pipeline.unet if "unet" in pipeline.components else pipeline.transformer, *others)
+    return "+".join(weights_hash(network)[:16] for network in networks)
 
 
 def _sampler(
@@ -150,14 +151,14 @@ def _sampler(
     shared: Settings,
 ) -> Sampler:
     """A pipeline at one setting; its description tells every other setting and every other network from it."""
+    artefact, recipe = candidate.artefact, candidate.artefact.recipe
 
     def drawn(texts: Sequence[str], seeds: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         return draw(
-            candidate.pipeline, texts, seeds, recipe=candidate.recipe, steps=steps, guidance=w, size=shared.size, scheduler=scheduler,
-            batch_size=shared.batch_size, quantize=shared.quantize,
+            artefact.pipeline, texts, seeds, recipe=recipe, experts=artefact.experts, steps=steps, guidance=w, size=shared.size,
+            scheduler=scheduler, batch_size=shared.batch_size, quantize=shared.quantize,
         )  # fmt: skip
 
-    recipe = candidate.recipe
     solver = scheduler or (recipe.scheduler_class if recipe is not None else "ddim")
     told = describe(
         {"network": candidate.weights, "solver": solver, "steps": steps, "w": f"{w:g}", "dtype": shared.dtype, "size": shared.size}

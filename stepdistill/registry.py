@@ -27,6 +27,8 @@ METHODS: Mapping[str, str] = {
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",
     "sdxl": "stepdistill.models.families.sdxl:SDXL",
+    "sd3": "stepdistill.models.families.sd3:SD3",
+    "sana": "stepdistill.models.families.sana:Sana",
     "analytic": "stepdistill.models.families.analytic:Analytic",
 }
 REWARDS: Mapping[str, str] = {

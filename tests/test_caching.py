@@ -139,11 +139,12 @@ def test_conditioning_comes_back_to_the_bit(
     texts = list(plan.prompts.texts)
     sizes = [ImageSize((40 + i, 30), (i, 2), (16, 16)) for i in range(len(texts))]
     wanted = [plan.family.encode(live.checkpoint, [text], [size]) for text, size in zip(texts, sizes, strict=True)]
-    assert same(session.encoder.text(texts, sizes), Conditioning.cat(wanted))
-    assert same(live.encoder.text(texts, sizes), Conditioning.cat(wanted))
+    # what an encoder says of padding is not stored, and zero in a run without a cache too
+    assert same(session.encoder.text(texts, sizes), Conditioning.cat(wanted).masked())
+    assert same(live.encoder.text(texts, sizes), Conditioning.cat(wanted).masked())
     null = [plan.family.null(live.checkpoint, [size], negative) for size in sizes]
-    assert same(session.encoder.null(sizes), Conditioning.cat(null))
-    assert same(live.encoder.null(sizes), Conditioning.cat(null))
+    assert same(session.encoder.null(sizes), Conditioning.cat(null).masked())
+    assert same(live.encoder.null(sizes), Conditioning.cat(null).masked())
 
 
 @pytest.mark.parametrize("flip", [False, True])

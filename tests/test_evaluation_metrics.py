@@ -20,9 +20,10 @@ from PIL import Image
 from torch import nn
 
 import stepdistill
+from stepdistill.data.looks import brightness, sharpness
 from stepdistill.errors import Refusal
 from stepdistill.evaluation import inception
-from stepdistill.evaluation.diversity import brightness, pairwise_diversity, sharpness
+from stepdistill.evaluation.diversity import pairwise_diversity
 from stepdistill.evaluation.fashion import evaluation_set
 from stepdistill.evaluation.features import FeatureExtractor, FeatureRecord, cache_folder, load_extractor
 from stepdistill.evaluation.frechet import (

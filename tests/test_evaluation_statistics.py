@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepdistill.evaluation.diversity import pairwise_diversity, saturation
+from stepdistill.data.looks import saturation
+from stepdistill.evaluation.diversity import pairwise_diversity
 from stepdistill.evaluation.frechet import frechet_distance, noise_floor
 from stepdistill.evaluation.manifold import manifold
 from stepdistill.evaluation.statistics import FeatureStatistics

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import stepdistill
 from stepdistill.config import RunConfig, parse
 from stepdistill.errors import Refusal
-from stepdistill.exporting import export_role
+from stepdistill.exporting import export_student
 from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.models.recipe import Recipe
 from stepdistill.training.run import open_run, train
@@ -116,8 +116,8 @@ def test_non_finite_and_untrained_roles_are_refused(run: Callable[..., Path], tm
     recipe = session.method.recipe()
 
     def attempt() -> None:
-        export_role(
-            session.checkpoint, session.triple, "generator", recipe, "diffusers-lora", tmp_path / "out",
+        export_student(
+            session.checkpoint, session.triple, ["generator"], recipe, "diffusers-lora", tmp_path / "out",
             prompts=["a"], seeds=[0],
         )  # fmt: skip
 
@@ -167,7 +167,8 @@ def test_seeds_do_not_depend_on_the_batch_and_calls_are_counted(
     run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]
 ) -> None:
     folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
-    pipe, recipe = load_artefact(str(tiny("sd", "default")), folder, torch.float32, "cpu")
+    artefact = load_artefact(str(tiny("sd", "default")), folder, torch.float32, "cpu")
+    pipe, recipe = artefact.pipeline, artefact.recipe
     rows: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     prompts, seeds = ["a", "b", "c"], [5, 6, 7]
@@ -183,10 +184,10 @@ def test_one_scheduler_leaves_no_trace_in_the_next(tiny: Callable[..., Path]) ->
     def drawn(pipe: StableDiffusionPipeline, name: str) -> np.ndarray:
         return next(draw(pipe, ["a"], [5], steps=3, guidance=2.0, scheduler=name))
 
-    pipe, _ = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu")
+    pipe = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu").pipeline
     own = pipe.scheduler
     fresh = {name: drawn(pipe, name) for name in ("lcm", "dpm++2m", "euler")}
     assert pipe.scheduler is own
     for name in ("euler", "lcm", "dpm++2m"):
-        other, _ = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu")
+        other = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu").pipeline
         assert (drawn(other, name) == fresh[name]).all()

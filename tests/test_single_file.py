@@ -73,7 +73,7 @@ def full_size_header(name: str) -> Header:
     family: UNetFamily = load_family(single_file.FAMILY_OF[name])
     parts = [
         {key: torch.empty(shape, device="meta") for key, shape in wanted_shapes(folder, component, model_class).items()}
-        for component, model_class in family._classes().items()
+        for component, model_class in family._classes(folder).items()
     ]
     write = {"sd15": sd1, "sdxl": sdxl}.get(name, sd2)
     return Header({key: tuple(value.shape) for key, value in write(*parts, layers=2).items()}, {})
@@ -94,7 +94,7 @@ def test_packaged_configs_fit_files_of_full_size(name: str, stock: str, tensors:
     path = Path("model.safetensors")
     assert single_file.architecture(path, header) == name
     family: UNetFamily = load_family(single_file.FAMILY_OF[name])
-    single_file.check_file(path, header, single_file.CONFIGS / name, family._classes())
+    single_file.check_file(path, header, single_file.CONFIGS / name, family._classes(single_file.CONFIGS / name))
     info = family.inspect(name, single_file.CONFIGS / name, None)
     size, prediction = {"sd15": (512, "epsilon"), "sd21": (768, "v_prediction"), "sdxl": (1024, "epsilon")}[name]
     assert info.default_size == (size, size)

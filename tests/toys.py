@@ -115,6 +115,9 @@ class ToyUNet:
     def feature_module(self, network: nn.Module) -> nn.Module:
         return network.get_submodule("mid_block")
 
+    def feature_map(self, network: nn.Module, output: Tensor, x_t: Tensor) -> Tensor:
+        return output
+
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return UNetFamily.blocks(self, network)  # type: ignore[arg-type]
 

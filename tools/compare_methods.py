@@ -96,13 +96,16 @@ def read_comparison(path: Path) -> ComparisonConfig:
 
 def config_of(entry: EntryConfig, seed: int) -> RunConfig:
     """The config of a cell: no end but the budget's, and nothing written but the last checkpoint."""
-    quiet = [f"training.max_steps={FOREVER}", f"training.save_every={FOREVER}", "training.grid_every=0"]
+    cadences = [f"training.{key}={FOREVER}" for key in ("max_steps", "save_every", "log_every")]
+    quiet = [*cadences, "training.grid_every=0"]
     return load_config(ROOT / entry.config, [*entry.set, *quiet, f"training.seed={seed}"])
 
 
 def hash_of(config: RunConfig, calls: int, images: int) -> str:
-    """Of all that decides a cell's numbers."""
-    said = {"config": config.model_dump(mode="json", exclude={"output"}), "calls": calls, "images": images}
+    """Of all that decides a cell's numbers: what is said in its config, so that an option that is new changes no hash."""
+    written = {"max_steps", "save_every", "log_every", "grid_every"}
+    said = config.model_dump(mode="json", exclude_defaults=True, exclude={"output": True, "training": written})
+    said = {"config": said, "calls": calls, "images": images}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -140,15 +143,18 @@ def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: 
 
 
 def measure(artefact: Path, full: bool, images: int) -> list[Measured]:
-    """The student at its own number of steps, and at every fewer one of 1, 2, 4 that divides its ladder."""
+    """The student at its own number of steps and at every fewer one of 1, 2, 4 that divides its ladder; several experts, whose
+    turns are steps of the whole ladder, at their own alone."""
     base = str(artefact) if full else resolve(TEACHER)
-    pipeline, recipe = load_artefact(base, None if full else artefact, DTYPES["float32"], "cpu")
-    if recipe is None:
+    loaded = load_artefact(base, None if full else artefact, DTYPES["float32"], "cpu")
+    if loaded.recipe is None:
         raise RuntimeError(f"{artefact} holds no recipe")
     prompts, seeds = evaluation_set(images)
     scorer, rows = Scorer(), []
-    for shorter in _shortened(recipe):
-        drawn = np.concatenate(list(draw(pipeline, prompts, seeds, recipe=shorter, batch_size=BATCH)))
+    for shorter in _shortened(loaded.recipe):
+        drawn = np.concatenate(
+            list(draw(loaded.pipeline, prompts, seeds, recipe=shorter, experts=loaded.experts, batch_size=BATCH))
+        )
         scores = scorer.score(drawn, prompts)
         measures = {key: round(getattr(scores, key), 5) for key in MEASURES}
         rows.append(Measured(shorter.num_inference_steps, **measures))
@@ -158,7 +164,7 @@ def measure(artefact: Path, full: bool, images: int) -> list[Measured]:
 def _shortened(recipe: Recipe) -> Iterator[Recipe]:
     own = recipe.num_inference_steps
     for steps in (1, 2, 4):
-        if own % steps == 0:
+        if own == steps or (own % steps == 0 and not recipe.experts):
             kept = [index * own // steps for index in range(steps)]
             timesteps = tuple(recipe.timesteps[i] for i in kept) if recipe.timesteps else ()
             sigmas = tuple(recipe.sigmas[i] for i in kept) if recipe.sigmas else ()

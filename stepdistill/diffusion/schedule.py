@@ -46,6 +46,7 @@ class NoiseSchedule:
         prediction: what the checkpoint's network predicts.
         angles: for VP, atan2(sigma, alpha) of every integer timestep, float64 of shape (N,); None for flow matching.
         shift: static flow shift s of t = s p / (1 + (s - 1) p); 1 for VP.
+        by_angle: for flow matching, the fraction is the TrigFlow angle over pi / 2 (SCMScheduler) and there is no shift.
         dynamic_shift: set where the checkpoint's shift depends on the resolution; resolve it with `for_tokens`.
         train_steps: number of steps the network's integer time is scaled to (1000).
     """
@@ -55,6 +56,7 @@ class NoiseSchedule:
     shift: float = 1.0
     dynamic_shift: DynamicShift | None = None
     train_steps: int = 1000
+    by_angle: bool = False
 
     # ---------------------------------------------------------------- construction
 
@@ -90,6 +92,9 @@ class NoiseSchedule:
         """
         name = str(config.get("_class_name", ""))
         steps = int(config.get("num_train_timesteps", 1000))
+        if name == "SCMScheduler":
+            # its pipeline shows the network x_t of flow matching and makes TrigFlow's prediction of the answer
+            return replace(cls.flow(train_steps=steps), by_angle=True)
         prediction_type = config.get("prediction_type", "epsilon")
         if "FlowMatch" in name or config.get("use_flow_sigmas") or prediction_type == "flow_prediction":
             dynamic = None
@@ -202,6 +207,8 @@ class NoiseSchedule:
     def time_at(self, fraction: Time) -> Tensor:
         """Native time of a fraction in [0, 1] of the *unshifted* axis: VP floor(p N) capped at N - 1, flow shift(p)."""
         p = float64(fraction)
+        if self.by_angle:
+            return self.time_at_angle(p * (math.pi / 2))
         if self.is_flow:
             return self.shift * p / (1 + (self.shift - 1) * p)
         # (t / N) N may fall short of t by a rounding
@@ -210,6 +217,8 @@ class NoiseSchedule:
     def fraction_at(self, t: Time) -> Tensor:
         """The fraction whose time is t (left edge of its bin for VP)."""
         t = float64(t)
+        if self.by_angle:
+            return self.angle(t) / (math.pi / 2)
         return t / (self.shift - (self.shift - 1) * t) if self.is_flow else t / self.train_steps
 
 

@@ -1,4 +1,4 @@
-"""How much a set of images varies: pairwise distances of one prompt's images, and drift of colour, light and sharpness."""
+"""How much a set of images varies: pairwise distances of one prompt's images."""
 
 from __future__ import annotations
 
@@ -36,26 +36,3 @@ def pairwise_diversity(groups: NDArray[np.floating], centre: NDArray[np.floating
     images = x.shape[1]
     off_diagonal = np.square(x.sum(axis=1)).sum(axis=1) - np.square(x).sum(axis=(1, 2))
     return float(np.mean(1.0 - off_diagonal / (images * (images - 1))))
-
-
-def saturation(images: NDArray[np.uint8]) -> float:
-    """Mean HSV saturation (max - min) / max over all pixels of uint8 RGB images (N, H, W, 3); black counts as 0."""
-    x = images.astype(np.float32)
-    highest = x.max(axis=-1)
-    return float(np.mean((highest - x.min(axis=-1)) / np.maximum(highest, 1.0)))
-
-
-def brightness(images: NDArray[np.uint8]) -> float:
-    """Mean luma (Rec. 601) in [0, 1] of uint8 RGB images (N, H, W, 3)."""
-    return float((images.astype(np.float32) @ _LUMA).mean() / 255.0)
-
-
-def sharpness(images: NDArray[np.uint8]) -> float:
-    """Root mean square of the luma's 4-neighbour Laplacian, in [0, 8]: falls with blur, rises with noise and halos."""
-    luma = images.astype(np.float32) @ _LUMA / 255.0
-    inner = luma[:, 1:-1, 1:-1]
-    laplacian = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4.0 * inner
-    return float(np.sqrt(np.square(laplacian).mean()))
-
-
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)

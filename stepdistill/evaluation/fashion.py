@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
 from stepdistill.data.fashion import BACKGROUNDS, COLOURS, GARMENTS, parse_caption
+from stepdistill.data.looks import saturation
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import Refusal
-from stepdistill.evaluation.diversity import pairwise_diversity, saturation
+from stepdistill.evaluation.diversity import pairwise_diversity
 from stepdistill.evaluation.frechet import frechet_between, noise_floor
 from stepdistill.evaluation.judge import Judge
 from stepdistill.evaluation.statistics import FeatureStatistics

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
+from stepdistill.data import looks
 from stepdistill.data.tensors import file_hash
 from stepdistill.errors import Refusal
 from stepdistill.evaluation import diversity, kernels
@@ -48,9 +49,9 @@ KEEP_FEATURES: frozenset[Metric] = frozenset(
 """Metrics that need every feature vector; the others run on statistics alone, whose size does not grow."""
 MANIFOLD: frozenset[Metric] = frozenset({"precision", "recall", "density", "coverage"})
 _DRIFT_FUNCTIONS = {
-    "saturation": diversity.saturation,
-    "brightness": diversity.brightness,
-    "sharpness": diversity.sharpness,
+    "saturation": looks.saturation,
+    "brightness": looks.brightness,
+    "sharpness": looks.sharpness,
 }
 
 

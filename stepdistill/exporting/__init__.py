@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import shutil
@@ -14,9 +15,10 @@ import torch
 
 from stepdistill.assets import resolve
 from stepdistill.errors import Refusal
+from stepdistill.exporting import experts as loader
 from stepdistill.exporting.artefact import load_artefact
 from stepdistill.exporting.card import write_card
-from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, write_diffusers_lora, write_kohya_lora
+from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, expert_files, write_diffusers_lora, write_kohya_lora
 from stepdistill.exporting.pipeline import write_pipeline
 from stepdistill.exporting.proof import (
     HALF_TOLERANCE,
@@ -29,7 +31,7 @@ from stepdistill.exporting.proof import (
 )
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.recipe import Recipe
-from stepdistill.models.triple import Triple
+from stepdistill.models.triple import REAL_SCORE, Triple
 
 logger = logging.getLogger(__name__)
 ExportFormat = Literal["diffusers-lora", "kohya-lora", "pipeline"]
@@ -46,10 +48,10 @@ def check_output(folder: Path) -> None:
         raise Refusal(f"the output folder {str(folder)!r} is not empty: choose another --output")
 
 
-def export_role(
+def export_student(
     checkpoint: Checkpoint,
     triple: Triple,
-    role: str,
+    experts: Sequence[str],
     recipe: Recipe,
     format: ExportFormat,
     folder: Path,
@@ -61,38 +63,51 @@ def export_role(
 ) -> Path:
     """Prove, write aside, verify with a fresh stock pipeline, rename. Nothing is left where anything fails.
 
+    experts: the student's roles, one for each of the recipe's experts; where there are several, one file (or network folder)
+        each, and `experts.py`, with which plain diffusers takes them by turns.
     quantized: what the student drew while its base was quantised; the card says how far that is from what is exported.
 
     Raises:
-        Refusal: a non-empty folder, a layout that the format cannot hold, non-finite tensors, or a failed proof.
+        Refusal: a non-empty folder, an expert that is not trained yet, a layout that the format cannot hold, non-finite tensors,
+            or a failed proof.
     """
     check_output(folder)
-    lora = triple.layouts[role].lora
+    if REAL_SCORE in experts:
+        raise Refusal(
+            f"only {len(experts) - experts.count(REAL_SCORE)} of the student's {len(experts)} experts have been in training: resume "
+            "the run until its last phase"
+        )
+    several = len(experts) > 1
+    lora = triple.layouts[experts[0]].lora
     if lora is not None:
         recipe = replace(recipe, rank=lora.rank, alpha=lora.alpha)
     base = resolve(recipe.base)
     dtype = torch.float16 if half else torch.float32
-    proof = make_proof(checkpoint, triple, role, recipe, prompts, seeds)
+    proof = make_proof(checkpoint, triple, experts, recipe, prompts, seeds)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         if format == "pipeline":
-            write_pipeline(checkpoint, triple, role, recipe, aside, dtype)
+            write_pipeline(checkpoint, triple, experts, recipe, aside, dtype)
         else:
             write = write_diffusers_lora if format == "diffusers-lora" else write_kohya_lora
-            write(triple, role, recipe, aside, dtype)
+            for role, file in zip(experts, expert_files(FILES[format], len(experts)), strict=True):
+                write(triple, role, recipe, aside / file, dtype)
+        if several:
+            (aside / "experts.py").write_text(inspect.getsource(loader))
         (aside / "recipe.json").write_text(recipe.to_json() + "\n")
         proof.write(aside, recipe)
         exported = str(aside) if format == "pipeline" else base
-        pipeline, _ = load_artefact(exported, None if format == "pipeline" else aside, torch.float32, "cpu")
+        artefact = load_artefact(exported, None if format == "pipeline" else aside, torch.float32, "cpu")
         tolerance = HALF_TOLERANCE if half else TOLERANCE
-        verify(pipeline, proof, recipe, tolerance)
-        script = reproduction_script(base, format, FILES[format], tolerance)
+        verify(artefact.pipeline, proof, recipe, tolerance, experts=artefact.experts)
+        left_out = triple.family.left_out(checkpoint.info)
+        script = reproduction_script(base, format, FILES[format], tolerance, left_out, experts=several)
         (aside / "reproduce.py").write_text(script)
         write_card(
             checkpoint.info,
-            triple.family.pipeline_name,
+            triple.family,
             recipe,
             format,
             FILES[format],

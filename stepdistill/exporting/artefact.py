@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +17,10 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
-from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, recipe_of
+from stepdistill.exporting.experts import Experts, adapter_experts, load_experts
+from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, expert_files, recipe_of
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.recipe import Recipe
 
@@ -31,11 +35,34 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "tcd": ("TCDScheduler", {}),
 }
 """Short names for `--scheduler`: (class, changes to the checkpoint's config)."""
+FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # on straight paths DDIM is Euler
+    "ddim": ("FlowMatchEulerDiscreteScheduler", {}),
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "dpm++2m": (
+        "DPMSolverMultistepScheduler",
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "algorithm_type": "dpmsolver++"},
+    ),
+    "lcm": ("FlowMatchLCMScheduler", {}),
+}
+"""The same for a flow-matching checkpoint."""
 
 
-def load_artefact(
-    model: str, lora: Path | None, dtype: torch.dtype, device: torch.device | str
-) -> tuple[DiffusionPipeline, Recipe | None]:
+@dataclass(frozen=True)
+class Artefact:
+    """A stock pipeline, and what came with it.
+
+    Attributes:
+        recipe: None for a base.
+        experts: the callback that its calls need, where the student is several experts.
+    """
+
+    pipeline: DiffusionPipeline
+    recipe: Recipe | None
+    experts: Experts | None = None
+
+
+def load_artefact(model: str, lora: Path | None, dtype: torch.dtype, device: torch.device | str) -> Artefact:
     """A stock pipeline of a base or exported pipeline, with a LoRA where one is given, and the recipe that came with it.
 
     Raises:
@@ -47,19 +74,39 @@ def load_artefact(
     pipeline = checkpoint.pipeline
     pipeline.set_progress_bar_config(disable=True)
     if lora is None:
-        return pipeline, Recipe.read(checkpoint.info.folder)
+        recipe = Recipe.read(checkpoint.info.folder)
+        several = recipe is not None and recipe.experts
+        return Artefact(pipeline, recipe, load_experts(pipeline, checkpoint.info.folder) if several else None)
     file = lora_file(lora)
-    load_lora(pipeline, file)
-    return pipeline, recipe_of(file) or Recipe.read(file.parent)
+    recipe = recipe_of(file) or Recipe.read(file.parent)
+    if recipe is None or not recipe.experts:
+        load_lora(pipeline, file)
+        return Artefact(pipeline, recipe)
+    return Artefact(pipeline, recipe, _load_experts(pipeline, lora, file, recipe.experts))
 
 
 def lora_file(path: Path) -> Path:
-    """The LoRA file in an exported folder, or the file itself. Raises Refusal."""
-    candidates = [path] if path.is_file() else [path / DIFFUSERS_FILE, path / KOHYA_FILE]
-    for candidate in candidates:
+    """The LoRA file in an exported folder, the first expert's where there are several, or the file itself. Raises Refusal."""
+    names = [expert_files(name, count)[0] for name in (DIFFUSERS_FILE, KOHYA_FILE) for count in (1, 2)]
+    for candidate in [path] if path.is_file() else [path / name for name in names]:
         if candidate.is_file() and candidate.suffix == ".safetensors":
             return candidate
     raise Refusal(f"there is no LoRA at {str(path)!r}: give an exported folder, or a .safetensors file")
+
+
+def _load_experts(pipeline: DiffusionPipeline, lora: Path, first: Path, calls: Sequence[int]) -> Experts:
+    """The LoRAs of all experts. Raises Refusal where one is missing, or is all that was named."""
+    if lora.is_file():
+        raise Refusal(
+            f"{str(lora)!r} is one of {len(calls)} experts, which draw together: give the folder that holds them all"
+        )
+    names = [f"expert_{k}" for k in range(1, len(calls) + 1)]
+    for name in names:
+        file = first.with_name(first.name.replace(names[0], name))
+        if not file.is_file():
+            raise Refusal(f"the student has {len(calls)} experts and {str(file)!r} is missing: export the run again")
+        load_lora(pipeline, file, name)
+    return adapter_experts(pipeline, names, calls)
 
 
 def load_lora(pipeline: DiffusionPipeline, file: Path, name: str = "stepdistill") -> None:
@@ -95,6 +142,7 @@ def draw(
     seeds: Sequence[int],
     *,
     recipe: Recipe | None = None,
+    experts: Experts | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
@@ -107,14 +155,23 @@ def draw(
 
     quantize: to 8 bits; floor is what DMD2's and GigaGAN's scripts do.
     The recipe applies unless `steps`, `guidance` or `scheduler` overrides it, which warns. guidance is w; 1 is off.
+    experts: those that came with the recipe.
 
     Raises:
         Refusal: unknown scheduler name, or a size or number of steps that the pipeline does not take.
     """
+    if (experts is None) != (recipe is None or not recipe.experts):
+        raise ValueError("a recipe of several experts is drawn with them, and no other is")
     own = pipeline.scheduler
     arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
-    if size is not None:
-        arguments |= {"height": size[0], "width": size[1]}
+    arguments |= _size_arguments(pipeline, size)
+    if negative_prompt is not None and "negative_prompt" not in signature(pipeline.__call__).parameters:
+        raise Refusal(
+            f"a negative prompt was given, and {type(pipeline).__name__} tells its network a guidance scale instead of comparing "
+            "two prompts: remove it"
+        )
+    if experts is not None:
+        arguments["callback_on_step_end"] = experts
     if negative_prompt is not None and arguments["guidance_scale"] <= 1:
         logger.warning("the negative prompt has no effect: guidance is off (w = %g)", arguments["guidance_scale"])
     try:
@@ -125,14 +182,31 @@ def draw(
             if negative_prompt is not None:
                 batch["negative_prompt"] = [negative_prompt] * count
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+            if experts is not None:
+                experts.start()
             try:
-                images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
+                with seeded_steps(pipeline, generators):
+                    images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
             except ValueError as error:
                 first = " ".join(str(error).split())[:200]
                 raise Refusal(f"the pipeline refuses to draw ({first}): change steps, size or scheduler") from None
             yield (np.floor(images * 255) if quantize == "floor" else (images * 255).round()).astype(np.uint8)
     finally:
         pipeline.scheduler = own  # the next scheduler must start from the checkpoint's config, not from this one's
+
+
+@contextmanager
+def seeded_steps(pipeline: DiffusionPipeline, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Inside, a scheduler that draws noise draws it from these generators, one a sample.
+
+    The pipeline of SD3 does not hand on the generators that it was called with, and leaves its scheduler to the global one.
+    """
+    step = pipeline.scheduler.step
+    vars(pipeline.scheduler)["step"] = lambda *args, **more: step(*args, **{"generator": generators, **more})
+    try:
+        yield
+    finally:
+        del vars(pipeline.scheduler)["step"]
 
 
 def _arguments(
@@ -153,15 +227,25 @@ def _arguments(
         logger.warning("overriding the recipe's %s: the model was trained for its own recipe", ", ".join(overridden))
     if recipe is not None and not {"steps", "scheduler"} & set(overridden):
         arguments = recipe.apply(pipeline)
+    elif (schedule := NoiseSchedule.from_config(pipeline.scheduler.config)).by_angle:
+        arguments = _angle_arguments(pipeline, recipe, steps, scheduler)
     elif recipe is not None and scheduler is None:
         # another number of steps by the same kind of sampler; its ladder starts at the noisiest time, like the recipe's
         spaced = {"timestep_spacing": "trailing"} if "timestep_spacing" in recipe.scheduler_config else {}
         changed = replace(recipe, scheduler_config={**recipe.scheduler_config, **spaced})
         pipeline.scheduler = changed.scheduler(dict(pipeline.scheduler.config))
         arguments = {"num_inference_steps": steps, "guidance_scale": recipe.guidance_scale}
+        if recipe.sigmas and steps is not None:
+            arguments["sigmas"] = [1 - index / steps for index in range(steps)]
     else:
-        name, changes = SCHEDULERS[scheduler or "ddim"]
-        pipeline.scheduler = vars(diffusers)[name].from_config({**pipeline.scheduler.config, **changes})
+        known = FLOW_SCHEDULERS if schedule.is_flow else SCHEDULERS
+        if scheduler is not None and scheduler not in known:
+            raise Refusal(f"the scheduler {scheduler!r} does not walk a flow: use one of {', '.join(known)}")
+        name, changes = known[scheduler or "ddim"]
+        if schedule.is_flow and schedule.dynamic_shift is None:
+            # which the checkpoint's own scheduler may have by the other name
+            changes = {**changes, "shift": schedule.shift, "flow_shift": schedule.shift}
+        pipeline.scheduler = getattr(diffusers, name).from_config({**pipeline.scheduler.config, **changes})
         default = recipe.num_inference_steps if recipe is not None else 50
         arguments = {
             "num_inference_steps": steps or default,
@@ -170,6 +254,34 @@ def _arguments(
     if guidance is not None:
         arguments["guidance_scale"] = guidance
     return arguments
+
+
+def _angle_arguments(
+    pipeline: DiffusionPipeline, recipe: Recipe | None, steps: int | None, scheduler: str | None
+) -> dict[str, Any]:
+    """For a pipeline that walks by the angles of its own scheduler only, evenly, but in two steps as published."""
+    if scheduler is not None:
+        raise Refusal(
+            f"the scheduler {scheduler!r} was asked for, and {type(pipeline).__name__} works with its own only: remove it"
+        )
+    defaults = signature(pipeline.__call__).parameters
+    steps = steps or (
+        recipe.num_inference_steps if recipe is not None else int(defaults["num_inference_steps"].default)
+    )
+    return {
+        "num_inference_steps": steps,
+        "intermediate_timesteps": defaults["intermediate_timesteps"].default if steps == 2 else None,
+        "guidance_scale": recipe.guidance_scale if recipe is not None else defaults["guidance_scale"].default,
+    }
+
+
+def _size_arguments(pipeline: DiffusionPipeline, size: tuple[int, int] | None) -> dict[str, Any]:
+    """Sana's pipelines draw 1024 x 1024 pixels by default, whatever the checkpoint, and at sizes from a list of their own."""
+    if "use_resolution_binning" not in signature(pipeline.__call__).parameters:
+        return {} if size is None else {"height": size[0], "width": size[1]}
+    side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    height, width = size or (side, side)
+    return {"height": height, "width": width, "use_resolution_binning": False}
 
 
 def _orphans(keys: Sequence[str], loaded: dict[str, torch.nn.Parameter], name: str) -> list[str]:

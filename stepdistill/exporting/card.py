@@ -8,13 +8,15 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from stepdistill.assets import resolve
-from stepdistill.models.families.base import CheckpointInfo
+from stepdistill.exporting.lora import expert_files
+from stepdistill.exporting.proof import loader_arguments
+from stepdistill.models.families.base import CheckpointInfo, Family
 from stepdistill.models.recipe import Recipe
 
 
 def write_card(
     info: CheckpointInfo,
-    pipeline_name: str,
+    family: Family,
     recipe: Recipe,
     format: str,
     file: str,
@@ -32,24 +34,39 @@ def write_card(
         pipeline_tag="text-to-image",
         tags=tags,
     )
+    others = (
+        "; for ComfyUI, A1111 and kohya tools export `--format kohya-lora`"
+        if family.has_kohya_layout
+        else " and ComfyUI"
+    )
+    files = ", ".join(f"`{name}`" for name in expert_files(file, len(recipe.experts)))
+    verb, them = ("are", "them") if recipe.experts else ("is", "it")
     programs = {
-        "diffusers-lora": f"`{file}` is for diffusers; for ComfyUI, A1111 and kohya tools export `--format kohya-lora`.",
-        "kohya-lora": f"`{file}` is for ComfyUI, A1111 and kohya tools; diffusers loads it too.",
+        "diffusers-lora": f"{files} {verb} for diffusers{others}.",
+        "kohya-lora": f"{files} {verb} for ComfyUI, A1111 and kohya tools; diffusers loads {them} too.",
         "pipeline": "The folder is a diffusers pipeline.",
     }
+    if recipe.experts:
+        shares = " + ".join(str(calls) for calls in recipe.experts)
+        turns = f"The student is {len(recipe.experts)} experts, which make {shares} of the calls, in this order; `experts.py` hands over "
+        turns += "in diffusers, and other programs want a sampler of its own for each expert's steps."
+        notes = [turns, *notes]
     height, width = recipe.resolution
+    told = "sample with guidance off (`guidance_scale=1`)"
+    if recipe.guidance_scale != 1:
+        told = f"the network is told `guidance_scale={recipe.guidance_scale:g}`, as in training"
     more = "".join(f"* {note}\n" for note in notes)
     text = f"""# {recipe.num_inference_steps}-step {Path(recipe.base).name}
 
 Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_steps} network calls an image.
 {programs[format]}
 
-* Scheduler `{recipe.scheduler_class}`, timesteps {list(recipe.timesteps or recipe.sigmas)}, {height}x{width} pixels.
-* Guidance w = {recipe.baked_guidance:g} is baked in: sample with guidance off (`guidance_scale=1`). Negative prompts do nothing.
+* Scheduler `{recipe.scheduler_class}`, timesteps {list(recipe.timesteps or recipe.sigmas or recipe.angles)}, {height}x{width} pixels.
+* Guidance w = {recipe.baked_guidance:g} is baked in: {told}. Negative prompts do nothing.
 * The licence is the base model's ({info.licence or "the base states none"}).
 {more}
 ```python
-{usage(pipeline_name, recipe, format, file, folder.resolve())}
+{usage(family.pipeline_of(info), recipe, format, file, folder.resolve(), family.left_out(info))}
 ```
 
 `reproduce.py` redraws `proof.safetensors` with stock diffusers and compares.
@@ -57,22 +74,39 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(target)
 
 
-def usage(pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Path) -> str:
+def usage(
+    pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Path, left_out: Sequence[str] = ()
+) -> str:
     """Python that draws one image with stock diffusers."""
-    ladder = f"timesteps={list(recipe.timesteps)}" if recipe.timesteps else f"sigmas={list(recipe.sigmas)}"
+    ladder = "".join(
+        f" {key}={list(times)}," for key, times in (("timesteps", recipe.timesteps), ("sigmas", recipe.sigmas)) if times
+    )
     source = str(folder) if format == "pipeline" else resolve(recipe.base)
     lines = [
         f"from diffusers import {recipe.scheduler_class}, {pipeline_name}",
         "",
-        f'pipe = {pipeline_name}.from_pretrained("{source}")',
+        f'pipe = {pipeline_name}.from_pretrained("{source}"{loader_arguments(left_out)})',
     ]
-    if format != "pipeline":
+    if recipe.experts:
+        lines = [
+            "import sys",
+            f'sys.path.insert(0, "{folder}")',
+            lines[0],
+            "from experts import load_experts",
+            *lines[1:],
+        ]
+        lines.append(f'experts = load_experts(pipe, "{folder}")')
+    elif format != "pipeline":
         lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{file}")')
-    changes = "".join(f", {key}={value!r}" for key, value in recipe.scheduler_config.items())
+    switching = ", callback_on_step_end=experts" if recipe.experts else ""
+    changes, call = (
+        "".join(f", {key}={value!r}" for key, value in settings.items())
+        for settings in (recipe.scheduler_config, recipe.call)
+    )
     lines += [
         f"pipe.scheduler = {recipe.scheduler_class}.from_config(pipe.scheduler.config{changes})",
-        f'image = pipe("a photo", num_inference_steps={recipe.num_inference_steps}, {ladder},',
-        f"             guidance_scale={recipe.guidance_scale}).images[0]",
+        f'image = pipe("a photo", num_inference_steps={recipe.num_inference_steps},{ladder}',
+        f"             guidance_scale={recipe.guidance_scale}{call}{switching}).images[0]",
     ]
     return "\n".join(lines)
 

@@ -24,6 +24,12 @@ KOHYA_FILE = "lora_kohya.safetensors"
 RECIPE_KEY = "stepdistill_recipe"
 
 
+def expert_files(file: str, experts: int) -> list[str]:
+    """Names of the files of a student: `file` itself for one expert, NAME_expert_1.safetensors and so on for several."""
+    stem, dot, suffix = file.rpartition(".")
+    return [file] if experts <= 1 else [f"{stem}_expert_{k}{dot}{suffix}" for k in range(1, experts + 1)]
+
+
 def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """`module.lora_A.weight` and `module.lora_B.weight` of a LoRA role, on the CPU.
 
@@ -56,8 +62,8 @@ def alpha_of(module: str, lora: LoraSettings) -> float:
     return float(lora.alpha_pattern.get(get_pattern_key(list(lora.alpha_pattern), module), lora.alpha))
 
 
-def write_diffusers_lora(triple: Triple, role: str, recipe: Recipe, folder: Path, dtype: torch.dtype) -> Path:
-    """Write `pytorch_lora_weights.safetensors`; the adapter's configuration travels in its metadata."""
+def write_diffusers_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtype: torch.dtype) -> None:
+    """Write diffusers' layout to a file; the adapter's configuration travels in its metadata."""
     component = triple.family.network_component
     tensors = {f"{component}.{key}": value for key, value in lora_tensors(triple, role, dtype).items()}
     config = settings_of(triple, role).peft().to_dict()
@@ -68,13 +74,16 @@ def write_diffusers_lora(triple: Triple, role: str, recipe: Recipe, folder: Path
         LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True),
         RECIPE_KEY: recipe.to_json(),
     }
-    path = folder / DIFFUSERS_FILE
     save_file(tensors, path, metadata)
-    return path
 
 
-def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, folder: Path, dtype: torch.dtype) -> Path:
+def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtype: torch.dtype) -> None:
     """Write kohya's layout: `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight` and `.alpha`, for ComfyUI and A1111."""
+    if not triple.family.has_kohya_layout:
+        raise Refusal(
+            f"kohya's layout has no names that diffusers knows for the network of {triple.family.name!r}: export it with --format "
+            "diffusers-lora, which ComfyUI reads as well"
+        )
     lora = settings_of(triple, role)
     tensors: dict[str, Tensor] = {}
     for key, value in lora_tensors(triple, role, dtype).items():
@@ -86,14 +95,12 @@ def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, folder: Path, dt
             # loaders disagree about modules with an alpha of their own: one alpha everywhere, exceptions folded into B
             tensors[f"{name}.lora_up.weight"] = value * (alpha_of(module, lora) / lora.alpha)
         tensors[f"{name}.alpha"] = torch.tensor(lora.alpha)
-    path = folder / KOHYA_FILE
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(lora.rank),
         "ss_network_alpha": str(lora.alpha),
     }
     save_file(tensors, path, {"format": "pt", **metadata, RECIPE_KEY: recipe.to_json()})
-    return path
 
 
 def recipe_of(path: Path) -> Recipe | None:

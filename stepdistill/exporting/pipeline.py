@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,22 +18,29 @@ from stepdistill.models.triple import Triple
 
 
 def write_pipeline(
-    checkpoint: Checkpoint, triple: Triple, role: str, recipe: Recipe, folder: Path, dtype: torch.dtype
+    checkpoint: Checkpoint, triple: Triple, experts: Sequence[str], recipe: Recipe, folder: Path, dtype: torch.dtype
 ) -> None:
-    """Save the base's pipeline with the student's network and the recipe's scheduler; every other component is kept."""
+    """Save the base's pipeline with the student's network and the recipe's scheduler; every other component is kept.
+
+    Experts after the first go to folders of their own beside it: `unet_2`, `unet_3`.
+    """
     if checkpoint.pipeline is None:
         raise Refusal("an analytic mixture has no pipeline to export: use a diffusers checkpoint")
-    network = merged_network(triple, role).to(dtype)
+    component = triple.family.network_component
+    network = merged_network(triple, experts[0]).to(dtype)
     config = dict(checkpoint.info.scheduler_config)
     parts = {
         **checkpoint.pipeline.components,
-        triple.family.network_component: network,
+        component: network,
         "scheduler": recipe.scheduler(config),
     }
     extra = {
         key: value for key, value in checkpoint.pipeline.config.items() if key not in parts and not key.startswith("_")
     }
     type(checkpoint.pipeline)(**parts, **_accepted(checkpoint, extra)).save_pretrained(folder)
+    for index, role in enumerate(experts[1:], 2):
+        other: Any = merged_network(triple, role).to(dtype)
+        other.save_pretrained(folder / f"{component}_{index}")
 
 
 @torch.no_grad()

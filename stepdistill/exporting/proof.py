@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.errors import Refusal
+from stepdistill.exporting.artefact import seeded_steps
+from stepdistill.exporting.experts import Experts
 from stepdistill.models.conditioning import ImageSize
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.recipe import Recipe
-from stepdistill.models.sampler import sample
+from stepdistill.models.sampler import student_sample
 from stepdistill.models.triple import REAL_SCORE, Triple
 
 FILE = "proof.safetensors"
@@ -72,12 +74,17 @@ class Proof:
 
 @torch.no_grad()
 def make_proof(
-    checkpoint: Checkpoint, triple: Triple, role: str, recipe: Recipe, prompts: Sequence[str], seeds: Sequence[int]
+    checkpoint: Checkpoint,
+    triple: Triple,
+    experts: Sequence[str],
+    recipe: Recipe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
 ) -> Proof:
-    """Sample the live role with our own sampler, drawing noise in the order of diffusers' pipelines."""
+    """Sample the live roles with our own sampler, drawing noise in the order of diffusers' pipelines."""
     draws = _noise(checkpoint, recipe, seeds)
-    latents = final_latents(checkpoint, triple, role, recipe, prompts, seeds)
-    base_latents = final_latents(checkpoint, triple, REAL_SCORE, recipe, prompts, seeds)
+    latents = final_latents(checkpoint, triple, experts, recipe, prompts, seeds)
+    base_latents = final_latents(checkpoint, triple, [REAL_SCORE] * len(experts), recipe, prompts, seeds)
     images = torch.cat([triple.family.decode(checkpoint, latent[None]) for latent in latents])
     fresh = torch.stack(draws[1:]) if len(draws) > 1 else torch.zeros(0, *draws[0].shape)
     return Proof(tuple(prompts), tuple(seeds), draws[0], fresh, latents.cpu(), images.cpu(), base_latents.cpu())
@@ -85,18 +92,18 @@ def make_proof(
 
 @torch.no_grad()
 def final_latents(
-    checkpoint: Checkpoint, triple: Triple, role: str, recipe: Recipe, prompts: Sequence[str], seeds: Sequence[int]
+    checkpoint: Checkpoint,
+    triple: Triple,
+    experts: Sequence[str],
+    recipe: Recipe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
 ) -> Tensor:
-    """Where a role ends up from the noise of these seeds, (N, C, h, w), on the checkpoint's device."""
+    """Where a student's roles end up from the noise of these seeds, (N, C, h, w), on the checkpoint's device."""
     device = next(checkpoint.network.parameters()).device
     draws = [noise.to(device) for noise in _noise(checkpoint, recipe, seeds)]
     cond = triple.family.encode(checkpoint, prompts, [ImageSize.plain(*recipe.resolution)] * len(prompts))
-    schedule, denoiser = triple.schedule, triple.denoiser(role)
-    with triple.at_hand(role):
-        return sample(
-            lambda x, t: denoiser.x0(x, t, cond), schedule, draws[0], recipe.ladder(schedule), recipe.transition(),
-            lambda index: draws[index + 1],
-        )  # fmt: skip
+    return student_sample(triple, experts, recipe, cond, draws[0], lambda index: draws[index + 1])
 
 
 def _noise(checkpoint: Checkpoint, recipe: Recipe, seeds: Sequence[int]) -> list[Tensor]:
@@ -110,7 +117,13 @@ def _noise(checkpoint: Checkpoint, recipe: Recipe, seeds: Sequence[int]) -> list
 
 @torch.no_grad()
 def verify(
-    pipeline: DiffusionPipeline, proof: Proof, recipe: Recipe, tolerance: float, *, untouched: bool = False
+    pipeline: DiffusionPipeline,
+    proof: Proof,
+    recipe: Recipe,
+    tolerance: float,
+    *,
+    experts: Experts | None = None,
+    untouched: bool = False,
 ) -> float:
     """Largest difference between the pipeline's images and the proof's.
 
@@ -118,11 +131,14 @@ def verify(
         Refusal: above `tolerance`, or equal to the base although the role was trained.
     """
     arguments = recipe.apply(pipeline)
+    if experts is not None:
+        arguments["callback_on_step_end"] = experts
     generators = [torch.Generator().manual_seed(seed) for seed in proof.seeds]
     height, width = recipe.resolution
-    drawn = pipeline(
-        list(proof.prompts), generator=generators, output_type="pt", height=height, width=width, **arguments
-    ).images
+    with seeded_steps(pipeline, generators):
+        drawn = pipeline(
+            list(proof.prompts), generator=generators, output_type="pt", height=height, width=width, **arguments
+        ).images
     worst = float((drawn.float().cpu() - proof.images.float()).abs().max())
     if not worst <= tolerance:
         raise Refusal(
@@ -136,14 +152,25 @@ def verify(
     return worst
 
 
-def reproduction_script(base: str, format: str, file: str, tolerance: float) -> str:
+def loader_arguments(left_out: Sequence[str]) -> str:
+    """`, NAME=None` for each component that `from_pretrained` must be told of."""
+    return "".join(f", {name}=None" for name in left_out)
+
+
+def reproduction_script(
+    base: str, format: str, file: str, tolerance: float, left_out: Sequence[str] = (), *, experts: bool = False
+) -> str:
     """A script that imports torch, safetensors and diffusers alone and reproduces the proof from the exported files."""
-    load = "pipe = DiffusionPipeline.from_pretrained(here, torch_dtype=torch.float32)"
+    lacking = loader_arguments(left_out)
+    load = f"pipe = DiffusionPipeline.from_pretrained(here, torch_dtype=torch.float32{lacking})"
     if format != "pipeline":
-        load = (
-            f'pipe = DiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "{base}", torch_dtype=torch.float32)\n'
-            f'pipe.load_lora_weights(here, weight_name="{file}")'
-        )
+        where = f'sys.argv[1] if len(sys.argv) > 1 else "{base}"'
+        load = f"pipe = DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.float32{lacking})"
+    if experts:
+        load += "\nsys.path.insert(0, here)\nfrom experts import load_experts\nexperts = load_experts(pipe, here)"
+    elif format != "pipeline":
+        load += f'\npipe.load_lora_weights(here, weight_name="{file}")'
+    switching = "callback_on_step_end=experts, " if experts else ""
     return f'''"""Reproduce proof.safetensors with stock diffusers: python reproduce.py [BASE]"""
 import json, os, sys
 import diffusers, torch
@@ -158,12 +185,15 @@ with safe_open(os.path.join(here, "proof.safetensors"), "pt") as proof:
 pipe.set_progress_bar_config(disable=True)
 scheduler = getattr(diffusers, recipe["scheduler"]["class_name"])
 pipe.scheduler = scheduler.from_config({{**pipe.scheduler.config, **recipe["scheduler"]["config"]}})
-ladder = {{"timesteps": recipe["timesteps"]}} if recipe["timesteps"] else {{"sigmas": recipe["sigmas"]}}
+ladder = {{key: recipe[key] for key in ("timesteps", "sigmas") if recipe[key]}}
 height, width = recipe["resolution"]
+generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+step = pipe.scheduler.step  # not every pipeline hands its generators on to it
+pipe.scheduler.step = lambda *args, **more: step(*args, **{{"generator": generators, **more}})
 images = pipe(
-    prompts, generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="pt",
+    prompts, generator=generators, output_type="pt",
     num_inference_steps=recipe["num_inference_steps"], guidance_scale=recipe["guidance_scale"],
-    height=height, width=width, **ladder,
+    height=height, width=width, {switching}**ladder, **recipe["call"],
 ).images
 difference = float((images.float() - expected).abs().max())
 print(f"largest difference from the trained generator: {{difference:.2e}}")

@@ -60,18 +60,18 @@ class Decoupled(FewStep[DecoupledConfig]):
         """L_G = 1/2 mean(x - sg(x + (w - 1) dCA/n_CA))^2 + 1/2 mean(x - sg(x + dDM/n_DM))^2 + shields."""
         x, w = rollout.x0, self._guidance(progress)
         statistics: dict[str, Tensor] = {}
-        augmentation, matching = self._directions(rollout, triple, w, draws, statistics)
+        augmentation, matching, gap = self._directions(rollout, triple, w, draws, statistics)
         total = parts.surrogate(x, augmentation)
         logged = {"ca": 0.5 * augmentation.square().mean(), "guidance": x.new_tensor(w)}
         if self.config.matching:
             total = total + parts.surrogate(x, matching)
-            logged["dm"] = 0.5 * matching.square().mean()
-        return Terms(total, {**logged, **parts.latent_statistics(x)}, statistics)
+            logged |= {"dm": 0.5 * matching.square().mean(), "score_gap": gap}
+        return Terms(total, logged, statistics)
 
     def _directions(
         self, rollout: Rollout, triple: Triple, w: float, draws: Draws, statistics: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Descent directions (CA, DM) at x, without graph."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Descent directions (CA, DM) at x, without graph, and the gap of the scores that match."""
         x, t_gen = rollout.x0.detach(), rollout.t
         cond, null = rollout.batch.cond, rollout.batch.null
         with torch.no_grad():
@@ -81,16 +81,18 @@ class Decoupled(FewStep[DecoupledConfig]):
             if self.config.schedule == "coupled":
                 uncond, real = triple.real_score.both(x_dm, t_dm, cond, null)
                 fake = triple.fake_score.x0(x_dm, t_dm, cond)
-                norm = parts.normaliser(x, guide(uncond, real, w), self.config.floor)
-                return (1 - w) * (real - uncond) / norm, h * (fake - real) / norm
+                guided = guide(uncond, real, w)
+                norm = parts.normaliser(x, guided, self.config.floor)
+                return (1 - w) * (real - uncond) / norm, h * (fake - real) / norm, parts.score_gap(x, guided, fake)
             t_ca = parts.times_below(self.schedule, draws.uniform("ca.t"), self.config.ca_low, self._ca_bound(t_gen))
             x_ca = self.schedule.add_noise(x, draws.normal("ca.eps", x.shape[1:]), t_ca)
             uncond, conditional = triple.real_score.both(x_ca, t_ca, cond, null)
             augmentation = (1 - w) * (conditional - uncond) / parts.normaliser(x, conditional, self.config.floor)
             if not self.config.matching:
-                return augmentation, torch.zeros_like(augmentation)
+                return augmentation, torch.zeros_like(augmentation), x.new_zeros(())
             real, fake = triple.real_score.x0(x_dm, t_dm, cond), triple.fake_score.x0(x_dm, t_dm, cond)
-            return augmentation, h * (fake - real) / parts.normaliser(x, real, self.config.floor)
+            matching = h * (fake - real) / parts.normaliser(x, real, self.config.floor)
+            return augmentation, matching, parts.score_gap(x, real, fake)
 
     def _dm_times(self, t_gen: Tensor, draws: Draws) -> Tensor:
         if self.config.schedule == "restricted":

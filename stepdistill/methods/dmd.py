@@ -81,14 +81,15 @@ class DMD(Method[DMDConfig]):
             denoising = parts.fake_score_loss(triple.fake_score, x, t, draws.normal("fake.eps", x.shape[1:]), cond)
             return Terms(denoising, {"denoising": denoising.detach()})
         total = x.new_zeros(())
-        logged: dict[str, Tensor] = {}
+        logged = parts.sample_statistics(rollout)
         if self.config.matching > 0:
-            matching, logged = self._matching(rollout, triple, draws)
+            matching, of_matching = self._matching(rollout, triple, draws)
             total = self.config.matching * matching
+            logged |= of_matching
         if rollout.pair_x0 is not None and rollout.batch.pair_latents is not None:
             regression = self._distance(rollout.pair_x0 - rollout.batch.pair_latents)
             total = total + self.config.regression * regression
-            logged = {**logged, "regression": regression.detach()}
+            logged["regression"] = regression.detach()
         return Terms(total, logged)
 
     def _matching(self, rollout: Rollout, triple: Triple, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:

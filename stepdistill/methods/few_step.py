@@ -167,6 +167,7 @@ class FewStep(OnLadder[FewStepConfigT]):
         if role == FAKE_SCORE:
             return self._critic_loss(rollout, triple, draws)
         terms = self.generator_loss(rollout, triple, progress, draws)
+        terms = replace(terms, parts={**terms.parts, **parts.sample_statistics(rollout)})
         moments, gan = self.config.moments, self.config.gan
         if moments.weight > 0:
             terms = terms.plus("moments", moment_penalty(rollout.x0, moments.mean, moments.std), moments.weight)

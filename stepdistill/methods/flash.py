@@ -187,7 +187,7 @@ class Flash(FewStep[FlashConfig]):
             "reward": rewards.mean(),
             "reward_gap": (rewards.amax(0) - rewards.amin(0)).mean(),
         }
-        return Terms(rl.weight * loss, {**logged, **parts.latent_statistics(rollout.x0)})
+        return Terms(rl.weight * loss, {**logged, **parts.sample_statistics(rollout)})
 
     def _reward(self, z: Tensor, s: Tensor, batch: Batch, triple: Triple) -> Tensor:
         """Of the noisy latents z at times s: that of the teacher's estimate of the image, decoded, (B,)."""

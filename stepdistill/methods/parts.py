@@ -114,11 +114,14 @@ def matching_direction(
     direction = matching_gradient(x.detach(), real, fake, alpha, sigma, weight)
     if weigh is not None:
         direction = direction * broadcast(weigh(x_t, t), direction)
-    own = x.detach().flatten(1)
+    return direction, {"dm": 0.5 * direction.square().mean(), "score_gap": score_gap(x, real, fake)}
+
+
+def score_gap(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
+    """Mean over samples of |mu_fake - mu_real| / |x - mu_real|: to log."""
     # of each sample first: a mean over samples is the same for any division into micro-batches and processes
-    gap = (fake - real).flatten(1).norm(dim=1) / (own - real.flatten(1)).norm(dim=1).clamp_min(1e-6)
-    logged = {"dm": 0.5 * direction.square().mean(), "score_gap": gap.mean(), **latent_statistics(x)}
-    return direction, logged
+    gap, own = (fake_x0 - real_x0).detach().flatten(1), (x - real_x0).detach().flatten(1)
+    return (gap.norm(dim=1) / own.norm(dim=1).clamp_min(1e-6)).mean()
 
 
 def ramped(guidance: float, done: int, ramp: int) -> float:
@@ -127,10 +130,16 @@ def ramped(guidance: float, done: int, ramp: int) -> float:
     return 1 + share * (guidance - 1)
 
 
-def latent_statistics(x: Tensor) -> dict[str, Tensor]:
-    """Mean and standard deviation of each sample's elements, averaged over samples: to log."""
+def latent_statistics(x: Tensor, of: str = "latent") -> dict[str, Tensor]:
+    """Mean and standard deviation of each sample's elements, averaged over samples: to log, as `OF_mean` and `OF_std`."""
     own = x.detach().flatten(1)
-    return {"latent_mean": own.mean(), "latent_std": own.std(1, correction=0).mean()}
+    return {f"{of}_mean": own.mean(), f"{of}_std": own.std(1, correction=0).mean()}
+
+
+def sample_statistics(rollout: Rollout) -> dict[str, Tensor]:
+    """Those of the generator's samples, and of the batch's real latents where it has some."""
+    real = rollout.batch.images
+    return {**latent_statistics(rollout.x0), **({} if real is None else latent_statistics(real, "real"))}
 
 
 def surrogate(x: Tensor, direction: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Phased DMD (Fan et al., CVPR 2026, arXiv 2510.27684): one expert for each stretch of noise levels, trained one after another.
+"""Phased DMD (CVPR 2026, arXiv 2510.27684): one expert for each stretch of noise levels, trained one after another.
 
 Under gradient truncation the first call of a few-step student is trained as a one-step student, which costs diversity. Here
 the expert of phase k carries the walk from t_{k-1} to t_k, whatever its exit, and scores are compared where it arrives:
@@ -6,7 +6,7 @@ at noisier versions x_t of x_s, s = t_k, with t anywhere in (s, 1) and not in th
 intervals: structure is decided at high noise). Finished experts are frozen; generator and fake score start again from the
 teacher. Moves are deterministic, and the last phase, s clean, is DMD2.
 
-Only x_s is at hand to train the fake score, so its targets are those of the kernel from s to t (section 3.2).
+Only x_s is at hand to train the fake score, so its targets are those of the kernel from s to t (`interval_targets`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stepdistill.models.sampler import by_turns, walk
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 
 MAX_WEIGHT = 10.0
-"""Bound of 1 / sigma_{t|s}^2 in the fake score's loss (section 3.3)."""
+"""Bound of 1 / sigma_{t|s}^2 in the fake score's loss, the paper's."""
 
 
 class PhasedConfig(LadderConfig):
@@ -231,8 +231,8 @@ def interval_targets(
     """(x_t, x0, noise) for samples x_s of time s: x_t by the kernel, and regression targets whose mean given x_t is right.
 
     The score at t is E[-eps / sigma_{t|s} | x_t], hence noise = (sigma_t / sigma_{t|s}) eps and, from
-    x_t = alpha_t x0 + sigma_t noise, x0 = x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_{t|s}) eps: the row
-    `x0` of section 3.2, and by conversion that of every other prediction type.
+    x_t = alpha_t x0 + sigma_t noise, x0 = x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_{t|s}) eps: the paper's
+    target for x0, and by conversion those for flow velocity and every other prediction type.
     """
     alpha_s, sigma_s = schedule.levels(s, x_s)
     alpha, sigma = schedule.levels(t, x_s)

@@ -12,9 +12,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stepdistill.errors import Refusal
+from stepdistill.models.checkpointing import checkpointed
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,9 @@ class AdapterBank:
 
         def run(*inputs: Tensor) -> Tensor:
             with self.role(name):
-                return function(*inputs)
+                return function(*inputs)  # type: ignore[no-any-return]
 
-        return checkpoint(run, *args, use_reentrant=False)  # type: ignore[no-any-return]
-
-
-def stock_checkpointed(function: nn.Module, *args: Tensor) -> Tensor:
-    """Gradient checkpointing for a network without adapters."""
-    return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpointed(run, *args)
 
 
 def suffixes_present(network: nn.Module, targets: Sequence[str]) -> dict[str, int]:

@@ -78,6 +78,12 @@ class Conditioning:
         """These prompts with the size and crop of `other`: guidance must not compare different sizes."""
         return replace(self, time_ids=other.time_ids)
 
+    def masked(self) -> Conditioning:
+        """With zeros where the mask hides the text, whatever an encoder said there; itself where there is no mask."""
+        if self.mask is None:
+            return self
+        return replace(self, text=self.text.masked_fill(self.mask[..., None] == 0, 0))
+
     def detach(self) -> Conditioning:
         return self._map(Tensor.detach)
 

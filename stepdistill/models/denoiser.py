@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.prediction import Prediction, convert, guide, to_eps, to_x0
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, float64, full
+from stepdistill.models.checkpointing import Reached
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families.base import Family
 
@@ -23,13 +24,6 @@ class Estimate:
     eps: Tensor
     raw: Tensor
     """In the network's own prediction type."""
-
-
-class _Reached(Exception):
-    """Carries features out of a forward pass that is not wanted beyond them."""
-
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
 
 
 class Denoiser:
@@ -84,8 +78,13 @@ class Denoiser:
     def guided(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning, w: Tensor | float) -> Tensor:
         """x0 under classifier-free guidance; one batched call of 2B rows, a plain call where w = 1.
 
+        A network that is told its guidance (`cond.guidance`) is told w, in one call, and `null` is not looked at.
+
         w: float or (B,); w = 1 is off.
         """
+        if cond.guidance is not None:
+            told = torch.as_tensor(w).to(cond.guidance).expand(len(cond))
+            return self.x0(x_t, t, replace(cond, guidance=told))
         if not isinstance(w, Tensor) and w == 1:
             return self.x0(x_t, t, cond)
         uncond, conditional = self.both(x_t, t, cond, null)
@@ -101,20 +100,19 @@ class Denoiser:
         return uncond, conditional
 
     def features(self, x_t: Tensor, t: Time, cond: Conditioning) -> Tensor:
-        """Features (B, C, h, w) of the family's feature module (h = w = 1 for flat ones); the rest is not run.
+        """Features (B, C, h, w) of the family's feature module; the rest is not run.
 
         The forward is left from inside the wrapped root by an exception, since calling a part directly breaks wrappers.
         """
 
-        def leave(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
-            raise _Reached(output)
+        def leave(_module: nn.Module, _args: tuple[object, ...], output: object) -> None:
+            raise Reached(output)
 
         handle = self.family.feature_module(self.network).register_forward_hook(leave)
         try:
             self._forward(x_t, t, cond)
-        except _Reached as reached:
-            features = reached.features
-            return features[..., None, None] if features.ndim == 2 else features
+        except Reached as reached:
+            return self.family.feature_map(self.network, reached.output, x_t)
         finally:
             handle.remove()
         raise RuntimeError(f"the feature module of family {self.family.name!r} was never called")

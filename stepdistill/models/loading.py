@@ -27,7 +27,7 @@ from stepdistill.models.quantization import Quantized, quantize
 from stepdistill.registry import family_names, load_family, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONFIGS = ("model_index.json", "README.md", "*/*.json", "*/*.txt")
+_CONFIGS = ("model_index.json", "README.md", "*/*.json", "*/*.txt", "*/spiece.model")
 
 
 def inspect_checkpoint(
@@ -141,7 +141,7 @@ def _family_of(folder: Path) -> Family:
     for family_name in family_names():
         family: Family = load_family(family_name)
         known[family.pipeline_name] = family
-        if family.pipeline_name == name:
+        if name in (family.pipeline_name, *family.other_pipelines):
             return family
     raise Refusal(
         f"{str(folder / 'model_index.json')!r} names the pipeline {name!r}, which no family reads, so change the checkpoint or "

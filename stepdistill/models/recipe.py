@@ -25,6 +25,8 @@ SCHEDULERS = {
 }
 """(transition, is_flow) -> the stock scheduler that walks it along a custom ladder. DDIM and EulerAncestral are absent on
 purpose: they take no custom timesteps, so they cannot reproduce a ladder."""
+TRIGFLOW_SCHEDULER = "SCMScheduler"
+"""Re-noises along angles; for pipelines that speak TrigFlow to a network."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,15 @@ class Recipe:
         num_inference_steps: network calls.
         timesteps: VP ladder, integers, noisiest first; empty for flow.
         sigmas: flow ladder *before* the scheduler's own shift; empty for VP.
-        guidance_scale: w for the pipeline; 1 is off, and off is the rule for a distilled model.
+        angles: TrigFlow ladder, which `call` says in its scheduler's own words; empty for all others.
+        guidance_scale: w for the pipeline; 1 is off, and off is the rule for a distilled model, unless its network is told w.
         base: the checkpoint that the LoRA belongs to.
         method: what trained it.
         baked_guidance: teacher guidance scale w that the student has absorbed.
         resolution: (height, width) in pixels that it was trained at.
         alpha, rank: of the LoRA; 0 for a full model.
         experts: network calls of each expert, noisiest first, where the student is several; empty for one.
+        call: further arguments of the pipeline's call.
     """
 
     scheduler_class: str
@@ -52,6 +56,7 @@ class Recipe:
     scheduler_config: dict[str, Any] = field(default_factory=dict)
     timesteps: tuple[int, ...] = ()
     sigmas: tuple[float, ...] = ()
+    angles: tuple[float, ...] = ()
     guidance_scale: float = 1.0
     base: str = ""
     method: str = ""
@@ -60,6 +65,7 @@ class Recipe:
     alpha: float = 0.0
     rank: int = 0
     experts: tuple[int, ...] = ()
+    call: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         record = asdict(self)
@@ -74,7 +80,7 @@ class Recipe:
         try:
             record = json.loads(text)
             scheduler = record.pop("scheduler")
-            for key in ("timesteps", "sigmas", "resolution", "experts"):
+            for key in ("timesteps", "sigmas", "angles", "resolution", "experts"):
                 record[key] = tuple(record.get(key, ()))
             return cls(scheduler_class=scheduler["class_name"], scheduler_config=scheduler["config"], **record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,6 +111,7 @@ class Recipe:
         arguments: dict[str, Any] = {
             "guidance_scale": self.guidance_scale,
             "num_inference_steps": self.num_inference_steps,
+            **self.call,
         }
         if self.timesteps:
             arguments["timesteps"] = list(self.timesteps)
@@ -116,6 +123,8 @@ class Recipe:
         """The native times of our own sampler for this recipe."""
         if self.sigmas:
             return tuple(schedule.time_at(torch.tensor(self.sigmas, dtype=torch.float64)).tolist())
+        if self.angles:
+            return tuple(schedule.time_at_angle(torch.tensor(self.angles, dtype=torch.float64)).tolist())
         return tuple(float(t) for t in self.timesteps)
 
     def by_step(self, experts: Sequence[str]) -> tuple[str, ...]:
@@ -129,6 +138,8 @@ class Recipe:
         Raises:
             Refusal: the scheduler class is none of ours.
         """
+        if self.scheduler_class == TRIGFLOW_SCHEDULER:
+            return Transition(TransitionKind.RENOISE)
         for (kind, _), name in SCHEDULERS.items():
             if name == self.scheduler_class:
                 return Transition(

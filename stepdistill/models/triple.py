@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from stepdistill.diffusion.draws import derive_seed
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
-from stepdistill.models.adapters import AdapterBank, LoraSettings, stock_checkpointed
+from stepdistill.models.adapters import AdapterBank, LoraSettings
+from stepdistill.models.checkpointing import checkpointed
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.base import Family
 from stepdistill.models.parking import ParkedParameters
@@ -256,7 +257,7 @@ class Triple:
         self._checkpointing = True
         for network, function in [
             (self.base, self.bank.checkpointed),
-            *((n, stock_checkpointed) for n in self.networks.values()),
+            *((n, checkpointed) for n in self.networks.values()),
         ]:
             self.family.enable_gradient_checkpointing(network, function)
 

@@ -55,11 +55,14 @@ def ghost(like: Tensor) -> Ghost:
 
 
 def hollow(module: nn.Module) -> None:
-    """Replace a module's parameters and buffers on the meta device, in place, by ghosts."""
+    """Replace a module's parameters and buffers on the meta device, in place, by ghosts; what was one stays one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.is_meta:
-                part.register_parameter(name, nn.Parameter(ghost(parameter), parameter.requires_grad))
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(ghost(parameter), parameter.requires_grad)
+                part.register_parameter(name, made[parameter])
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:
                 part.register_buffer(name, ghost(buffer))

@@ -134,7 +134,7 @@ class _Student:
         plan = self.session.plan
         self.name, self.precision = f"{config.run}@{iteration}", plan.config.model.dtype
         self.size = plan.setting.size
-        self.sampler = self.session.method.recipe().scheduler_class
+        self.sampler = self.session.recipe.scheduler_class
 
     @torch.no_grad()
     def draw(self, texts: list[str], seeds: list[int]) -> torch.Tensor:

@@ -84,13 +84,14 @@ class LiveEncoder:
     @products(tf32=False)
     def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
         rows = zip(prompts, sizes, strict=True)
-        return Conditioning.cat([self.family.encode(self.checkpoint, [prompt], [size]) for prompt, size in rows])
+        encoded = [self.family.encode(self.checkpoint, [prompt], [size]) for prompt, size in rows]
+        return Conditioning.cat(encoded).masked()
 
     @torch.no_grad()
     @products(tf32=False)
     def null(self, sizes: Sequence[ImageSize]) -> Conditioning:
         if self._null is None:
-            self._null = self.family.null(self.checkpoint, sizes[:1], self.negative_prompt)
+            self._null = self.family.null(self.checkpoint, sizes[:1], self.negative_prompt).masked()
         return sized(self.family, self._null.expand(len(sizes)), sizes)
 
     @torch.no_grad()
@@ -228,6 +229,7 @@ def sized(family: Family, cond: Conditioning, sizes: Sequence[ImageSize]) -> Con
 
 def text_entry(cond: Conditioning) -> dict[str, Tensor]:
     """One row of conditioning as an entry; what the mask hides at the end of the text is cut off."""
+    cond = cond.masked()
     row = {item.name: value[0] for item in fields(cond) if (value := vars(cond)[item.name]) is not None}
     row.pop("time_ids", None)
     if cond.mask is not None:

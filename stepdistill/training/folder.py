@@ -1,10 +1,10 @@
 """A run's folder beside its checkpoints: the config, lines of logs, and cutting both back to where a run goes on.
 
 RUN/config.yaml       the resolved config
-    stats.jsonl       what was computed, one line per `log_every`
+    stats.jsonl       what was computed, one line per `log_every` and `grid_every`
     speed.jsonl       what the machine took for it
     evaluation.jsonl  where the config has an `evaluation` section
-    grids/            teacher above student
+    grids/            step-N.png, teacher above student; scores-N.png, what the scores say of the student: see grids.py
     kept/             what a method keeps; see shelf.py
     checkpoints/      see checkpoint.py
 """
@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -26,7 +26,7 @@ from stepdistill.data.tensors import write_atomically
 
 logger = logging.getLogger(__name__)
 CONFIG, STATS, SPEED, EVALUATION = "config.yaml", "stats.jsonl", "speed.jsonl", "evaluation.jsonl"
-GRIDS, GRID_PREFIX = "grids", "step-"
+GRIDS, GRID, SCORES = "grids", "step", "scores"
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -72,19 +72,29 @@ class LineFile:
                 raise
 
 
-def grid_path(folder: Path, iteration: int) -> Path:
-    """Where the grid of an iteration lies."""
-    return folder / GRIDS / f"{GRID_PREFIX}{iteration:08d}.png"
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """(iteration, values) of the lines of a `LineFile`, what is no number left out; of no file, none."""
+    if not path.is_file():
+        return
+    for line in path.read_text().splitlines():
+        said = json.loads(line)
+        iteration = said.pop("iteration")
+        yield iteration, {key: float(value) for key, value in said.items() if value is not None}
+
+
+def grid_path(folder: Path, iteration: int, kind: str = GRID) -> Path:
+    """Where a picture of an iteration lies; kind: `GRID` or `SCORES`."""
+    return folder / GRIDS / f"{kind}-{iteration:08d}.png"
 
 
 def cut_back(folder: Path, iteration: int) -> None:
     """Drop lines and grids beyond `iteration`, so that a resumed run leaves what an unbroken one would."""
     for name in (STATS, SPEED, EVALUATION):
         _cut(folder / name, iteration)
-    for grid in folder.glob(f"{GRIDS}/{GRID_PREFIX}*.png"):
-        number = grid.stem.removeprefix(GRID_PREFIX)
-        if number.isdigit() and int(number) > iteration:
-            grid.unlink()
+    for picture in folder.glob(f"{GRIDS}/*.png"):
+        kind, _, number = picture.stem.rpartition("-")
+        if kind in (GRID, SCORES) and number.isdigit() and int(number) > iteration:
+            picture.unlink()
 
 
 def _cut(path: Path, iteration: int) -> None:

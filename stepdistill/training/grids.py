@@ -1,8 +1,10 @@
-"""Pictures of a run: fixed prompts and fixed noise, teacher above student."""
+"""Pictures of a run, and what they show: fixed prompts and fixed noise, teacher, student and scores."""
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from stepdistill.data import looks
 from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.timesteps import NoiseLevels
+from stepdistill.methods.parts import latent_statistics, score_gap
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.sampler import student_sample, teacher_sample
-from stepdistill.training.folder import grid_path
+from stepdistill.models.triple import FAKE_SCORE
+from stepdistill.training.folder import GRID, SCORES, grid_path
 from stepdistill.training.session import Session
+
+logger = logging.getLogger(__name__)
+LEVELS = (0.2, 0.5, 0.8)
+"""Of the scores' picture, as fractions of the noise axis."""
 
 
 def student_latents(session: Session, role: str, cond: Conditioning, noise: Tensor, draws: Draws) -> Tensor:
@@ -23,7 +33,7 @@ def student_latents(session: Session, role: str, cond: Conditioning, noise: Tens
     return student_sample(
         session.triple,
         session.method.experts(role, session.stage),
-        session.method.recipe(),
+        session.recipe,
         cond,
         noise,
         lambda index: draws.normal(f"fresh{index}", noise.shape[1:]),
@@ -31,52 +41,142 @@ def student_latents(session: Session, role: str, cond: Conditioning, noise: Tens
 
 
 class Grid:
-    """Draws `grids/step-N.png`: the teacher's row, drawn once, above the student's.
+    """Draws the student for fixed prompts and noise, beside the teacher, which is drawn once.
+
+    grids/step-N.png      the teacher's row above the student's; a column is a prompt
+    grids/scores-N.png    where the method has a fake score, from top to bottom: the student's samples, then for 0.2, 0.5 and
+                          0.8 of the noise axis (before a flow shift) two rows each, real_score's x0 (guided) and fake_score's
+                          of the same noised samples. Healthy: the fake score's row has the student's style, the real score's
+                          is a little better. A fake score of mush lags; a real score of noise is a wrong conversion or time.
 
     Args:
         session: the run's.
         folder: the run's; None draws and writes nothing, for processes that only have to take part.
         count: columns.
         guidance: scale w of the teacher.
+        seeds: noises per prompt, of which the first is shown.
     """
 
     def __init__(
-        self, session: Session, folder: Path | None, count: int, guidance: float, teacher_steps: int = 25
+        self,
+        session: Session,
+        folder: Path | None,
+        count: int,
+        guidance: float,
+        seeds: int = 1,
+        teacher_steps: int = 25,
     ) -> None:
         plan = session.plan
-        self.session, self.folder = session, folder
+        self.session, self.folder, self.guidance = session, folder, guidance
+        self.shows = folder is not None and session.checkpoint.pipeline is not None
         prompts = [plan.prompts[i % len(plan.prompts)] for i in range(count)]
         sizes = [ImageSize.plain(*plan.setting.size)] * count
-        self.draws = Draws(plan.config.training.seed, 0, "grid", range(count), session.device, session.dtype)
-        self.noise = self.draws.normal("noise", plan.setting.latent_shape)
+        self.draws = [
+            Draws(
+                plan.config.training.seed, 0, "grid", range(k * count, (k + 1) * count), session.device, session.dtype
+            )
+            for k in range(seeds)
+        ]
+        self.noises = [draws.normal("noise", plan.setting.latent_shape) for draws in self.draws]
         with torch.no_grad():
             self.cond, self.null = session.encoder.text(prompts, sizes), session.encoder.null(sizes)
-        self.teacher_steps, self.guidance = teacher_steps, guidance
+        self.teacher_steps = teacher_steps
 
     @cached_property
-    def teacher(self) -> Tensor:
-        """The teacher's row, (N, 3, H, W) in [0, 1]; drawn when the first picture is wanted."""
-        session = self.session
+    def teacher(self) -> list[Tensor]:
+        """The teacher's latents for every noise; drawn when they are first wanted, by all processes that have a grid."""
+        real = self.session.triple.real_score
         with torch.no_grad():
-            return self._decoded(
-                teacher_sample(
-                    session.triple.real_score, self.cond, self.null, self.noise, self.teacher_steps, self.guidance
-                )
-            )
+            return [
+                teacher_sample(real, self.cond, self.null, noise, self.teacher_steps, self.guidance)
+                for noise in self.noises
+            ]
+
+    @cached_property
+    def row(self) -> Tensor | None:
+        """The teacher's pictures, (P, 3, H, W) in [0, 1]; None where none are shown."""
+        return self._decoded(self.teacher[0]) if self.shows else None
+
+    def reference(self) -> tuple[float, float]:
+        """Mean and standard deviation of the teacher's latents."""
+        found = latent_statistics(torch.cat(self.teacher))
+        return float(found["latent_mean"]), float(found["latent_std"])
 
     @torch.no_grad()
-    def draw(self, iteration: int) -> None:
-        """Draw the current student. Raises OSError where the disk refuses the picture."""
-        latents = student_latents(self.session, self.session.student, self.cond, self.noise, self.draws)
-        student, teacher = self._decoded(latents), self.teacher
-        if self.folder is not None:
-            path = grid_path(self.folder, iteration)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tile([teacher, student]).save(path)
+    def draw(self, iteration: int) -> dict[str, float]:
+        """Draw the current student. What the disk refuses is named, and no more.
+
+        Returns what it shows:
+            signals/diversity_ratio   distance between samples of one prompt over the teacher's, see `diversity`
+            signals/brightness, signals/brightness_drift, signals/saturation_drift   mean luma, it and HSV saturation less the
+                                      teacher's, all in [0, 1]; where the family has pictures and this process shows them
+            signals/fake_shift        |mu_fake - mu_base| / |x - mu_base| over the levels of the scores' picture, unguided: 0
+                                      where the fake score is the base still
+        """
+        session, values = self.session, dict[str, float]()
+        latents = [
+            student_latents(session, session.student, self.cond, noise, draws)
+            for noise, draws in zip(self.noises, self.draws, strict=True)
+        ]
+        if len(latents) > 1:
+            values["signals/diversity_ratio"] = diversity(latents) / max(diversity(self.teacher), 1e-12)
+        if self.row is not None:
+            student = self._decoded(latents[0])
+            ours, theirs = as_pixels(student), as_pixels(self.row)
+            values["signals/brightness"] = looks.brightness(ours)
+            values["signals/brightness_drift"] = looks.brightness(ours) - looks.brightness(theirs)
+            values["signals/saturation_drift"] = looks.saturation(ours) - looks.saturation(theirs)
+            self._write(GRID, iteration, [self.row, student])
+        if FAKE_SCORE in session.plan.roles:
+            rows, values["signals/fake_shift"] = self._scores(latents[0])
+            if self.shows:
+                self._write(SCORES, iteration, [self._decoded(row) for row in rows])
+        return values
+
+    def _scores(self, x: Tensor) -> tuple[list[Tensor], float]:
+        """Rows of latents as the scores' picture has them, and how far the fake score is from the base."""
+        triple, rows, shifts = self.session.triple, [x], []
+        for level in LEVELS:
+            t = NoiseLevels(level, level).times(triple.schedule, torch.zeros(len(x), device=x.device))
+            x_t = triple.schedule.add_noise(x, self.draws[0].normal(f"scores{level}", x.shape[1:]), t)
+            base, fake = triple.real_score.x0(x_t, t, self.cond), triple.fake_score.x0(x_t, t, self.cond)
+            rows += [triple.real_score.guided(x_t, t, self.cond, self.null, self.guidance), fake]
+            shifts.append(float(score_gap(x, base, fake)))
+        return rows, sum(shifts) / len(shifts)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         rows = [self.session.plan.family.decode(self.session.checkpoint, latent[None]) for latent in latents]
         return torch.cat(rows).float().cpu()
+
+    def _write(self, kind: str, iteration: int, rows: list[Tensor]) -> None:
+        if self.folder is None:
+            return
+        path = grid_path(self.folder, iteration, kind)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tile(rows).save(path)
+        except OSError as error:
+            logger.warning("the picture %s could not be written (%s)", path, error)
+
+
+def diversity(samples: list[Tensor]) -> float:
+    """Mean over prompts and pairs of noises of rms(a - b) / sqrt(var a + var b), a and b latents of one prompt.
+
+    In units of the samples' own spread, since rising contrast would hide that they grow alike; 0 for fewer than two.
+
+    samples: for every noise (P, C, h, w), the same prompts each time.
+    """
+    found = []
+    for a, b in combinations([latents.double().flatten(1) for latents in samples], 2):
+        spread = a.var(1, correction=0) + b.var(1, correction=0)
+        found.append(((a - b).square().mean(1) / spread.clamp_min(1e-12)).sqrt().mean())
+    return float(torch.stack(found).mean()) if found else 0.0
+
+
+def as_pixels(images: Tensor) -> NDArray[np.floating]:
+    """(N, 3, H, W) in [0, 1] -> (N, H, W, 3) in [0, 255], not rounded."""
+    pixels: NDArray[np.floating] = (images.double().clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
+    return pixels
 
 
 def save_images(images: NDArray[np.uint8], folder: Path, start: int = 0) -> list[Path]:

@@ -36,12 +36,13 @@ HARMLESS = frozenset(
         "log_every",
         "grid_every",
         "grid_prompts",
+        "grid_seeds",
         "trackers",
         "device",
         "max_bad_steps",
     )
 )
-"""Keys that change no number of a run."""
+"""Keys that change nothing that a run computes from; nor does any below `training.alarms`."""
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one another: one of them fills a cache, or writes a large checkpoint."""
 
@@ -171,9 +172,10 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
     """What a run is, line by line: the dry run prints it, training logs it."""
     config, setting = plan.config, plan.setting
     training = config.training
-    recipe = plan.method_class(plan.method_config, setting).recipe()
+    recipe = plan.family.stock_recipe(plan.info, plan.method_class(plan.method_config, setting).recipe())
     options = ", ".join(f"{key}={value}" for key, value in plan.method_config.model_dump(exclude_unset=True).items())
-    ladder = ", ".join(f"{time:g}" for time in recipe.timesteps or recipe.sigmas)
+    ladder = ", ".join(f"{time:g}" for time in recipe.timesteps or recipe.sigmas or recipe.angles)
+    shares = f", by {len(recipe.experts)} experts ({' + '.join(map(str, recipe.experts))})" if recipe.experts else ""
     extra = []
     if plan.images is not None:
         extra.append("a stream of images" if plan.images.count is None else f"{plan.images.count:,} images")
@@ -186,7 +188,9 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
         f"teacher     {config.model.path}: family {plan.info.family}, {setting.schedule.prediction.value} prediction, "
         f"latents {'x'.join(map(str, setting.latent_shape))}, base in {config.model.dtype}",
         f"method      {config.method_name}: {options}",
-        f"student     {recipe.num_inference_steps} network calls with {recipe.scheduler_class} at {ladder}, guidance off",
+        f"student     {recipe.num_inference_steps} network calls with {recipe.scheduler_class} at {ladder}, "
+        + ("guidance off" if recipe.guidance_scale == 1 else f"told a guidance scale of {recipe.guidance_scale:g}")
+        + shares,
         f"data        {', '.join([f'{len(plan.prompts):,} prompts from {plan.prompts.source}', *extra])}",
         f"training    {training.max_steps:,} iterations of {training.batch_size} x {training.accumulation} samples on "
         f"{'one process' if processes == 1 else f'each of {processes} processes'}",
@@ -257,7 +261,11 @@ def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
             )
     others = {"data", "optimizers", "training", "cache"}
     old, new = (_flat(run.model_dump(mode="json", include=others)) for run in (before, config))
-    changed = [key for key in sorted({*old, *new} - HARMLESS - RECORDED) if old.get(key) != new.get(key)]
+    changed = [
+        key
+        for key in sorted({*old, *new} - HARMLESS - RECORDED)
+        if old.get(key) != new.get(key) and not key.startswith("training.alarms.")
+    ]
     if changed:
         told = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
         logger.warning("this resume is not bit for bit what an unbroken run gives: %s", told)

@@ -25,6 +25,7 @@ from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family
 from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import GENERATOR, RoleLayout, Triple
 from stepdistill.models.vision import VISION, load_vision
 from stepdistill.registry import load_family, load_method
@@ -88,6 +89,11 @@ class Session:
         return self.method.experts(self.student, self.stage)
 
     @property
+    def recipe(self) -> Recipe:
+        """How the student must be sampled, in the words of its checkpoint's pipeline."""
+        return self.plan.family.stock_recipe(self.plan.info, self.method.recipe())
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of latents and noise: float32, or float64 where the base is."""
         return torch.float64 if self.plan.config.model.dtype == "float64" else torch.float32
@@ -147,7 +153,7 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
     )
     data = config.data
     method_class.check(method_config, schedule, images=data.images is not None, pairs=data.pairs is not None)
-    method_class(method_config, setting).recipe()
+    family.stock_recipe(info, method_class(method_config, setting).recipe())
     if data.prompts is None:
         raise Refusal("data.prompts is not set: give a .txt, .jsonl, .csv or .parquet file, or 'builtin:general'")
     nothing = PromptList((), data.prompts, "")
@@ -285,7 +291,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def _check_size(size: tuple[int, int], key: str, info: CheckpointInfo) -> None:
-    step = info.downsampling * 2 if info.downsampling > 1 else 1
+    step = info.downsampling * info.latent_multiple if info.downsampling > 1 else 1
     if any(side < 1 or side % step for side in size):
         raise Refusal(f"{key} is {list(size)}, and the sides of this model must be multiples of {step}: change it")
 

@@ -20,7 +20,7 @@ from stepdistill.training.batches import BatchSource, sample_numbers
 from stepdistill.training.checkpoint import Counters, Facts
 from stepdistill.training.environment import Environment
 from stepdistill.training.folder import CONFIG, cut_back, write_config
-from stepdistill.training.grids import Grid
+from stepdistill.training.monitor import Monitor
 from stepdistill.training.optimizers import RoleOptimizer
 from stepdistill.training.processes import Processes
 from stepdistill.training.session import EMA, Session, settle
@@ -53,6 +53,8 @@ class Trainer:
         settle(session)
         self.counters = Counters(updates={role: 0 for role in session.plan.roles})
         self.optimizers = self._optimizers()
+        self.latest: dict[str, float] = {}
+        """Of every role's last update since a line was logged: at a ratio of 5 few updates fall on the line's iteration."""
         self._origin: Path | None = None
         self.method.furnish(RunShelf(folder / KEPT, processes))
         self.environment = Environment.here(session.plan.config, session.device, processes.count, processes.sharded)
@@ -70,7 +72,7 @@ class Trainer:
             set_seed(config.seed)
         saved = self._go_back()
         tracker = Tracker(self.folder, config.max_steps, self.counters.iteration, processes.accelerator)
-        grid = self._grid()
+        monitor = Monitor(self.session, self.folder, processes)
         numbers = sample_numbers(
             self.counters.iteration,
             config.max_steps,
@@ -85,15 +87,18 @@ class Trainer:
             # a signal may reach the processes at different iterations, and they must stop at the same
             while self.counters.iteration < config.max_steps and not enough and not processes.any(stop.asked):
                 self._enter_stage()
-                values = self.iteration([next(source) for _ in range(config.accumulation)])
+                self.latest |= processes.mean(self.iteration([next(source) for _ in range(config.accumulation)]))
                 done = self.counters.iteration
                 tracker.advance(config.batch_size * config.accumulation * processes.count)
-                if done % config.log_every == 0 or done == config.max_steps:
-                    tracker.log(done, processes.mean(values))
+                drawn = monitor.draw(done) if monitor.draws(done) else {}
+                due = done % config.log_every == 0 or monitor.draws(done)
+                if due or done == config.max_steps:
+                    values = {**self.latest, **drawn}
+                    tracker.log(done, monitor.line(done, values, self.counters.skipped))
+                if due:
+                    self.latest = {}
                 if done % config.save_every == 0 and self.save():
                     saved = done
-                if config.grid_every and done % config.grid_every == 0:
-                    self._draw(grid)
                 if self.watch is not None and done % self.watch.every == 0:
                     saved, enough = self._look(self.watch, tracker, saved)
             if saved != self.counters.iteration and not self.save():
@@ -102,8 +107,8 @@ class Trainer:
                     f"(see above), and the newest one there is of iteration {saved}: make room and resume with --resume latest"
                 )
             finished = self.counters.iteration >= config.max_steps
-            if finished and not (config.grid_every and config.max_steps % config.grid_every == 0):
-                self._draw(grid)
+            if finished and not monitor.draws(config.max_steps):
+                monitor.draw(config.max_steps)
         tracker.close()
         return finished
 
@@ -165,6 +170,8 @@ class Trainer:
         """Reduce, clip, step; a non-finite gradient skips the step on all processes alike."""
         self.processes.reduce_gradients(optimizer.parameters.values())
         norm = optimizer.clip()
+        limit = optimizer.config.clip
+        clipped = norm.new_tensor(float(bool(limit) and bool(norm > limit)))
         update = self.counters.updates[role]
         if not bool(torch.isfinite(norm)):
             self.counters.skipped += 1
@@ -178,14 +185,18 @@ class Trainer:
                     f"{self.counters.bad_in_row} steps in a row had non-finite gradients, the last of role {role!r} at iteration "
                     f"{self.counters.iteration}: resume from the last checkpoint with a lower learning rate or model.dtype bfloat16"
                 )
-            return {f"{role}/grad_norm": norm}
+            return {f"{role}/grad_norm": norm, f"{role}/clipped": clipped}
         self.counters.bad_in_row = 0
         lr = optimizer.step(update)
         optimizer.zero_grad()
         self.counters.updates[role] = update + 1
         if role == GENERATOR and self.config.ema > 0:
             self.triple.lerp_role(EMA, GENERATOR, 1 - self.config.ema)
-        return {f"{role}/grad_norm": norm, f"{role}/lr": torch.tensor(lr, dtype=torch.float64)}
+        return {
+            f"{role}/grad_norm": norm,
+            f"{role}/clipped": clipped,
+            f"{role}/lr": torch.tensor(lr, dtype=torch.float64),
+        }
 
     # ---------------------------------------------------------------- stages
 
@@ -216,6 +227,7 @@ class Trainer:
                     self.triple.copy_role(GENERATOR, EMA)
                 self.counters.updates = {role: 0 for role in self.counters.updates}
                 self.optimizers = self._optimizers()
+                self.latest = {}
 
     def _optimizers(self) -> dict[str, RoleOptimizer]:
         configured = self.session.plan.config.optimizers
@@ -258,6 +270,7 @@ class Trainer:
         for role, optimizer in self.optimizers.items():
             yield f"optimizer.{role}", whole(optimizer.state_dict())
         yield "method", whole(self.method.state_dict())
+        yield "log", {key: torch.tensor(value, dtype=torch.float64) for key, value in self.latest.items()}
         yield "rng", self._global_rng()
 
     def load(self, path: Path) -> None:
@@ -290,6 +303,7 @@ class Trainer:
         for role, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved.tensors[f"optimizer.{role}"])
         self.method.load_state_dict(saved.tensors["method"])
+        self.latest = {key: float(value) for key, value in saved.tensors.get("log", {}).items()}
         self._set_global_rng(saved.tensors["rng"])
         found = [int(other) for other in self.processes.gather(torch.tensor([self.counters.iteration]))]
         if len(set(found)) > 1:
@@ -333,21 +347,6 @@ class Trainer:
                 except OSError as error:
                     logger.error("the best checkpoint so far could not be kept (%s)", error)
         return saved, seen.enough
-
-    def _grid(self) -> Grid | None:
-        """On the main process; on all of them where networks are sharded, since drawing takes all of them then."""
-        if self.session.checkpoint.pipeline is None or not (self.processes.main or self.processes.sharded):
-            return None
-        guidance = self.method.recipe().baked_guidance
-        return Grid(self.session, self.folder if self.processes.main else None, self.config.grid_prompts, guidance)
-
-    def _draw(self, grid: Grid | None) -> None:
-        if grid is None:
-            return
-        try:
-            grid.draw(self.counters.iteration)
-        except OSError as error:
-            logger.warning("the grid of iteration %d could not be written (%s)", self.counters.iteration, error)
 
 
 def _accumulate(parts: dict[str, Tensor], more: Mapping[str, Tensor], count: int) -> None:

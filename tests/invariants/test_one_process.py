@@ -34,6 +34,22 @@ def test_resume_is_bit_identical(bench: Bench, tmp_path: Path, name: str) -> Non
         assert (tmp_path / "whole/stats.jsonl").read_text() == (folder / "stats.jsonl").read_text()
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_what_is_drawn_resumes_too(bench: Bench, tmp_path: Path, cut: int) -> None:
+    """Signals of the grids, and of real latents over the lines before: a cut between two drawings, and at one."""
+    make = lambda steps: bench.config(CASES["dmd2-gan"], steps, grid_every=2, batch_size=2)  # noqa: E731
+    train(make(4), tmp_path / "whole")
+    train(make(cut), tmp_path / "broken")
+    train(make(4), tmp_path / "broken", resume="latest")
+    whole = (tmp_path / "whole/stats.jsonl").read_text()
+    assert whole.count("signals/diversity_ratio") == whole.count("signals/fake_shift") == 2
+    assert whole.count("generator/real_std") == 2
+    assert whole == (tmp_path / "broken/stats.jsonl").read_text()
+    for kind in ("step", "scores"):
+        pictures = [(tmp_path / run / f"grids/{kind}-00000004.png").read_bytes() for run in ("whole", "broken")]
+        assert pictures[0] == pictures[1]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_accumulation_changes_nothing(bench: Bench, tmp_path: Path, name: str) -> None:
     """4 x 1 = 2 x 2 = 1 x 4, over more than a period."""

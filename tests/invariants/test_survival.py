@@ -209,10 +209,11 @@ def test_grids_beyond_the_checkpoint_go(bench: Bench, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = bench.config(DMD2_CASE, 3, family="sd", dtype="float32", grid_every=1, save_every=1, batch_size=1, keep=3)
     train(config, run)
-    stale = run / "grids/step-00000009.png"
-    stale.write_bytes(b"from a future that will not come")
+    for kind in ("step", "scores"):
+        (run / f"grids/{kind}-00000009.png").write_bytes(b"from a future that will not come")
     train(config, run, resume=str(run / "checkpoints/step-00000001"))
-    assert sorted(path.name for path in (run / "grids").iterdir()) == [f"step-{k:08d}.png" for k in (1, 2, 3)]
+    pictures = [f"{kind}-{k:08d}.png" for kind in ("scores", "step") for k in (1, 2, 3)]
+    assert sorted(path.name for path in (run / "grids").iterdir()) == pictures
 
 
 def test_a_checkpoint_is_not_written_twice(bench: Bench, tmp_path: Path) -> None:

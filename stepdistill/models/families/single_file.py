@@ -32,7 +32,11 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP_L, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 SDXL_CLIP_L, SDXL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 REFINER = "conditioner.embedders.0.model."
-FAMILY_OF = {"sd15": "sd", "sd21": "sd", "sd21base": "sd", "sdxl": "sdxl"}
+FAMILY_OF = {
+    "sd15": "sd", "sd21": "sd", "sd21base": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35m": "sd3", "sd35l": "sd3",
+    "sana": "sana",
+}  # fmt: skip
+"""Folder of packaged configs -> family."""
 
 # parts of the training program that lie under the VAE's prefix
 _NOT_OF_THE_VAE = (VAE + "loss.", VAE + "model_ema.")
@@ -45,14 +49,15 @@ def architecture(path: Path, header: Header) -> str:
         raise Refusal(f"{str(path)!r} is a LoRA and no checkpoint: give its base as the model")
     conv_in = shapes.get(UNET + "input_blocks.0.0.weight")
     if conv_in is None:
-        kind = (
-            "one component in diffusers keys: give"
-            if _has(shapes, "down_blocks.0.")
-            else "of no known architecture: give"
-        )
+        known = {
+            "down_blocks.0.": "one component in diffusers keys",
+            "transformer_blocks.0.": "one component in diffusers keys",
+            UNET + "joint_blocks.0.": "an SD3 model, which is read from a folder only",
+        }
+        kind = next((words for prefix, words in known.items() if _has(shapes, prefix)), "of no known architecture")
         raise Refusal(
-            f"{str(path)!r} has no 'model.diffusion_model.input_blocks', as SD 1.x, 2.x and SDXL files have, and is {kind} "
-            "the folder of the whole pipeline in diffusers format"
+            f"{str(path)!r} has no 'model.diffusion_model.input_blocks', as SD 1.x, 2.x and SDXL files have, and is {kind}: "
+            "give the folder of the whole pipeline in diffusers format"
         )
     if conv_in[1] in (8, 9):
         raise Refusal(

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPTextConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stepdistill.models.files import Shapes, read_header, read_json, refuse_key_differences, variant_of, weights
 
 ModelClass = type[Any]
-"""A diffusers model or a CLIP text encoder of transformers."""
+"""A diffusers model or a text encoder of transformers."""
 
 # names that diffusers before 0.15 gave to the VAE's attention; it still renames them as it loads
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+_T5_EMBEDDINGS = {"encoder.embed_tokens.weight": "shared.weight"}
 
 
 def wanted_shapes(folder: Path, component: str, model_class: ModelClass) -> Shapes:
@@ -30,15 +32,18 @@ def empty_component(folder: Path, component: str, model_class: ModelClass) -> nn
     config = read_json(folder / component / "config.json")
     with torch.device("meta"):
         is_text = issubclass(model_class, PreTrainedModel)
-        model: nn.Module = model_class(CLIPTextConfig.from_dict(config)) if is_text else model_class.from_config(config)
+        made = model_class.config_class.from_dict(config) if is_text else config
+        model: nn.Module = model_class(made) if is_text else model_class.from_config(made)
     return model
 
 
 def canonical(shapes: Shapes) -> Shapes:
     """Keys in one spelling of those that the libraries take for the same tensor.
 
-    transformers 5 dropped the prefix `text_model.` of CLIPTextModel, and position ids are no longer stored.
+    transformers 5 dropped the prefix `text_model.` of CLIPTextModel, position ids are no longer stored, and T5 has its
+    embeddings under two names.
     """
+    shapes = {_T5_EMBEDDINGS.get(key, key): shape for key, shape in shapes.items()}
     return {
         re.sub(
             r"\.(query|key|value|proj_attn)\.", lambda m: f".{_OLD_ATTENTION[m[1]]}.", key.removeprefix("text_model.")
