@@ -41,9 +41,7 @@ class OwnReward(Reward):
 
     def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
         super().__init__()
-        self.function = function
-        # a module's weights move with the reward
-        self.module = function if isinstance(function, nn.Module) else None
+        self.function = function  # a module's weights move with the reward's
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.function(images, prompts)
