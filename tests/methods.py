@@ -54,6 +54,9 @@ CASES: Mapping[str, Case] = {
         {"guidance": 2.0, "ratio": 1, "steps": 2, "checkpoints": 3, "record_every": 1, "interval": 1},
         period=4,
     ),
+    "disback-one-step": Case(
+        "disback", {"guidance": 2.0, "ratio": 1, "checkpoints": 2, "record_every": 1, "interval": 1}, period=3
+    ),
 }
 FULLEST: Mapping[str, str] = {
     case.method: name for name, case in sorted(CASES.items(), key=lambda item: item[1].images)
