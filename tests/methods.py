@@ -54,6 +54,9 @@ CASES: Mapping[str, Case] = {
         {"guidance": 2.0, "ratio": 1, "steps": 2, "checkpoints": 3, "record_every": 1, "interval": 1},
         period=4,
     ),
+    "disback-one-step": Case(
+        "disback", {"guidance": 2.0, "ratio": 1, "checkpoints": 2, "record_every": 1, "interval": 1}, period=3
+    ),
     "phased": Case("phased", {"guidance": 2.0, "ratio": 2, "steps": 2, "phase_iterations": 2}, period=2),
     "phased-kl": Case(
         "phased",
