@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from stepdistill.registry import load_family
 
@@ -38,7 +38,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("weights were read")
 
-    for owner in (StableDiffusionPipeline, StableDiffusionXLPipeline, AutoencoderKL):
+    for owner in (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, AutoencoderKL):
         monkeypatch.setattr(owner, "from_pretrained", forbidden)
         monkeypatch.setattr(owner, "from_single_file", forbidden)
     monkeypatch.setattr(torch, "load", forbidden)

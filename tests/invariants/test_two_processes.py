@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,7 @@ def together(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
             launch.add(plain, f"{fault}-{kind}", fault=fault)
         launch.add(plain, f"stop-{kind}", "latest")
     launch.add(half(bench), "half")
+    launch.add(tokens(bench, batch_size=2), "tokens")
     launch.add(watched(bench), "watched")
     launch.run()
     return bench, folder
@@ -76,6 +78,12 @@ def half(bench: Bench) -> RunConfig:
     return bench.config(
         CASES["dmd2-gan"], 1, batch_size=1, sharding="full", dtype="bfloat16", gradient_checkpointing=True, ema=0.0
     )
+
+
+def tokens(bench: Bench, **training: Any) -> RunConfig:
+    """A transformer whose checkpointed, sharded blocks are left early for their features."""
+    shared = {"family": "sd3", "variant": "sd35", "layout": "mixed", "gradient_checkpointing": True}
+    return bench.config(CASES["dmd2-gan"], 4, **shared, **{"sharding": "full", **training})
 
 
 def watched(bench: Bench) -> RunConfig:
@@ -156,6 +164,12 @@ def test_dtypes_mix_in_a_sharded_block(together: tuple[Bench, Path], tmp_path: P
             for group in (ours, theirs)
         )
         assert float((mine - its).norm() / its.norm()) < 0.1
+
+
+def test_a_transformer_s_blocks_are_shared_out_and_left(together: tuple[Bench, Path], tmp_path: Path) -> None:
+    bench, folder = together
+    train(tokens(bench, batch_size=4, sharding="auto"), tmp_path / "one")
+    assert difference(saved(folder / "tokens"), saved(tmp_path / "one")) < 1e-10
 
 
 def test_a_sharded_student_is_measured_and_drawn(together: tuple[Bench, Path]) -> None:
