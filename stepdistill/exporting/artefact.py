@@ -165,7 +165,7 @@ def draw(
     own = pipeline.scheduler
     arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
     arguments |= _size_arguments(pipeline, size)
-    if negative_prompt is not None and "negative_prompt" not in signature(pipeline.__call__).parameters:
+    if negative_prompt is not None and not compares_prompts(pipeline):
         raise Refusal(
             f"a negative prompt was given, and {type(pipeline).__name__} tells its network a guidance scale instead of comparing "
             "two prompts: remove it"
@@ -193,6 +193,11 @@ def draw(
             yield (np.floor(images * 255) if quantize == "floor" else (images * 255).round()).astype(np.uint8)
     finally:
         pipeline.scheduler = own  # the next scheduler must start from the checkpoint's config, not from this one's
+
+
+def compares_prompts(pipeline: DiffusionPipeline) -> bool:
+    """Whether its guidance is a second call of the network, with the negative prompt; else the network is told w."""
+    return "negative_prompt" in signature(pipeline.__call__).parameters
 
 
 @contextmanager
