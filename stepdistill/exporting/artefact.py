@@ -6,10 +6,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -21,6 +22,7 @@ from stepdistill.errors import Refusal
 from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, recipe_of
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.recipe import Recipe
+from stepdistill.models.schedulers import scheduler_class
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +154,13 @@ def seeded_steps(pipeline: DiffusionPipeline, generators: Sequence[torch.Generat
     The pipeline of SD3 does not hand on the generators that it was called with, and leaves its scheduler to the global one.
     """
     step = pipeline.scheduler.step
-    vars(pipeline.scheduler)["step"] = lambda *args, **more: step(*args, **{"generator": generators, **more})
+    given = {"generator": generators} if "generator" in signature(step).parameters else {}
+
+    @wraps(step)  # pipelines look at its parameters
+    def seeded(*args: Any, **more: Any) -> Any:
+        return step(*args, **{**given, **more})
+
+    vars(pipeline.scheduler)["step"] = seeded
     try:
         yield
     finally:
@@ -190,7 +198,7 @@ def _arguments(
         if scheduler is not None and scheduler not in known:
             raise Refusal(f"the scheduler {scheduler!r} does not walk a flow: use one of {', '.join(known)}")
         name, changes = known[scheduler or "ddim"]
-        pipeline.scheduler = vars(diffusers)[name].from_config({**pipeline.scheduler.config, **changes})
+        pipeline.scheduler = scheduler_class(name).from_config({**pipeline.scheduler.config, **changes})
         default = recipe.num_inference_steps if recipe is not None else 50
         arguments = {
             "num_inference_steps": steps or default,

@@ -154,7 +154,7 @@ def reproduction_script(base: str, format: str, file: str, tolerance: float, lef
             f'pipe.load_lora_weights(here, weight_name="{file}")'
         )
     return f'''"""Reproduce proof.safetensors with stock diffusers: python reproduce.py [BASE]"""
-import json, os, sys
+import functools, json, os, sys
 import diffusers, torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
@@ -171,7 +171,7 @@ ladder = {{"timesteps": recipe["timesteps"]}} if recipe["timesteps"] else {{"sig
 height, width = recipe["resolution"]
 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 step = pipe.scheduler.step  # not every pipeline hands its generators on to it
-pipe.scheduler.step = lambda *args, **more: step(*args, **{{"generator": generators, **more}})
+pipe.scheduler.step = functools.wraps(step)(lambda *args, **more: step(*args, **{{"generator": generators, **more}}))
 images = pipe(
     prompts, generator=generators, output_type="pt",
     num_inference_steps=recipe["num_inference_steps"], guidance_scale=recipe["guidance_scale"],
