@@ -32,7 +32,6 @@ from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting import check_output
 from stepdistill.exporting.artefact import SCHEDULERS, Artefact, compares_prompts, draw, load_artefact
-from stepdistill.models.recipe import Recipe
 from stepdistill.training.session import device_of
 
 
@@ -164,7 +163,7 @@ def _sampler(
     told = describe(
         {"network": candidate.weights, "solver": solver, "steps": steps, "w": f"{w:g}", "dtype": shared.dtype, "size": shared.size}
     )  # fmt: skip
-    calls = 2 if w > 1 and compares_prompts(candidate.pipeline) else 1
+    calls = 2 if w > 1 and compares_prompts(artefact.pipeline) else 1
     return Sampler(name, steps, steps * calls, w, told, drawn)
 
 

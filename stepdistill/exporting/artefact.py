@@ -6,11 +6,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -23,6 +23,7 @@ from stepdistill.exporting.experts import Experts, adapter_experts, load_experts
 from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, expert_files, recipe_of
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.recipe import Recipe
+from stepdistill.models.schedulers import scheduler_class
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,13 @@ def seeded_steps(pipeline: DiffusionPipeline, generators: Sequence[torch.Generat
     The pipeline of SD3 does not hand on the generators that it was called with, and leaves its scheduler to the global one.
     """
     step = pipeline.scheduler.step
-    vars(pipeline.scheduler)["step"] = lambda *args, **more: step(*args, **{"generator": generators, **more})
+    given = {"generator": generators} if "generator" in signature(step).parameters else {}
+
+    @wraps(step)  # pipelines look at its parameters
+    def seeded(*args: Any, **more: Any) -> Any:
+        return step(*args, **{**given, **more})
+
+    vars(pipeline.scheduler)["step"] = seeded
     try:
         yield
     finally:
@@ -250,7 +257,7 @@ def _arguments(
         if schedule.is_flow and schedule.dynamic_shift is None:
             # which the checkpoint's own scheduler may have by the other name
             changes = {**changes, "shift": schedule.shift, "flow_shift": schedule.shift}
-        pipeline.scheduler = getattr(diffusers, name).from_config({**pipeline.scheduler.config, **changes})
+        pipeline.scheduler = scheduler_class(name).from_config({**pipeline.scheduler.config, **changes})
         default = recipe.num_inference_steps if recipe is not None else 50
         arguments = {
             "num_inference_steps": steps or default,

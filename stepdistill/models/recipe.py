@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
+from stepdistill.models.schedulers import scheduler_class
 
 SCHEDULERS = {
     (TransitionKind.RENOISE, False): "LCMScheduler",
@@ -98,12 +98,10 @@ class Recipe:
         Raises:
             Refusal: unknown class.
         """
-        scheduler_class = vars(diffusers).get(self.scheduler_class) or getattr(diffusers, self.scheduler_class, None)
-        if scheduler_class is None:
-            raise Refusal(
-                f"the recipe names scheduler {self.scheduler_class!r}, which this diffusers lacks: upgrade diffusers"
-            )
-        return scheduler_class.from_config({**base_config, **self.scheduler_config})
+        scheduler: SchedulerMixin = scheduler_class(self.scheduler_class).from_config(
+            {**base_config, **self.scheduler_config}
+        )
+        return scheduler
 
     def apply(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
         """Put the scheduler into a pipeline; returns the keyword arguments for its call."""
