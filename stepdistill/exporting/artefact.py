@@ -158,7 +158,7 @@ def _arguments(
         spaced = {"timestep_spacing": "trailing"} if "timestep_spacing" in recipe.scheduler_config else {}
         changed = replace(recipe, scheduler_config={**recipe.scheduler_config, **spaced})
         pipeline.scheduler = changed.scheduler(dict(pipeline.scheduler.config))
-        arguments = {"num_inference_steps": steps, "guidance_scale": recipe.guidance_scale}
+        arguments = {"num_inference_steps": steps, "guidance_scale": recipe.guidance_scale, **recipe.extra()}
     else:
         name, changes = SCHEDULERS[scheduler or "ddim"]
         pipeline.scheduler = vars(diffusers)[name].from_config({**pipeline.scheduler.config, **changes})

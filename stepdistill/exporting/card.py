@@ -68,11 +68,12 @@ def usage(pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Pa
     ]
     if format != "pipeline":
         lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{file}")')
+    extra = "".join(f", {key}={value!r}" for key, value in recipe.extra().items())
     changes = "".join(f", {key}={value!r}" for key, value in recipe.scheduler_config.items())
     lines += [
         f"pipe.scheduler = {recipe.scheduler_class}.from_config(pipe.scheduler.config{changes})",
         f'image = pipe("a photo", num_inference_steps={recipe.num_inference_steps}, {ladder},',
-        f"             guidance_scale={recipe.guidance_scale}).images[0]",
+        f"             guidance_scale={recipe.guidance_scale}{extra}).images[0]",
     ]
     return "\n".join(lines)
 

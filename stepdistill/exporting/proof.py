@@ -163,7 +163,7 @@ height, width = recipe["resolution"]
 images = pipe(
     prompts, generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="pt",
     num_inference_steps=recipe["num_inference_steps"], guidance_scale=recipe["guidance_scale"],
-    height=height, width=width, **ladder,
+    height=height, width=width, **ladder, **({{"eta": recipe["eta"]}} if recipe["eta"] else {{}}),
 ).images
 difference = float((images.float() - expected).abs().max())
 print(f"largest difference from the trained generator: {{difference:.2e}}")

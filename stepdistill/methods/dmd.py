@@ -86,7 +86,8 @@ class DMD(Method[DMDConfig]):
             matching, logged = self._matching(rollout, triple, draws)
             total = self.config.matching * matching
         if rollout.pair_x0 is not None and rollout.batch.pair_latents is not None:
-            regression = self._distance(rollout.pair_x0 - rollout.batch.pair_latents)
+            error = rollout.pair_x0 - rollout.batch.pair_latents
+            regression = parts.distance(error, self.config.distance, self.config.huber_c).mean()
             total = total + self.config.regression * regression
             logged = {**logged, "regression": regression.detach()}
         return Terms(total, logged)
@@ -103,11 +104,6 @@ class DMD(Method[DMDConfig]):
             weight=self.config.dm_weight,
         )
         return parts.surrogate(rollout.x0, direction), logged
-
-    def _distance(self, error: Tensor) -> Tensor:
-        if self.config.distance == "l2":
-            return error.square().mean()
-        return ((error.square() + self.config.huber_c**2).sqrt() - self.config.huber_c).mean()
 
     def recipe(self) -> Recipe:
         return parts.few_step_recipe(self.setting, "dmd", self.ladder, self.transition, self.config.guidance)

@@ -36,6 +36,7 @@ class Recipe:
         num_inference_steps: network calls.
         timesteps: VP ladder, integers, noisiest first; empty for flow.
         sigmas: flow ladder *before* the scheduler's own shift; empty for VP.
+        eta: argument of the pipeline's call that TCDScheduler takes at every step; 0 for all others.
         guidance_scale: w for the pipeline; 1 is off, and off is the rule for a distilled model.
         base: the checkpoint that the LoRA belongs to.
         method: what trained it.
@@ -50,6 +51,7 @@ class Recipe:
     scheduler_config: dict[str, Any] = field(default_factory=dict)
     timesteps: tuple[int, ...] = ()
     sigmas: tuple[float, ...] = ()
+    eta: float = 0.0
     guidance_scale: float = 1.0
     base: str = ""
     method: str = ""
@@ -105,7 +107,11 @@ class Recipe:
             arguments["timesteps"] = list(self.timesteps)
         if self.sigmas:
             arguments["sigmas"] = list(self.sigmas)
-        return arguments
+        return {**arguments, **self.extra()}
+
+    def extra(self) -> dict[str, float]:
+        """Keyword arguments of the pipeline's call that the scheduler needs, whatever the ladder."""
+        return {"eta": self.eta} if self.eta else {}
 
     def ladder(self, schedule: NoiseSchedule) -> tuple[float, ...]:
         """The native times of our own sampler for this recipe."""
@@ -121,9 +127,7 @@ class Recipe:
         """
         for (kind, _), name in SCHEDULERS.items():
             if name == self.scheduler_class:
-                return Transition(
-                    kind, float(self.scheduler_config.get("eta", 0.0)) if kind is TransitionKind.TCD else 1.0
-                )
+                return Transition(kind, self.eta if kind is TransitionKind.TCD else 1.0)
         raise Refusal(
             f"the recipe's scheduler {self.scheduler_class!r} has no transition of ours: use one of {', '.join(SCHEDULERS.values())}"
         )
