@@ -20,6 +20,9 @@ METHODS: Mapping[str, str] = {
     "dmd": "stepdistill.methods.dmd:DMD",
     "dmd2": "stepdistill.methods.dmd2:DMD2",
     "decoupled": "stepdistill.methods.decoupled:Decoupled",
+    "lcm": "stepdistill.methods.lcm:LCM",
+    "tcd": "stepdistill.methods.tcd:TCD",
+    "pcm": "stepdistill.methods.pcm:PCM",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

@@ -48,6 +48,9 @@ CASES: Mapping[str, Case] = {
         "dmd2", {"guidance": 2.0, "ratio": 1, "steps": 2, "transition": "deterministic", "exits": "sample"}
     ),
     "decoupled": Case("decoupled", {"guidance": 2.0, "ratio": 2, "steps": 2, "moments": {"weight": 0.1}}, period=2),
+    "lcm": Case("lcm", {"guidance": 2.0, "steps": 2, "points": 10, "source": "pairs"}),
+    "tcd": Case("tcd", {"guidance": 2.0, "guidance_range": [1.5, 2.5], "steps": 2, "target": "ema", "source": "pairs"}),
+    "pcm": Case("pcm", {"guidance": 2.0, "steps": 2, "phases": 2, "source": "pairs", "gan": {"weight": 0.1}}),
 }
 FULLEST: Mapping[str, str] = {
     case.method: name for name, case in sorted(CASES.items(), key=lambda item: item[1].images)
