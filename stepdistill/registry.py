@@ -23,6 +23,8 @@ METHODS: Mapping[str, str] = {
     "lcm": "stepdistill.methods.lcm:LCM",
     "tcd": "stepdistill.methods.tcd:TCD",
     "pcm": "stepdistill.methods.pcm:PCM",
+    "cm": "stepdistill.methods.cm:CM",
+    "tscd": "stepdistill.methods.tscd:TSCD",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

@@ -12,7 +12,6 @@ that it does. Only the generator is trained, and a discriminator where there is 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -120,9 +119,9 @@ class Consistency(Method[ConfigT]):
         """Native times (N + 1,), rising, float64; the first is the clean end, at which f is the identity."""
         return uniform_grid(self.schedule, self.config.points)
 
-    @abstractmethod
     def end(self, start: Tensor, uniform: Tensor, progress: Progress) -> Tensor:
-        """Index of r for each index of s, (B,), below it; `uniform` (B,) in [0, 1)."""
+        """Index of r for each index of s, (B,), below it; `uniform` (B,) in [0, 1). The clean end by default."""
+        return torch.zeros_like(start)
 
     def function(self, x_t: Tensor, x0: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """f(x_t, t -> r), given the network's x0 there."""

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import broadcast, full
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.methods.base import Progress
 from stepdistill.methods.consistency import Consistency, ConsistencyConfig
 
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
@@ -35,9 +33,6 @@ class LCM(Consistency[LCMConfig]):
     Config = LCMConfig
     name = "lcm"
     transition = Transition(TransitionKind.RENOISE)
-
-    def end(self, start: Tensor, uniform: Tensor, progress: Progress) -> Tensor:
-        return torch.zeros_like(start)
 
     def function(self, x_t: Tensor, x0: Tensor, t: Tensor, r: Tensor) -> Tensor:
         if self.schedule.is_flow or self.config.boundary == "none":

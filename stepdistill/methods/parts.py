@@ -23,7 +23,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss, seeded_head
 from stepdistill.models.recipe import SCHEDULERS, Recipe
 from stepdistill.models.sampler import advance
-from stepdistill.models.triple import FAKE_SCORE, Triple
+from stepdistill.models.triple import FAKE_SCORE, REAL_SCORE, Triple
 
 DmWeight = Literal["code", "paper", "exact_kl"]
 Exits = Literal["batch", "sample"]
@@ -110,18 +110,19 @@ def matching_direction(
     levels: LevelConfig,
     guidance: float,
     weight: DmWeight,
+    real: str = REAL_SCORE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Noise x, ask both scores without graph, and return (d, what to log). Teacher guided, fake score never."""
+    """Noise x, ask both scores without graph, and return (d, what to log). The role `real` is guided, the fake score never."""
     t = levels.levels().times(triple.schedule, draws.uniform("dm.t"))
     with torch.no_grad():
         x_t = triple.schedule.add_noise(x, draws.normal("dm.eps", x.shape[1:]), t)
-        real = triple.real_score.guided(x_t, t, cond, null, guidance)
-        fake = triple.fake_score.x0(x_t, t, cond)
-    alpha, sigma = triple.schedule.levels(t, real)
-    direction = matching_gradient(x.detach(), real, fake, alpha, sigma, weight)
+        real_x0 = triple.denoiser(real).guided(x_t, t, cond, null, guidance)
+        fake_x0 = triple.fake_score.x0(x_t, t, cond)
+    alpha, sigma = triple.schedule.levels(t, real_x0)
+    direction = matching_gradient(x.detach(), real_x0, fake_x0, alpha, sigma, weight)
     own = x.detach().flatten(1)
     # of each sample first: a mean over samples is the same for any division into micro-batches and processes
-    gap = (fake - real).flatten(1).norm(dim=1) / (own - real.flatten(1)).norm(dim=1).clamp_min(1e-6)
+    gap = (fake_x0 - real_x0).flatten(1).norm(dim=1) / (own - real_x0.flatten(1)).norm(dim=1).clamp_min(1e-6)
     logged = {"dm": 0.5 * direction.square().mean(), "score_gap": gap.mean(), **latent_statistics(x)}
     return direction, logged
 
