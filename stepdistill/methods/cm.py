@@ -20,11 +20,12 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.timesteps import spread
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Progress, Setting
-from stepdistill.methods.consistency import Consistency, ConsistencyConfig, Predict, spread
+from stepdistill.methods.consistency import Consistency, ConsistencyConfig, Predict, jump
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import Triple
 
@@ -99,7 +100,7 @@ class CM(Consistency[CMConfig]):
     def solve(self, teacher: Predict, x_s: Tensor, s: Tensor, e: Tensor) -> Tensor:
         """Heun: x_e = (alpha_e / alpha_s) x_s + (sigma_e - alpha_e s~_s) eps, the mean of eps at both ends."""
         first = teacher(x_s, s)
-        euler = self.function(x_s, first, s, e)
+        euler = jump(self.schedule, x_s, first, s, e)
         if self.config.solver == "ddim":
             return euler
         (alpha_s, sigma_s), (alpha_e, sigma_e) = self.schedule.levels(s, x_s), self.schedule.levels(e, x_s)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.schedule import NoiseSchedule, broadcast
+from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast
+from stepdistill.diffusion.timesteps import spread, uniform_grid
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
@@ -35,7 +36,6 @@ TARGET = "target"
 """Role of the target network where it is an EMA of the generator."""
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x_t, t) -> x0."""
-SOLVER = Transition(TransitionKind.DETERMINISTIC)
 
 
 class AdversaryConfig(Settings):
@@ -125,11 +125,11 @@ class Consistency(Method[ConfigT]):
 
     def function(self, x_t: Tensor, x0: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """f(x_t, t -> r), given the network's x0 there."""
-        return SOLVER(self.schedule, x_t, x0, t, r).mean
+        return jump(self.schedule, x_t, x0, t, r)
 
     def solve(self, teacher: Predict, x_s: Tensor, s: Tensor, e: Tensor) -> Tensor:
         """x_e by one step of the teacher: DDIM, which for flow models is Euler."""
-        return SOLVER(self.schedule, x_s, teacher(x_s, s), s, e).mean
+        return jump(self.schedule, x_s, teacher(x_s, s), s, e)
 
     def teacher(self, triple: Triple, batch: Batch, x0: Tensor, draws: Draws) -> Predict:
         """What the solver follows: the guided teacher. `x0` is what was noised."""
@@ -273,58 +273,9 @@ class Consistency(Method[ConfigT]):
         return parts.discriminate(triple, adversary.features, x_a, level, leap.batch.cond)
 
 
-# ---------------------------------------------------------------- grids and ladders
-
-
-def uniform_grid(schedule: NoiseSchedule, points: int) -> Tensor:
-    """(points + 1,) native times, rising, float64.
-
-    VP: 0, then N i / points - 1, e.g. 0, 19, 39, ..., 999 (LCM): the clean end is timestep 0, with sigma = 0.03 for SD.
-    Flow: i / points through the model's shift, from 0.
-
-    Raises:
-        Refusal: more points than the schedule has timesteps to tell apart.
-    """
-    index = torch.arange(points + 1, dtype=torch.float64)
-    if schedule.is_flow:
-        return schedule.time_at(index / points)
-    grid = ((index * schedule.train_steps / points).round() - 1).clamp_min(0)
-    if bool((grid.diff() <= 0).any()):
-        raise Refusal(
-            f"method.points is {points} and the teacher has {schedule.train_steps} timesteps: use fewer points"
-        )
-    return grid
-
-
-def edges(points: int, count: int) -> Tensor:
-    """Indices of the lower ends of `count` equal parts of a grid of `points` steps, rising from 0: floor(i points / count).
-
-    Raises:
-        Refusal: more parts than steps.
-    """
-    if count > points:
-        raise Refusal(
-            f"a grid of {points} points was to be cut into {count} parts: use more method.points or fewer parts"
-        )
-    return torch.arange(count) * points // count
-
-
-def part_of(start: Tensor, edge: Tensor) -> Tensor:
-    """Number of the part that a leap from index `start` lies in; a start on an edge belongs to the part below it."""
-    edge = edge.to(start.device)
-    return torch.bucketize(start - 1, edge, right=True) - 1
-
-
-def spread(grid: Tensor, steps: int) -> list[float]:
-    """`steps` points of a grid, the noisiest first, evenly by index as LCMScheduler and TCDScheduler choose them.
-
-    Raises:
-        Refusal: more steps than points.
-    """
-    last = len(grid) - 1
-    if steps > last:
-        raise Refusal(f"method.steps is {steps} and the grid has {last} points: use fewer steps or more method.points")
-    return [float(grid[last - i * last // steps]) for i in range(steps)]
+def jump(schedule: NoiseSchedule, x_t: Tensor, x0: Tensor, t: Time, r: Time) -> Tensor:
+    """x_r = alpha_r x0 + sigma_r eps, with eps of (x_t, x0): a step of DDIM, of Euler for flow models."""
+    return Transition(TransitionKind.DETERMINISTIC)(schedule, x_t, x0, t, r).mean
 
 
 def strategic(schedule: NoiseSchedule, eta: float) -> Transition:

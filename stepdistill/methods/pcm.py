@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stepdistill.diffusion.timesteps import edges, part_of
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Decode, Progress, RoleKind, Setting
@@ -23,8 +24,6 @@ from stepdistill.methods.consistency import (
     AdversaryConfig,
     Consistency,
     ConsistencyConfig,
-    edges,
-    part_of,
     strategic,
 )
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple

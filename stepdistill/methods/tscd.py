@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.timesteps import edges, part_of
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import STUDENT, Batch, Decode, Progress, RoleKind, Rollout, Setting, Stage, Terms
@@ -28,8 +29,6 @@ from stepdistill.methods.consistency import (
     Consistency,
     ConsistencyConfig,
     Leap,
-    edges,
-    part_of,
     strategic,
 )
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
@@ -150,7 +149,7 @@ class TSCD(Consistency[TSCDConfig]):
                 return Terms(added, logged)
             terms = super().loss(role, rollout, triple, progress, draws)
             return Terms(terms.total + added, {**terms.parts, **logged})
-        terms = super().loss(role, rollout, triple, progress, draws)
+        # before the adversary: a sharded network that was left at its features keeps them only until its next forward
         direction, logged = parts.matching_direction(
             x,
             cond,
@@ -162,6 +161,7 @@ class TSCD(Consistency[TSCDConfig]):
             weight=score.dm_weight,
             real=TRAJECTORY if score.real == "trajectory" else REAL_SCORE,
         )
+        terms = super().loss(role, rollout, triple, progress, draws)
         total = score.trajectory * terms.total + score.weight * parts.surrogate(x, direction)
         return Terms(total, {**terms.parts, **logged})
 

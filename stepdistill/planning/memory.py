@@ -28,7 +28,7 @@ class Sizes:
     Attributes:
         base: frozen network, as configured: quantised or not.
         unpacked: its largest linear layer in the base's dtype, which a quantised product needs; 0 without quantisation.
-        roles: trained parameters of each role without heads.
+        roles: parameters of each role without heads: those that are trained, and frozen ones that the method added.
         heads: of all discriminator heads.
         ema: the averaged copy.
         optimizers: what each role's optimizer keeps.
@@ -56,7 +56,7 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
     kind = config.model.quantization
     saved = sum(size_of([weight]) - quantized_size(weight, kind) for weight in linear)
     others = companions(session.checkpoint)
-    roles = {role: triple.network_parameters(role) for role in plan.roles}
+    roles = {role: triple.network_parameters(role) for role in triple.layouts if role != EMA}
     heads = [head for named in triple.heads.values() for head in named.values()]
     ema = triple.network_parameters(EMA) if EMA in triple.layouts else {}
     configured = {"generator": config.optimizers.generator, "fake_score": config.optimizers.fake_score}
@@ -68,7 +68,7 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
     parameters = [
         Parameters(name=f"{REAL_SCORE} (the base)", count=_count(base.values()), trained=False),
         *(
-            Parameters(name=f"{role} ({held[role]})", count=_count(own.values()), trained=True)
+            Parameters(name=f"{role} ({held[role]})", count=_count(own.values()), trained=role in plan.roles)
             for role, own in roles.items()
         ),
         Parameters(name="heads", count=sum(_count(head.parameters()) for head in heads), trained=True),

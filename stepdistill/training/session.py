@@ -175,7 +175,8 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
         compute_dtype=dtype,
         seed=config.training.seed,
     )
-    method = plan.method_class(plan.method_config, plan.setting)
+    with torch.device("cpu"):  # its ladders and levels are numbers even where weights are outlines
+        method = plan.method_class(plan.method_config, plan.setting)
     pipeline = checkpoint.pipeline
     decode = None if pipeline is None else lambda latents: plan.family.decode(checkpoint, latents)
     method.prepare(triple, decode)
