@@ -71,6 +71,36 @@ CASES: Mapping[str, Case] = {
         },
         period=2,
     ),
+    "lcm": Case("lcm", {"guidance": 2.0, "steps": 2, "points": 10, "source": "pairs"}),
+    "tcd": Case("tcd", {"guidance": 2.0, "guidance_range": [1.5, 2.5], "steps": 2, "target": "ema", "source": "pairs"}),
+    "cm": Case(
+        "cm",
+        {
+            "guidance": 2.0,
+            "steps": 2,
+            "points": 12,
+            "source": "pairs",
+            "curriculum": "doubling",
+            "first_points": 3,
+            "curriculum_iterations": 3,
+            "decay": "curriculum",
+            "times": "lognormal",
+            "weights": "gap",
+        },
+    ),
+    "tscd": Case(
+        "tscd",
+        {
+            "guidance": 2.0,
+            "steps": 2,
+            "points": 10,
+            "source": "pairs",
+            "gan": {"weight": 0.1, "features": "fake_score"},
+            "stages": [{"segments": 2, "iterations": 1, "gan": 0.0}, {"segments": 1, "iterations": 1}],
+            "score": {},
+        },
+    ),
+    "pcm": Case("pcm", {"guidance": 2.0, "steps": 2, "phases": 2, "source": "pairs", "gan": {"weight": 0.1}}),
 }
 FULLEST: Mapping[str, str] = {
     case.method: name for name, case in sorted(CASES.items(), key=lambda item: item[1].images)

@@ -25,8 +25,8 @@ def tiny_of(name: str, tiny: Callable[..., Path]) -> Path:
     return tiny(family, "v" if name.startswith("sd21v") else "default")
 
 
-def pairs_for(model: Path, guidance: float, folder: Path) -> Path:
-    config = {"model": {"path": str(model)}, "prompts": "builtin:general", "count": 2, "guidance": guidance, "steps": 2}
+def pairs_for(model: Path | str, prompts: str, guidance: float, folder: Path) -> Path:
+    config = {"model": {"path": str(model)}, "prompts": prompts, "count": 2, "guidance": guidance, "steps": 2}
     collect("pairs", CollectConfig.model_validate({**config, "device": "cpu"}), folder)
     return folder
 
@@ -35,11 +35,13 @@ def pairs_for(model: Path, guidance: float, folder: Path) -> Path:
 def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     raw = yaml.safe_load((CONFIGS / name).read_text())
     overrides = []
-    if not raw["model"]["path"].startswith("builtin:"):
+    model = raw["model"]["path"]
+    if not model.startswith("builtin:"):
         model = tiny_of(name, tiny)
         overrides.append(f"model.path={model}")
-        if raw["data"].get("pairs"):
-            overrides.append(f"data.pairs={pairs_for(model, raw['method']['guidance'], tmp_path / 'pairs')}")
+    if raw["data"].get("pairs"):
+        pairs = pairs_for(model, raw["data"]["prompts"], raw["method"]["guidance"], tmp_path / "pairs")
+        overrides.append(f"data.pairs={pairs}")
     if raw["data"].get("images"):
         (tmp_path / "images").mkdir()
         Image.new("RGB", (96, 96), "red").save(tmp_path / "images/a.png")

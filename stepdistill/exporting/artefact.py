@@ -246,7 +246,7 @@ def _arguments(
         spaced = {"timestep_spacing": "trailing"} if "timestep_spacing" in recipe.scheduler_config else {}
         changed = replace(recipe, scheduler_config={**recipe.scheduler_config, **spaced})
         pipeline.scheduler = changed.scheduler(dict(pipeline.scheduler.config))
-        arguments = {"num_inference_steps": steps, "guidance_scale": recipe.guidance_scale}
+        arguments = {"num_inference_steps": steps, "guidance_scale": recipe.guidance_scale, **recipe.call}
         if recipe.sigmas and steps is not None:
             arguments["sigmas"] = [1 - index / steps for index in range(steps)]
     else:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.config import Settings
-from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.diffusion.prediction import from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.timesteps import NoiseLevels
@@ -20,13 +20,14 @@ from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Rollout, Setting
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss
+from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss, seeded_head
 from stepdistill.models.recipe import SCHEDULERS, Recipe
 from stepdistill.models.sampler import advance
 from stepdistill.models.triple import FAKE_SCORE, Triple
 
 DmWeight = Literal["code", "paper", "exact_kl"]
 Exits = Literal["batch", "sample"]
+Distance = Literal["l2", "huber", "pseudo_huber"]
 HEAD = "discriminator"
 
 
@@ -158,6 +159,23 @@ def surrogate(x: Tensor, direction: Tensor) -> Tensor:
     return 0.5 * (x - (x - direction).detach()).square().mean()
 
 
+def distance(error: Tensor, kind: Distance, c: float | None = None) -> Tensor:
+    """Each sample's distance (B,) from its error (B, ...).
+
+    l2:           mean of d^2
+    huber:        mean of sqrt(d^2 + c^2) - c, element by element; c = 1e-3 by default             (LCM)
+    pseudo_huber: sqrt(||d||^2 + c^2) - c of the whole sample of D elements; c = 0.00054 sqrt(D)    (iCT)
+    """
+    own = error.flatten(1)
+    if kind == "l2":
+        return own.square().mean(1)
+    if kind == "huber":
+        c = 1e-3 if c is None else c
+        return ((own.square() + c**2).sqrt() - c).mean(1)
+    c = 0.00054 * own.shape[1] ** 0.5 if c is None else c
+    return (own.square().sum(1) + c**2).sqrt() - c
+
+
 def fake_score_loss(
     fake: Denoiser,
     x: Tensor,
@@ -257,12 +275,22 @@ def noised_images(
 # ---------------------------------------------------------------- GAN
 
 
+def attach_discriminator(triple: Triple, setting: Setting, width: int | None) -> None:
+    """A head on features of one network, owned by the fake score's optimizer."""
+    seed = derive_seed(triple.seed, "head")
+    triple.attach_head(FAKE_SCORE, HEAD, seeded_head(setting.feature_channels, setting.feature_size, seed, width))
+
+
+def discriminate(triple: Triple, features: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """The head's logits (B,) of samples that are noised already, on the features of the role `features`."""
+    return triple.head(FAKE_SCORE, HEAD)(triple.denoiser(features).features(x_t, t, cond))  # type: ignore[no-any-return]
+
+
 def gan_logits(triple: Triple, gan: GanConfig, x: Tensor, cond: Conditioning, purpose: str, draws: Draws) -> Tensor:
     """Logits (B,) of samples x, noised to levels of their own."""
-    network = triple.denoiser(gan.features)
     t = gan.levels.levels().times(triple.schedule, draws.uniform(f"{purpose}.t"))
     x_t = triple.schedule.add_noise(x, draws.normal(f"{purpose}.eps", x.shape[1:]), t)
-    return triple.head(FAKE_SCORE, HEAD)(network.features(x_t, t, cond))  # type: ignore[no-any-return]
+    return discriminate(triple, gan.features, x_t, t, cond)
 
 
 def gan_generator_loss(triple: Triple, gan: GanConfig, x: Tensor, cond: Conditioning, draws: Draws) -> Tensor:
@@ -315,6 +343,7 @@ def few_step_recipe(
         sigmas=tuple(schedule.fraction_at(torch.tensor(ladder, dtype=torch.float64)).tolist())
         if schedule.is_flow
         else (),
+        call={"eta": transition.strength} if transition.kind is TransitionKind.TCD and transition.strength else {},
         base=setting.base,
         method=method,
         baked_guidance=baked_guidance,

@@ -47,7 +47,7 @@ class Recipe:
         resolution: (height, width) in pixels that it was trained at.
         alpha, rank: of the LoRA; 0 for a full model.
         experts: network calls of each expert, noisiest first, where the student is several; empty for one.
-        call: further arguments of the pipeline's call.
+        call: further arguments of the pipeline's call (TCDScheduler's eta, Sana-Sprint's timesteps).
     """
 
     scheduler_class: str
@@ -109,13 +109,12 @@ class Recipe:
         arguments: dict[str, Any] = {
             "guidance_scale": self.guidance_scale,
             "num_inference_steps": self.num_inference_steps,
-            **self.call,
         }
         if self.timesteps:
             arguments["timesteps"] = list(self.timesteps)
         if self.sigmas:
             arguments["sigmas"] = list(self.sigmas)
-        return arguments
+        return {**arguments, **self.call}
 
     def ladder(self, schedule: NoiseSchedule) -> tuple[float, ...]:
         """The native times of our own sampler for this recipe."""
@@ -140,9 +139,7 @@ class Recipe:
             return Transition(TransitionKind.RENOISE)
         for (kind, _), name in SCHEDULERS.items():
             if name == self.scheduler_class:
-                return Transition(
-                    kind, float(self.scheduler_config.get("eta", 0.0)) if kind is TransitionKind.TCD else 1.0
-                )
+                return Transition(kind, float(self.call.get("eta", 0.0)) if kind is TransitionKind.TCD else 1.0)
         raise Refusal(
             f"the recipe's scheduler {self.scheduler_class!r} has no transition of ours: use one of {', '.join(SCHEDULERS.values())}"
         )

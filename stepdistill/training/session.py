@@ -240,8 +240,8 @@ def load_initial(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:
             continue
         kept = {key: value for key, value in triple.state(role).items() if key.startswith("head.")}
         triple.load_state(role, {**own, **kept})
-    if EMA in triple.layouts:
-        triple.copy_role(GENERATOR, EMA)
+    for copy, source in triple.copies.items():
+        triple.copy_role(source, copy)
 
 
 def layout_of(config: RoleConfig, family: Family) -> RoleLayout:
