@@ -19,6 +19,7 @@ from stepdistill.errors import Refusal
 METHODS: Mapping[str, str] = {
     "dmd": "stepdistill.methods.dmd:DMD",
     "dmd2": "stepdistill.methods.dmd2:DMD2",
+    "flash": "stepdistill.methods.flash:Flash",
     "decoupled": "stepdistill.methods.decoupled:Decoupled",
     "disback": "stepdistill.methods.disback:DisBack",
     "phased": "stepdistill.methods.phased:Phased",
@@ -35,6 +36,11 @@ FAMILIES: Mapping[str, str] = {
     "sana": "stepdistill.models.families.sana:Sana",
     "analytic": "stepdistill.models.families.analytic:Analytic",
 }
+REWARDS: Mapping[str, str] = {
+    "critic": "stepdistill.rewards.critic:load",
+    "clip": "stepdistill.rewards.clip:load",
+}
+"""Name before the colon -> a `Factory` of `rewards/base.py`."""
 
 
 def method_names() -> tuple[str, ...]:

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizerFast, CLIPVisionConfig
 
+from stepdistill.assets import FOLDER
 from stepdistill.registry import load_family
 
 # one thread: the networks are tiny, and a second one waits in a busy loop for its turn on a machine that is shared
 torch.set_num_threads(1)
+
+
+CLIP_LENGTH = 77
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +58,24 @@ def copied(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
         return Path(shutil.copytree(tiny(family, variant), tmp_path / "model"))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP of 77 positions with the embedded teacher's tokenizer."""
+    folder = tmp_path_factory.mktemp("clip-tiny")
+    tokenizer = CLIPTokenizerFast.from_pretrained(FOLDER / "teacher" / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=CLIP_LENGTH, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    torch.manual_seed(0)
+    CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

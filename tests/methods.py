@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from stepdistill.config import RunConfig, parse
+from stepdistill.methods.base import Needs
 from stepdistill.registry import load_method
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.collect import CollectConfig, collect
@@ -35,17 +36,37 @@ class Case:
     period: int = 1
 
     @property
-    def images(self) -> bool:
+    def needs(self) -> Needs:
         method = load_method(self.method)
-        return bool(method.needs(method.Config.model_validate(dict(self.options))).images)
+        needs: Needs = method.needs(method.Config.model_validate(dict(self.options)))
+        return needs
+
+    @property
+    def family(self) -> str:
+        """Of its short runs: the analytic one unless images must be encoded or decoded."""
+        return "sd" if self.needs.images or self.needs.vision or self.needs.reward else "analytic"
 
 
+LATENT_GAN = {"weight": 1e-2, "features": "real_score", "reals": "pairs"}
+FLASH: Mapping[str, Any] = {
+    "guidance": 2.0, "ratio": 2, "steps": 3, "gan": {"weight": 1e-2, "features": "vision", "reals": "pairs"},
+}  # fmt: skip
 CASES: Mapping[str, Case] = {
     "dmd": Case("dmd", {"guidance": 2.0}),
     "dmd2": Case("dmd2", {"guidance": 2.0, "ratio": 2, "steps": 2}, period=2),
     "dmd2-gan": Case("dmd2", {"guidance": 2.0, "ratio": 2, "steps": 2, "gan": {"weight": 1e-2}}, period=2),
     "dmd2-deterministic": Case(
         "dmd2", {"guidance": 2.0, "ratio": 1, "steps": 2, "transition": "deterministic", "exits": "sample"}
+    ),
+    "dmd2-blend": Case("dmd2", {"guidance": 2.0, "ratio": 1, "steps": 2, "fake_blend": 0.9}),
+    "dmd2-divergence": Case(
+        "dmd2", {"guidance": 2.0, "ratio": 1, "steps": 2, "divergence": "jensen_shannon", "gan": LATENT_GAN}
+    ),
+    "flash": Case("flash", FLASH, period=2),
+    "flash-joint": Case(
+        "flash",
+        {**FLASH, "rl": {"reward": "critic:brightness", "start": 1, "per_distillation": 1, "candidates": 2}},
+        period=3,
     ),
     "decoupled": Case("decoupled", {"guidance": 2.0, "ratio": 2, "steps": 2, "moments": {"weight": 0.1}}, period=2),
     # three iterations of the record, then s'_2, s'_1 and the teacher, one update each: broken off at every turn of the path
@@ -103,9 +124,9 @@ CASES: Mapping[str, Case] = {
     "pcm": Case("pcm", {"guidance": 2.0, "steps": 2, "phases": 2, "source": "pairs", "gan": {"weight": 0.1}}),
 }
 FULLEST: Mapping[str, str] = {
-    case.method: name for name, case in sorted(CASES.items(), key=lambda item: item[1].images)
+    case.method: name for name, case in sorted(CASES.items(), key=lambda item: item[1].family == "sd")
 }
-"""Method -> its case with the most parts: one on images where there is one."""
+"""Method -> its case with the most parts: one on images where there is one, the last of them."""
 LAYOUTS = {"lora": ("lora", "lora"), "full": ("full", "full"), "mixed": ("lora", "full")}
 
 
@@ -133,7 +154,7 @@ class Bench:
         **training: Any,
     ) -> RunConfig:
         """A short run; on the analytic family unless another is named or the case needs images."""
-        family = family or ("sd" if case.images else "analytic")
+        family = family or case.family
         model = self.tiny(family, variant)
         roles = [{"mode": mode, "rank": 4, "alpha": 2} for mode in LAYOUTS[layout]]
         data: dict[str, Any] = {
@@ -155,10 +176,9 @@ class Bench:
         words = [f"mode {k % 4}" for k in range(5)] if family == "analytic" else ["a", "red", "cat", "on", "a mat"]
         prompts.write_text("\n".join(words))
         data: dict[str, Any] = {"prompts": str(prompts)}
-        needs = load_method(case.method).needs(load_method(case.method).Config.model_validate(dict(case.options)))
-        if needs.images:
+        if case.needs.images:
             data["images"] = str(self._images())
-        if needs.pairs:
+        if case.needs.pairs:
             data["pairs"] = str(self._pairs(case, model, prompts))
         return data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,6 +26,11 @@ def tiny_of(name: str, tiny: Callable[..., Path]) -> Path:
     return tiny(family, "v" if name.startswith("sd21v") else "default")
 
 
+def model_of(name: str, raw: dict[str, Any], tiny: Callable[..., Path]) -> Path | str:
+    """The config's own where it comes with the package."""
+    return raw["model"]["path"] if raw["model"]["path"].startswith("builtin:") else tiny_of(name, tiny)
+
+
 def pairs_for(model: Path | str, prompts: str, guidance: float, folder: Path) -> Path:
     config = {"model": {"path": str(model)}, "prompts": prompts, "count": 2, "guidance": guidance, "steps": 2}
     collect("pairs", CollectConfig.model_validate({**config, "device": "cpu"}), folder)
@@ -34,11 +40,8 @@ def pairs_for(model: Path | str, prompts: str, guidance: float, folder: Path) ->
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     raw = yaml.safe_load((CONFIGS / name).read_text())
-    overrides = []
-    model = raw["model"]["path"]
-    if not model.startswith("builtin:"):
-        model = tiny_of(name, tiny)
-        overrides.append(f"model.path={model}")
+    model = model_of(name, raw, tiny)
+    overrides = [f"model.path={model}"]
     if raw["data"].get("pairs"):
         pairs = pairs_for(model, raw["data"]["prompts"], raw["method"]["guidance"], tmp_path / "pairs")
         overrides.append(f"data.pairs={pairs}")
@@ -56,15 +59,17 @@ def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path
 
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_collections_run(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    changes = [f"model.path={tiny_of(name, tiny)}", "count=2", "steps=2", "device=cpu", "model.dtype=float32"]
+    raw = yaml.safe_load((CONFIGS / name).read_text())
+    changes = [f"model.path={model_of(name, raw, tiny)}", "count=2", "steps=2", "device=cpu", "model.dtype=float32"]
     assert collect("pairs", read_settings(CollectConfig, CONFIGS / name, changes), tmp_path) == 2
 
 
 @pytest.mark.parametrize("name", [*TRAINING, *COLLECTIONS])
 def test_headers(name: str) -> None:
-    header = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
-    said = " ".join(header)
-    wanted = ["command", "hardware", "numbers"] + (["prompts"] if name != "quickstart.yaml" else [])
+    text = (CONFIGS / name).read_text()
+    said = " ".join(line for line in text.splitlines() if line.startswith("#"))
+    # the embedded teacher's prompts come with it
+    wanted = ["command", "hardware", "numbers"] + ([] if "path: builtin:" in text else ["prompts"])
     assert [word for word in wanted if f"# {word}" not in said] == []
 
 

@@ -16,8 +16,9 @@ from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Progress, Rollout
-from stepdistill.methods.decoupled import Decoupled, DecoupledConfig, moment_penalty
+from stepdistill.methods.decoupled import Decoupled, DecoupledConfig
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
+from stepdistill.methods.few_step import moment_penalty
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 

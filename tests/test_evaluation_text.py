@@ -8,36 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizerFast, CLIPVisionConfig
+from conftest import CLIP_LENGTH as LENGTH
 
-from stepdistill.assets import FOLDER
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.features import CLIP_DEVIATION, CLIP_MEAN, as_tensor, load_extractor, standardised
 from stepdistill.evaluation.perceptual import Lpips
 from stepdistill.evaluation.text import Aesthetic, ClipScorer, PickScore, Unavailable, clip_score, load_reward, win_rate
-
-LENGTH = 77
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP of 77 positions with the embedded teacher's tokenizer."""
-    folder = tmp_path_factory.mktemp("clip-tiny")
-    tokenizer = CLIPTokenizerFast.from_pretrained(FOLDER / "teacher" / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    torch.manual_seed(0)
-    CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def images(count: int, size: tuple[int, int] = (40, 40)) -> list[np.ndarray]:

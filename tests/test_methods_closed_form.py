@@ -39,6 +39,7 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Method, Needs, Progress, Rollout, Terms
 from stepdistill.methods.dmd import DMD, DMDConfig
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
+from stepdistill.methods.gan import HEAD, GanConfig
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.heads import FeatureHead, discriminator_loss, generator_loss
 from stepdistill.models.recipe import Recipe
@@ -192,7 +193,7 @@ def rows(batch: Batch, index: int) -> Batch:
     return Batch(**{key: value[index : index + 1] for key, value in vars(batch).items() if value is not None})
 
 
-GAN = parts.GanConfig(weight=0.1, critic_weight=0.2, width=8)
+GAN = GanConfig(weight=0.1, critic_weight=0.2, width=8)
 METHODS: dict[str, Callable[[NoiseSchedule], Method[Any]]] = {
     "dmd": lambda s: DMD(DMDConfig(guidance=2.0), setting(s, 2)),
     "dmd2": lambda s: DMD2(DMD2Config(guidance=2.0), setting(s, 2)),
@@ -323,7 +324,7 @@ def logits(triple: Triple, features: str, x: Tensor, cond: Conditioning, purpose
     schedule, stream = triple.schedule, draws(role=role)
     t = parts.LevelConfig(low=0.0, high=1.0).levels().times(schedule, stream.uniform(f"{purpose}.t"))
     x_t = schedule.add_noise(x, stream.normal(f"{purpose}.eps", (2, 1, 1)), t)
-    return triple.head(FAKE_SCORE, parts.HEAD)(triple.denoiser(features).features(x_t, t, cond))  # type: ignore[no-any-return]
+    return triple.head(FAKE_SCORE, HEAD)(triple.denoiser(features).features(x_t, t, cond))  # type: ignore[no-any-return]
 
 
 SHAPE = (2, 1, 1)
@@ -372,7 +373,7 @@ def test_exits_follow_their_odds(exits: parts.Exits) -> None:
         counts += torch.tensor([(t == time).sum() for time in ladder])
     assert counts[1] == 0
     assert float(counts[0] / counts.sum()) == pytest.approx(0.75, abs=0.1 if exits == "batch" else 0.05)
-    with pytest.raises(Refusal, match=r"exit_odds is \[1.0\] and the ladder has 4 steps"):
+    with pytest.raises(Refusal, match=r"exit_odds is \[1.0\] and rollouts are left at one of 4 steps"):
         DMD2(DMD2Config(guidance=2.0, exit_odds=[1.0]), setting(schedule, 2))
 
 
@@ -382,7 +383,7 @@ def test_gan_terms_add_up(name: str) -> None:
     method, triple = ready(name, vp())
     gan, batch = method.config.gan, full_batch()
     rollout = method.rollout(batch, triple, FIRST, draws()).detach()
-    plain = DMD2(method.config.model_copy(update={"gan": parts.GanConfig()}), method.setting)
+    plain = DMD2(method.config.model_copy(update={"gan": GanConfig()}), method.setting)
     fake = logits(triple, gan.features, rollout.x0, batch.cond, "gan", GENERATOR)
     expected = plain.loss(GENERATOR, rollout, triple, FIRST, draws()).total + 0.1 * generator_loss(fake, gan.loss)
     close(method.loss(GENERATOR, rollout, triple, FIRST, draws()).total, expected, 1e-12)

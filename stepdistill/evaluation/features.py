@@ -29,6 +29,7 @@ from stepdistill.evaluation.images import Picture
 from stepdistill.evaluation.inception import find_inception, load_inception
 from stepdistill.evaluation.judge import Judge
 from stepdistill.evaluation.resize import ResizeMode, normalise, resize299
+from stepdistill.models import vision
 
 Features = NDArray[np.float32]
 CACHE_VARIABLE = "STEPDISTILL_CACHE"
@@ -210,8 +211,8 @@ def _clip(path: str, device: torch.device | str, download: bool) -> FeatureExtra
     return FeatureExtractor(record, lambda image: standardised(image, side, CLIP_MEAN, CLIP_DEVIATION), network, device)
 
 
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
-CLIP_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711])
+CLIP_MEAN = np.array(vision.CLIP_MEAN)
+CLIP_DEVIATION = np.array(vision.CLIP_DEVIATION)
 
 
 def _user(module: str, function: str) -> FeatureExtractor:

@@ -52,12 +52,15 @@ class Needs:
         images, pairs: kinds of data beside prompts.
         predictions: prediction types of teachers it works with; empty for all.
         jvp: forward-mode derivatives through the network.
+        vision, reward: names of frozen models, found in `Triple.frozen` when `prepare` is called.
     """
 
     images: bool = False
     pairs: bool = False
     predictions: tuple[Prediction, ...] = ()
     jvp: bool = False
+    vision: str | None = None
+    reward: str | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,10 @@ class Terms:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def plus(self, name: str, term: Tensor, weight: float) -> Terms:
+        """With a further, weighted term, logged under its name without the weight."""
+        return replace(self, total=self.total + weight * term, parts={**self.parts, name: term.detach()})
+
 
 class Method(ABC, Generic[ConfigT]):
     """Base of all methods. The trainer knows methods by this interface alone."""
@@ -213,7 +220,7 @@ class Method(ABC, Generic[ConfigT]):
             )
         if needs.pairs and not pairs:
             raise Refusal(
-                "the method's regression term needs teacher pairs and data.pairs is not set: run 'stepdistill collect pairs' first"
+                "the method as it is configured needs teacher pairs and data.pairs is not set: run 'stepdistill collect pairs' first"
             )
         if needs.predictions and schedule.prediction not in needs.predictions:
             wanted = ", ".join(prediction.value for prediction in needs.predictions)

@@ -28,6 +28,7 @@ from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Method, Needs, Progress, RoleKind, Rollout, Setting, Terms
+from stepdistill.methods.gan import discriminate
 from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
@@ -270,7 +271,7 @@ class Consistency(Method[ConfigT]):
         level = leap.level.clamp_min(1e-3) if self.schedule.is_flow else leap.level
         ratio, std = self.schedule.kernel(leap.r, level)
         x_a = broadcast(ratio, x_r) * x_r + broadcast(std, x_r) * draws.normal(f"{purpose}.eps", x_r.shape[1:])
-        return parts.discriminate(triple, adversary.features, x_a, level, leap.batch.cond)
+        return discriminate(triple, adversary.features, x_a, level, leap.batch.cond)
 
 
 def jump(schedule: NoiseSchedule, x_t: Tensor, x0: Tensor, t: Time, r: Time) -> Tensor:

@@ -20,22 +20,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import guide
+from stepdistill.diffusion.schedule import broadcast
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Progress, Rollout, Setting, Terms
 from stepdistill.methods.few_step import FewStep, FewStepConfig
 from stepdistill.models.triple import GENERATOR, Triple
-
-
-class MomentConfig(Settings):
-    """Shield by moments (the paper's mean-variance KL): each sample's own mean and variance against real latents'."""
-
-    weight: float = Field(0.0, ge=0, description="0 is off; 0.1 beside matching is a safety net")
-    mean: float = Field(0.0, description="of real latents, over all elements; 0.075 for SDXL")
-    std: float = Field(1.0, gt=0, description="of real latents; 0.9 for SDXL")
 
 
 class DecoupledConfig(FewStepConfig):
@@ -48,7 +40,6 @@ class DecoupledConfig(FewStepConfig):
     ca_low: float = Field(
         0.02, ge=0, lt=1, description="least noisy level of CA, on the fraction axis before the shift"
     )
-    moments: MomentConfig = MomentConfig()
     floor: float = Field(1e-6, gt=0, description="least value of the normalisers")
     ramp: int = Field(0, ge=0, description="generator updates over which w - 1 grows from 0; 0 is none, as published")
 
@@ -68,31 +59,31 @@ class Decoupled(FewStep[DecoupledConfig]):
     def generator_loss(self, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         """L_G = 1/2 mean(x - sg(x + (w - 1) dCA/n_CA))^2 + 1/2 mean(x - sg(x + dDM/n_DM))^2 + shields."""
         x, w = rollout.x0, self._guidance(progress)
-        augmentation, matching, gap = self._directions(rollout, triple, w, draws)
+        statistics: dict[str, Tensor] = {}
+        augmentation, matching, gap = self._directions(rollout, triple, w, draws, statistics)
         total = parts.surrogate(x, augmentation)
         logged = {"ca": 0.5 * augmentation.square().mean(), "guidance": x.new_tensor(w)}
         if self.config.matching:
             total = total + parts.surrogate(x, matching)
             logged |= {"dm": 0.5 * matching.square().mean(), "score_gap": gap}
-        if self.config.moments.weight > 0:
-            penalty = moment_penalty(x, self.config.moments.mean, self.config.moments.std)
-            total = total + self.config.moments.weight * penalty
-            logged["moments"] = penalty.detach()
-        return Terms(total, logged)
+        return Terms(total, logged, statistics)
 
-    def _directions(self, rollout: Rollout, triple: Triple, w: float, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    def _directions(
+        self, rollout: Rollout, triple: Triple, w: float, draws: Draws, statistics: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Descent directions (CA, DM) at x, without graph, and the gap of the scores that match."""
         x, t_gen = rollout.x0.detach(), rollout.t
         cond, null = rollout.batch.cond, rollout.batch.null
         with torch.no_grad():
             t_dm = self._dm_times(t_gen, draws)
             x_dm = self.schedule.add_noise(x, draws.normal("dm.eps", x.shape[1:]), t_dm)
+            h = broadcast(self.weights(rollout, x_dm, t_dm, triple, statistics), x)
             if self.config.schedule == "coupled":
                 uncond, real = triple.real_score.both(x_dm, t_dm, cond, null)
                 fake = triple.fake_score.x0(x_dm, t_dm, cond)
                 guided = guide(uncond, real, w)
                 norm = parts.normaliser(x, guided, self.config.floor)
-                return (1 - w) * (real - uncond) / norm, (fake - real) / norm, parts.score_gap(x, guided, fake)
+                return (1 - w) * (real - uncond) / norm, h * (fake - real) / norm, parts.score_gap(x, guided, fake)
             t_ca = parts.times_below(self.schedule, draws.uniform("ca.t"), self.config.ca_low, self._ca_bound(t_gen))
             x_ca = self.schedule.add_noise(x, draws.normal("ca.eps", x.shape[1:]), t_ca)
             uncond, conditional = triple.real_score.both(x_ca, t_ca, cond, null)
@@ -100,7 +91,7 @@ class Decoupled(FewStep[DecoupledConfig]):
             if not self.config.matching:
                 return augmentation, torch.zeros_like(augmentation), x.new_zeros(())
             real, fake = triple.real_score.x0(x_dm, t_dm, cond), triple.fake_score.x0(x_dm, t_dm, cond)
-            matching = (fake - real) / parts.normaliser(x, real, self.config.floor)
+            matching = h * (fake - real) / parts.normaliser(x, real, self.config.floor)
             return augmentation, matching, parts.score_gap(x, real, fake)
 
     def _dm_times(self, t_gen: Tensor, draws: Draws) -> Tensor:
@@ -117,11 +108,3 @@ class Decoupled(FewStep[DecoupledConfig]):
 
     def _guidance(self, progress: Progress) -> float:
         return parts.ramped(self.config.guidance, progress.updates.get(GENERATOR, 0), self.config.ramp)
-
-
-def moment_penalty(x: Tensor, mean: float, std: float) -> Tensor:
-    """Mean over samples of KL(N(m, s^2) || N(mean, std^2)), m and s^2 each sample's own over its elements (section 3.6)."""
-    own = x.flatten(1)
-    m, variance = own.mean(1), own.var(1, correction=0).clamp_min(1e-12)
-    ratio = variance / std**2
-    return (0.5 * (ratio + (m - mean).square() / std**2 - 1 - ratio.log())).mean()

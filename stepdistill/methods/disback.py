@@ -13,6 +13,7 @@ The recorded scores were trained without guidance and are asked without; the tea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -86,6 +87,7 @@ class DisBack(FewStep[DisBackConfig]):
 
     def after_update(self, role: str, statistics: Mapping[str, float], triple: Triple, progress: Progress) -> None:
         """Keep s'_i once its iterations are over, with the next update where the last one was skipped."""
+        super().after_update(role, statistics, triple, progress)
         due = min((progress.stage_iteration + 1) // self.config.record_every, self.targets)
         if self._shelf is not None and self._recording(progress) and self._recorded < due:
             self._digests[self._recorded] = self._shelf.put(_file(self._recorded + 1), changes(triple, FAKE_SCORE))
@@ -124,32 +126,31 @@ class DisBack(FewStep[DisBackConfig]):
         if index == 0:
             done = progress.updates.get(GENERATOR, 0) - self.targets * self.config.interval
             guidance = parts.ramped(self.config.guidance, done, self.config.ramp)
-        direction, logged = parts.matching_direction(
-            rollout.x0,
-            rollout.batch.cond,
-            rollout.batch.null,
+        terms = self.matching(
+            rollout,
             triple,
             draws,
-            levels=self.config.dm_levels,
+            self.config.dm_levels,
+            self.config.dm_weight,
             guidance=guidance,
-            weight=self.config.dm_weight,
             target=triple.denoiser(TARGET) if index else triple.real_score,
         )
         told = {"target": rollout.x0.new_tensor(index), "guidance": rollout.x0.new_tensor(guidance)}
-        return Terms(parts.surrogate(rollout.x0, direction), {**logged, **told})
+        return replace(terms, parts={**terms.parts, **told})
 
     # ---------------------------------------------------------------- memory
 
     def state_dict(self) -> dict[str, Tensor]:
         if not self.targets:
-            return {}
-        return {
+            return super().state_dict()
+        return super().state_dict() | {
             "digests": self._digests.clone(),
             "recorded": torch.tensor(self._recorded),
             "held": torch.tensor(self._held),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
         if not self.targets:
             return
         self._digests = state["digests"].clone()

@@ -26,14 +26,4 @@ class DMD2(FewStep[DMD2Config]):
     name = "dmd2"
 
     def generator_loss(self, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
-        direction, logged = parts.matching_direction(
-            rollout.x0,
-            rollout.batch.cond,
-            rollout.batch.null,
-            triple,
-            draws,
-            levels=self.config.dm_levels,
-            guidance=self.config.guidance,
-            weight=self.config.dm_weight,
-        )
-        return Terms(parts.surrogate(rollout.x0, direction), logged)
+        return self.matching(rollout, triple, draws, self.config.dm_levels, self.config.dm_weight)

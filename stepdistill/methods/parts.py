@@ -1,8 +1,8 @@
-"""What two or more methods share: the distribution-matching gradient, the fake-score loss, rollouts, GAN terms, recipes."""
+"""What two or more methods share: the distribution-matching gradient, the fake-score loss, rollouts, recipes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -11,24 +11,22 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.config import Settings
-from stepdistill.diffusion.draws import Draws, derive_seed
+from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import from_x0_eps
-from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.schedule import NoiseSchedule, broadcast
 from stepdistill.diffusion.timesteps import NoiseLevels
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Rollout, Setting
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss, seeded_head
 from stepdistill.models.recipe import SCHEDULERS, Recipe
 from stepdistill.models.sampler import advance
-from stepdistill.models.triple import FAKE_SCORE, Triple
+from stepdistill.models.triple import Triple
 
 DmWeight = Literal["code", "paper", "exact_kl"]
 Exits = Literal["batch", "sample"]
 Distance = Literal["l2", "huber", "pseudo_huber"]
-HEAD = "discriminator"
 
 
 class LevelConfig(Settings):
@@ -42,19 +40,6 @@ class LevelConfig(Settings):
 
     def levels(self) -> NoiseLevels:
         return NoiseLevels(self.low, self.high, self.shape, self.mean, self.std)
-
-
-class GanConfig(Settings):
-    """Adversarial term on features of noised samples (DMD2, section 4.3)."""
-
-    weight: float = Field(0.0, ge=0, description="in the generator's loss; 0 turns the GAN off")
-    critic_weight: float = Field(1e-2, ge=0, description="in the fake score's loss")
-    features: Literal["fake_score", "real_score"] = Field(
-        "fake_score", description="whose mid-block features; real_score stays frozen"
-    )
-    loss: GanLoss = "logistic"
-    levels: LevelConfig = LevelConfig(low=0.0, high=1.0)
-    width: int | None = Field(None, gt=0, description="channels of the head; the features' own by default")
 
 
 # ---------------------------------------------------------------- distribution matching
@@ -110,6 +95,7 @@ def matching_direction(
     levels: LevelConfig,
     guidance: float,
     weight: DmWeight,
+    weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
     target: Denoiser | None = None,
     anchor: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,6 +103,7 @@ def matching_direction(
 
     target: whose distribution x is to have; the teacher by default.
     anchor: (x_s, s) to noise in place of x, by the kernel from its own time s.
+    weigh: (x_t, t) -> each sample's factor of d, (B,).
     """
     t = levels.levels().times(triple.schedule, draws.uniform("dm.t"))
     x_s, s = anchor or (x, None)
@@ -126,6 +113,8 @@ def matching_direction(
         fake = triple.fake_score.x0(x_t, t, cond)
     alpha, sigma = triple.schedule.levels(t, real)
     direction = matching_gradient(x.detach(), real, fake, alpha, sigma, weight)
+    if weigh is not None:
+        direction = direction * broadcast(weigh(x_t, t), direction)
     return direction, {"dm": 0.5 * direction.square().mean(), "score_gap": score_gap(x, real, fake)}
 
 
@@ -256,6 +245,35 @@ def roll_out(
         return x_t, t, generator.x0(x_t, t, batch.cond)
 
 
+def walk_on(
+    generator: Denoiser,
+    rollout: Rollout,
+    ladder: Sequence[float],
+    transition: Transition,
+    draws: Draws,
+    exits: Exits = "batch",
+) -> Tensor:
+    """From where a rollout was left to the clean end of the whole ladder, (B, C, h, w), without graph.
+
+    Every process makes the same calls, as in `roll_out`.
+    """
+    x_t, x0, shape = rollout.x_t, rollout.x0.detach(), rollout.x0.shape[1:]
+    top = float(rollout.t[0]) if exits == "batch" else ladder[0]
+    for index, (t, s) in enumerate(pairwise(ladder)):
+        if t > top:
+            continue
+        walking = torch.nonzero(rollout.t >= t)[:, 0]
+        rows = walking if len(walking) else walking.new_zeros(1)
+        with torch.no_grad():
+            x_s = transition(generator.schedule, x_t[rows], x0[rows], t, s).sample(
+                draws.normal(f"on{index}", shape)[rows]
+            )
+            answer = generator.x0(x_s, s, rollout.batch.cond[rows])
+        if len(walking):
+            x_t, x0 = x_t.index_copy(0, rows, x_s), x0.index_copy(0, rows, answer)
+    return x0
+
+
 def noised_images(
     generator: Denoiser, batch: Batch, ladder: Sequence[float], draws: Draws, *, graph: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,43 +288,6 @@ def noised_images(
     x_t = torch.where(first, eps, generator.schedule.add_noise(batch.images, eps, t))
     with torch.set_grad_enabled(graph):
         return x_t, t, generator.x0(x_t, t, batch.image_cond)
-
-
-# ---------------------------------------------------------------- GAN
-
-
-def attach_discriminator(triple: Triple, setting: Setting, width: int | None) -> None:
-    """A head on features of one network, owned by the fake score's optimizer."""
-    seed = derive_seed(triple.seed, "head")
-    triple.attach_head(FAKE_SCORE, HEAD, seeded_head(setting.feature_channels, setting.feature_size, seed, width))
-
-
-def discriminate(triple: Triple, features: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    """The head's logits (B,) of samples that are noised already, on the features of the role `features`."""
-    return triple.head(FAKE_SCORE, HEAD)(triple.denoiser(features).features(x_t, t, cond))  # type: ignore[no-any-return]
-
-
-def gan_logits(triple: Triple, gan: GanConfig, x: Tensor, cond: Conditioning, purpose: str, draws: Draws) -> Tensor:
-    """Logits (B,) of samples x, noised to levels of their own."""
-    t = gan.levels.levels().times(triple.schedule, draws.uniform(f"{purpose}.t"))
-    x_t = triple.schedule.add_noise(x, draws.normal(f"{purpose}.eps", x.shape[1:]), t)
-    return discriminate(triple, gan.features, x_t, t, cond)
-
-
-def gan_generator_loss(triple: Triple, gan: GanConfig, x: Tensor, cond: Conditioning, draws: Draws) -> Tensor:
-    """The generator's adversarial loss; gradient flows through the features into x."""
-    return generator_loss(gan_logits(triple, gan, x, cond, "gan", draws), gan.loss)
-
-
-def gan_critic_loss(
-    triple: Triple, gan: GanConfig, x: Tensor, batch: Batch, cond: Conditioning, draws: Draws
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, real logits, fake logits) of the discriminator; real and fake draw noise levels of their own."""
-    if batch.images is None or batch.image_cond is None:
-        raise ValueError("a batch without images reached a GAN term")
-    real = gan_logits(triple, gan, batch.images, batch.image_cond, "gan.real", draws)
-    fake = gan_logits(triple, gan, x, cond, "gan.fake", draws)
-    return discriminator_loss(real, fake, gan.loss), real.detach(), fake.detach()
 
 
 # ---------------------------------------------------------------- recipes

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from stepdistill.diffusion.timesteps import edges, part_of
 from stepdistill.errors import Refusal
-from stepdistill.methods import parts
 from stepdistill.methods.base import Decode, Progress, RoleKind, Setting
 from stepdistill.methods.consistency import (
     AdversaryConfig,
@@ -26,6 +25,7 @@ from stepdistill.methods.consistency import (
     ConsistencyConfig,
     strategic,
 )
+from stepdistill.methods.gan import attach_discriminator
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
 
@@ -76,4 +76,4 @@ class PCM(Consistency[PCMConfig]):
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         super().prepare(triple, decode)
         if self.config.gan.weight > 0:
-            parts.attach_discriminator(triple, self.setting, self.config.gan.width)
+            attach_discriminator(triple, self.setting, self.config.gan.width)

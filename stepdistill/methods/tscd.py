@@ -31,6 +31,7 @@ from stepdistill.methods.consistency import (
     Leap,
     strategic,
 )
+from stepdistill.methods.gan import attach_discriminator
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 
 TRAJECTORY = "trajectory"
@@ -121,7 +122,7 @@ class TSCD(Consistency[TSCDConfig]):
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         super().prepare(triple, decode)
         if self.config.gan.weight > 0:
-            parts.attach_discriminator(triple, self.setting, self.config.gan.width)
+            attach_discriminator(triple, self.setting, self.config.gan.width)
         if self.config.score is not None and self.config.score.real == "trajectory":
             triple.add_copy(TRAJECTORY, GENERATOR)
 

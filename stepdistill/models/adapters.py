@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -41,6 +42,21 @@ class LoraSettings:
             alpha_pattern=dict(self.alpha_pattern),
             init_lora_weights=True,
         )
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One module's delta = scale B A.
+
+    Attributes:
+        down: A, (rank, in) or (rank, in, h, w).
+        up: B, (out, rank) or (out, rank, 1, 1).
+        scale: alpha / rank.
+    """
+
+    down: nn.Parameter
+    up: nn.Parameter
+    scale: float
 
 
 class AdapterBank:
@@ -91,6 +107,14 @@ class AdapterBank:
         for key, parameter in self.network.named_parameters():
             if marker in key and ".lora_" in key:
                 yield key.replace(marker, "."), parameter
+
+    def factors(self, name: str) -> dict[str, LoraFactors]:
+        """Module path -> the factors that one adapter has there."""
+        return {
+            path: LoraFactors(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+            for path, layer in self.network.named_modules()
+            if isinstance(layer, LoraLayer) and name in layer.lora_A
+        }
 
     def select(self, name: str | None) -> None:
         """Make one adapter (or none) active. Unlike peft's own switches this leaves `requires_grad` alone, because a

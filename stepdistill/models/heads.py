@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -54,3 +55,29 @@ def seeded_head(channels: int, size: tuple[int, int], seed: int, width: int | No
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FeatureHead(channels, size, width)
+
+
+class MapsHead(nn.Module):
+    """One logit (B,) from several feature maps (B, C, h, w): the mean over the positions of each, then over the maps."""
+
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        # one group: maps of different depths and models come in very different sizes
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(1, inputs), nn.Conv2d(inputs, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 1, 1)
+            )
+            for inputs in channels
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        dtype = next(self.parameters()).dtype
+        logits = [layer(own.to(dtype)).flatten(1).mean(1) for layer, own in zip(self.layers, maps, strict=True)]
+        return torch.stack(logits).mean(0)
+
+
+def seeded_maps_head(channels: Sequence[int], seed: int, width: int) -> MapsHead:
+    """As `seeded_head`, for several maps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MapsHead(channels, width)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -28,6 +28,13 @@ def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> 
     left = [name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)]
     if left:
         raise RuntimeError(f"{len(left)} parameters were not sharded, such as {left[0]!r}")
+
+
+def rest(network: nn.Module) -> None:
+    """Free what forwards have gathered and kept, so that parameters are shards again."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.base import Family
 from stepdistill.models.parking import ParkedParameters
 from stepdistill.models.quantization import unpacked
-from stepdistill.models.sharding import laid_out_like, shard
+from stepdistill.models.sharding import laid_out_like, rest, shard
 
 GENERATOR, FAKE_SCORE, REAL_SCORE = "generator", "fake_score", "real_score"
 
@@ -48,6 +48,9 @@ class Triple:
         layouts: role name -> layout, for every trainable role.
         compute_dtype: dtype of the networks' forwards; full roles keep float32 weights under autocast.
         seed: of the adapters' random A matrices.
+
+    Attributes:
+        frozen: models that losses ask beside the networks, by their use; nothing here trains, shards or saves them.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Triple:
         self.networks: dict[str, nn.Module] = {}
         self.heads: dict[str, dict[str, nn.Module]] = {}
         self.copies: dict[str, str] = {}
+        self.frozen: dict[str, nn.Module] = {}
         self._parked: dict[str, ParkedParameters] = {}
         self.sharded = False
         self._checkpointing = False
@@ -141,6 +145,7 @@ class Triple:
     @torch.no_grad()
     def reset_role(self, name: str) -> None:
         """Set a role back to the base: zero B for a LoRA (A stays), the base's weights for a full network."""
+        self.rest()
         if name in self.networks:
             self.networks[name].load_state_dict(self.base_state())
             return
@@ -191,6 +196,7 @@ class Triple:
     @torch.no_grad()
     def copy_role(self, source: str, target: str) -> None:
         """Overwrite target's own parameters with source's (same layout)."""
+        self.rest()
         values = self.network_parameters(source)
         for key, parameter in self.network_parameters(target).items():
             parameter.copy_(values[key])
@@ -198,6 +204,7 @@ class Triple:
     @torch.no_grad()
     def lerp_role(self, target: str, source: str, weight: float) -> None:
         """target <- target + weight (source - target), parameter by parameter, by name (EMA)."""
+        self.rest()
         values = self.network_parameters(source)
         for key, parameter in self.network_parameters(target).items():
             # where source lives, also for a parked target: another device would round otherwise
@@ -233,6 +240,12 @@ class Triple:
             shard(network, self.family.blocks(network), mesh)
         self.sharded = True
 
+    def rest(self) -> None:
+        """Sharded networks hold their shares alone afterwards: a forward without backward leaves its root gathered."""
+        if self.sharded:
+            for network in (self.base, *self.networks.values()):
+                rest(network)
+
     def park(self, role: str) -> None:
         """Keep an untrained role in main memory from now on; its denoiser brings it to the device for each forward."""
         self._parked[role] = ParkedParameters(self.network_parameters(role).values())
@@ -266,7 +279,7 @@ class Triple:
         return network.eval().requires_grad_(False)
 
     def base_state(self) -> dict[str, Tensor]:
-        """The base's tensors under the names that a network without adapters has."""
+        """The base's weights and buffers under the names of a network without adapters, on its device, sharded as it is."""
         return {
             key.replace(".base_layer.", "."): value
             for key, value in self.base.state_dict().items()

@@ -160,7 +160,7 @@ def _disk(plan: Plan, sizes: Sizes, config: RunConfig) -> Disk:
     prompt, source = prompt_bytes(plan), str(config.data.prompts)
     present = source.startswith(BUILTIN) or Path(source).is_file()
     prompts = len(read_prompts(source, config.data.prompt_column)) if present else None
-    saved = sum(sizes.roles.values()) + sizes.heads + sizes.ema + sizes.frozen + sum(sizes.optimizers.values())
+    saved = sum(sizes.roles.values()) + sizes.heads + sizes.ema + sum(sizes.optimizers.values())
     return Disk(
         prompt=prompt,
         image=image_bytes(plan, plan.setting.size) if plan.method_class.needs(plan.method_config).images else 0,

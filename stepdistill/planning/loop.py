@@ -18,7 +18,9 @@ from stepdistill.methods.base import Batch, Method, Progress, Rollout
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families.analytic import Analytic, Mixture, MixtureNetwork
 from stepdistill.models.triple import REAL_SCORE, RoleLayout, Triple
+from stepdistill.models.vision import VISION, VisionEncoder
 from stepdistill.planning.meter import Flops
+from stepdistill.rewards.base import REWARD, OwnReward
 from stepdistill.training.batches import sample_numbers
 from stepdistill.training.session import Plan
 
@@ -166,7 +168,7 @@ def walk(plan: Plan) -> Walk:
     toy, triple, batch = _toy(plan)
     found: dict[tuple[str, ...], list[tuple[Progress, Calls]]] = {}
     with torch.no_grad():
-        toy.prepare(triple)
+        toy.prepare(triple, _toy_images)
     for progress in progresses(toy, count):
         if progress.iteration not in walked:
             continue
@@ -204,6 +206,20 @@ def progresses(method: Method[Any], count: int) -> Iterator[Progress]:
         updates.update(method.updates(progress))
 
 
+def _toy_images(latents: Tensor) -> Tensor:
+    """What the toy's latents (B, C, h, w) are decoded to, (B, 3, 1, 1): their means."""
+    return latents.mean((1, 2, 3), keepdim=True).expand(-1, 3, -1, -1)
+
+
+class _ToyVision(VisionEncoder):
+    """Sees the image itself: what calls of other networks cost is no part of a walk."""
+
+    channels = (3,)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [images]
+
+
 def _dearest(found: Mapping[tuple[str, ...], Sequence[tuple[Progress, Calls]]]) -> list[Progress]:
     covered: set[Hashable] = set()
     chosen: list[Progress] = []
@@ -223,6 +239,7 @@ def _toy(plan: Plan) -> tuple[Method[Any], Triple, Batch]:
     network = MixtureNetwork(gaussian, schedule, width=8)
     setting = replace(plan.setting, latent_shape=(2, 1, 1), feature_channels=8, feature_size=(1, 1))
     triple = Triple(network, Analytic(), schedule, {role: RoleLayout("full") for role in plan.roles})
+    triple.frozen = {VISION: _ToyVision(), REWARD: OwnReward(lambda images, prompts: images.mean((1, 2, 3)))}
     cond, latents = Conditioning(torch.ones(rows, 1, 1)), torch.zeros(rows, 2, 1, 1)
     batch = Batch(cond, cond, latents, cond, latents, latents, cond)
     return plan.method_class(plan.method_config, setting), triple, batch

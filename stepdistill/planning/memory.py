@@ -31,10 +31,10 @@ class Sizes:
         roles: parameters of each role without heads: those that are trained, and frozen ones that the method added.
         heads: of all discriminator heads.
         ema: the averaged copy.
-        frozen: further roles that are not trained.
         optimizers: what each role's optimizer keeps.
         encoders: text encoders together.
         vae: autoencoder.
+        models: that losses ask: vision encoders, rewards.
         parameters: of all these.
     """
 
@@ -43,10 +43,10 @@ class Sizes:
     roles: dict[str, int]
     heads: int
     ema: int
-    frozen: int
     optimizers: dict[str, int]
     encoders: int
     vae: int
+    models: int
     parameters: tuple[Parameters, ...]
 
 
@@ -61,12 +61,6 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
     roles = {role: triple.network_parameters(role) for role in triple.layouts if role != EMA}
     heads = [head for named in triple.heads.values() for head in named.values()]
     ema = triple.network_parameters(EMA) if EMA in triple.layouts else {}
-    frozen = [
-        value
-        for role in triple.layouts
-        if role not in (*plan.roles, EMA)
-        for value in triple.network_parameters(role).values()
-    ]
     configured = {"generator": config.optimizers.generator, "fake_score": config.optimizers.fake_score}
     optimizers = {
         role: optimizer_size(triple.parameters(role).values(), configured[section])
@@ -81,8 +75,10 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
         ),
         Parameters(name="heads", count=sum(_count(head.parameters()) for head in heads), trained=True),
         Parameters(name="ema", count=_count(ema.values()), trained=False),
-        Parameters(name="frozen roles", count=_count(frozen), trained=False),
         *(Parameters(name=name, count=_count(part.parameters()), trained=False) for name, part in others.items()),
+    ]
+    parameters += [
+        Parameters(name=name, count=_count(model.parameters()), trained=False) for name, model in triple.frozen.items()
     ]
     buffers = size_of(buffer for buffer in triple.base.buffers())
     return Sizes(
@@ -91,9 +87,9 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
         roles={role: size_of(own.values()) for role, own in roles.items()},
         heads=sum(size_of(head.parameters()) for head in heads),
         ema=size_of(ema.values()),
-        frozen=size_of(frozen),
         optimizers=optimizers,
         encoders=sum(size_of(part.parameters()) for name, part in others.items() if name != VAE),
+        models=sum(size_of(model.parameters()) for model in triple.frozen.values()),
         vae=sum(size_of(part.parameters()) for name, part in others.items() if name == VAE),
         parameters=tuple(item for item in parameters if item.count),
     )
@@ -108,9 +104,9 @@ def memory_of(sizes: Sizes, phases: Iterable[Phase], config: RunConfig, processe
         **{f"{role} weights": -(-held // share) for role, held in sizes.roles.items()},
         "heads": sizes.heads,
         "ema": 0 if "ema" in offload else -(-sizes.ema // share),
-        "frozen roles": -(-sizes.frozen // share),
         "text encoders": 0 if cache is not None and cache.text else sizes.encoders,
         "autoencoder": sizes.vae,
+        "vision and reward models": sizes.models,
         "runtime (assumed)": RUNTIME if config.training.device != "cpu" else 0,
     }
     moments = {f"{role} optimizer": -(-held // share) for role, held in sizes.optimizers.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -109,7 +109,8 @@ class _Tracer:
             session.device = torch.device("cpu")
         triple = session.triple
         heads = (head for named in triple.heads.values() for head in named.values())
-        for module in chain([triple.base], triple.networks.values(), heads, companions(session.checkpoint).values()):
+        others = (*triple.frozen.values(), *companions(session.checkpoint).values())
+        for module in chain([triple.base], triple.networks.values(), heads, others):
             hollow(module)
             if self.training.device != "cpu":
                 normalise_in_float32(module)
@@ -164,14 +165,14 @@ class _Tracer:
             null = plan.family.null(checkpoint, sizes, plan.config.model.negative_prompt)
             again = plan.family.encode(checkpoint, prompts, sizes) if needs.images or needs.pairs else None
         latents = torch.zeros(rows, *plan.setting.latent_shape, dtype=self.session.dtype, device=self.session.device)
-        batch = Batch(cond, null)
+        batch = Batch(cond, null, prompts=tuple(prompts))
         if needs.images:
             images = torch.zeros(rows, 3, *plan.setting.size, device=self.session.device)
             with self._watched(IMAGES):
                 encoded = plan.family.encode_images(checkpoint, images, latents).to(self.session.dtype)
-            batch = Batch(cond, null, encoded, again)
+            batch = replace(batch, images=encoded, image_cond=again)
         if needs.pairs:
-            batch = Batch(cond, null, batch.images, batch.image_cond, latents, latents, again)
+            batch = replace(batch, pair_noise=latents, pair_latents=latents, pair_cond=again)
         return batch
 
     @torch.no_grad()

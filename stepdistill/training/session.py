@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stepdistill.assets import resolve
 from stepdistill.config import RoleConfig, RunConfig, Settings, parse
@@ -19,14 +20,16 @@ from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.data.sources import open_images
 from stepdistill.data.tensors import TensorFolder
 from stepdistill.errors import Refusal
-from stepdistill.methods.base import Method, RoleKind, Setting
+from stepdistill.methods.base import Method, Needs, RoleKind, Setting
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family
 from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import GENERATOR, RoleLayout, Triple
+from stepdistill.models.vision import VISION, load_vision
 from stepdistill.registry import load_family, load_method
+from stepdistill.rewards import REWARD, load_reward
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.encoding import Encoder, Warm, make_encoder
 from stepdistill.training.options import check_model_options
@@ -190,16 +193,31 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
     with torch.device("cpu"):  # its ladders and levels are numbers even where weights are outlines
         method = plan.method_class(plan.method_config, plan.setting)
     pipeline = checkpoint.pipeline
+    triple.frozen = frozen_models(plan.method_class.needs(plan.method_config))
     decode = None if pipeline is None else lambda latents: plan.family.decode(checkpoint, latents)
     method.prepare(triple, decode)
-    for heads in triple.heads.values():
-        for head in heads.values():
-            head.to(where, torch.float64 if dtype == torch.float64 else torch.float32)
+    heads = (head for owned in triple.heads.values() for head in owned.values())
+    for module in (*heads, *triple.frozen.values()):
+        module.to(where, torch.float64 if dtype == torch.float64 else torch.float32)
     if config.training.ema > 0:
         triple.add_copy(EMA, GENERATOR)
     if config.training.gradient_checkpointing:
         triple.enable_gradient_checkpointing()
     return Session(plan, checkpoint, encoder, triple, method, where)
+
+
+def frozen_models(needs: Needs) -> dict[str, nn.Module]:
+    """The models that a method needs beside the triple; outlines where tensors are made on the meta device.
+
+    Raises:
+        Refusal: one of them is not there.
+    """
+    found: dict[str, nn.Module] = {}
+    if needs.vision is not None:
+        found[VISION] = load_vision(needs.vision)
+    if needs.reward is not None:
+        found[REWARD] = load_reward(needs.reward)
+    return found
 
 
 def settle(session: Session) -> None:

@@ -1,0 +1,82 @@
+"""What a reward is, and how one is named: a registered name, with an option after a colon, or any `module:function`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from torch import Tensor, nn
+
+from stepdistill.errors import Refusal
+from stepdistill.registry import REWARDS, nearest
+
+REWARD = "reward"
+"""In `Triple.frozen`."""
+
+
+class Reward(nn.Module, ABC):
+    """A frozen judge of images.
+
+    Attributes:
+        differentiable: gradients flow from the reward to the images.
+    """
+
+    differentiable: bool = True
+
+    @abstractmethod
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Rewards (B,), higher is better, of images (B, 3, H, W) in [0, 1] for prompts of length B.
+
+        A sample's reward depends on its own image and prompt alone.
+        """
+
+
+Factory = Callable[[str], Reward]
+"""Option after the colon, "" where there is none -> the reward; raises Refusal for an option that it does not know."""
+
+
+class OwnReward(Reward):
+    """A function of the user's, (images, prompts) -> (B,); differentiable as far as it is."""
+
+    def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        # a module's weights move with the reward
+        self.module = function if isinstance(function, nn.Module) else None
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.function(images, prompts)
+
+
+def load_reward(name: str) -> Reward:
+    """The reward of that name, frozen; an outline of it where tensors are made on the meta device.
+
+    Raises:
+        Refusal: no such reward, or it cannot be had.
+    """
+    registered, _, option = name.partition(":")
+    if registered in REWARDS:
+        module, _, attribute = REWARDS[registered].partition(":")
+        factory: Factory = vars(import_module(module))[attribute]
+        reward = factory(option)
+    else:
+        reward = OwnReward(_function(name))
+    return reward.eval().requires_grad_(False)
+
+
+def _function(name: str) -> Callable[[Tensor, Sequence[str]], Tensor]:
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise Refusal(
+            f"there is no reward named {name!r}, so give MODULE:FUNCTION or change it: {nearest(name, tuple(REWARDS))}"
+        )
+    try:
+        function = vars(import_module(module))[attribute]
+    except (ImportError, KeyError) as error:
+        raise Refusal(
+            f"the reward {name!r} cannot be imported ({type(error).__name__}: {error}): give MODULE:FUNCTION of a module on the path"
+        ) from None
+    if not callable(function):
+        raise Refusal(f"the reward {name!r} is a {type(function).__name__}: give a function of images and prompts")
+    return function  # type: ignore[no-any-return]

@@ -1,0 +1,85 @@
+"""Rewards for tests and demos: what the embedded teacher's critic sees in an image, and plain measures of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stepdistill.data.fashion import COLOURS, GARMENTS, parse_caption
+from stepdistill.errors import Refusal
+from stepdistill.models.critic import Critic
+from stepdistill.models.vision import load_critic
+from stepdistill.registry import nearest
+from stepdistill.rewards.base import Reward
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue (ITU-R BT.601)."""
+
+
+class AttributeReward(Reward):
+    """Probability of the garment, or the colour, that the prompt names; 1 where it names none."""
+
+    def __init__(self, critic: Critic, colour: bool) -> None:
+        super().__init__()
+        self.critic, self.colour = critic, colour
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen = self.critic(2 * images.to(self.critic.stem.weight.dtype) - 1)
+        logits = seen.colour if self.colour else seen.garment
+        index = torch.tensor([_asked(prompt, self.colour) for prompt in prompts], device=logits.device)
+        chosen = logits.softmax(1).gather(1, index.clamp_min(0)[:, None])[:, 0]
+        return torch.where(index >= 0, chosen, torch.ones_like(chosen))
+
+
+def _asked(prompt: str, colour: bool) -> int:
+    """Index of the colour or garment that a prompt names; -1 for none."""
+    try:
+        said = parse_caption(prompt)
+    except ValueError:
+        return -1
+    if not colour:
+        return GARMENTS.index(said.garment)
+    return COLOURS.index(said.colour) if said.colour is not None else -1
+
+
+class PixelReward(Reward):
+    """A measure of pixels alone."""
+
+    def __init__(self, measure: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.measure = measure
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.measure(images)
+
+
+def brightness(images: Tensor) -> Tensor:
+    """Mean luma (B,), in [0, 1]."""
+    return _luma(images).mean((1, 2))
+
+
+def sharpness(images: Tensor) -> Tensor:
+    """Mean absolute Laplacian of luma (B,): energy at the finest scale."""
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
+    edges = F.conv2d(_luma(images)[:, None], kernel.to(images)[None, None])
+    return edges.abs().mean((1, 2, 3))
+
+
+def _luma(images: Tensor) -> Tensor:
+    return (images * images.new_tensor(LUMA)[:, None, None]).sum(1)
+
+
+MEASURES: Mapping[str, Callable[[Tensor], Tensor]] = {"brightness": brightness, "sharpness": sharpness}
+
+
+def load(option: str) -> Reward:
+    """`garment`, `colour`, `brightness` or `sharpness`."""
+    known = ("garment", "colour", *MEASURES)
+    if option not in known:
+        raise Refusal(f"the reward 'critic' has no option {option!r}: {nearest(option, known)}")
+    if option in MEASURES:
+        return PixelReward(MEASURES[option])
+    return AttributeReward(load_critic(), option == "colour")
