@@ -20,6 +20,8 @@ METHODS: Mapping[str, str] = {
     "dmd": "stepdistill.methods.dmd:DMD",
     "dmd2": "stepdistill.methods.dmd2:DMD2",
     "decoupled": "stepdistill.methods.decoupled:Decoupled",
+    "scm": "stepdistill.methods.scm:SCM",
+    "tbcm": "stepdistill.methods.tbcm:TBCM",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

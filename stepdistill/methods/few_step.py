@@ -14,13 +14,12 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from stepdistill.config import Settings
-from stepdistill.diffusion.draws import Draws, derive_seed
+from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Method, Needs, Progress, Rollout, Setting, Terms
-from stepdistill.models.heads import seeded_head
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
@@ -82,9 +81,7 @@ class FewStep(Method[FewStepConfigT]):
 
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         if self.config.gan.weight > 0:
-            seed = derive_seed(triple.seed, "head")
-            head = seeded_head(self.setting.feature_channels, self.setting.feature_size, seed, self.config.gan.width)
-            triple.attach_head(FAKE_SCORE, parts.HEAD, head)
+            parts.attach_discriminator(triple, self.config.gan, self.setting)
 
     def updates(self, progress: Progress) -> Sequence[str]:
         if progress.stage_iteration % self.config.ratio == 0:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.config import Settings
-from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.diffusion.prediction import from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.timesteps import NoiseLevels
@@ -20,7 +20,7 @@ from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Setting
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss
+from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss, seeded_head
 from stepdistill.models.recipe import SCHEDULERS, Recipe
 from stepdistill.models.sampler import advance
 from stepdistill.models.triple import FAKE_SCORE, Triple
@@ -232,6 +232,12 @@ def noised_images(
 
 
 # ---------------------------------------------------------------- GAN
+
+
+def attach_discriminator(triple: Triple, gan: GanConfig, setting: Setting) -> None:
+    """Give the role `fake_score` the head that `gan_logits` reads features with."""
+    seed = derive_seed(triple.seed, "head")
+    triple.attach_head(FAKE_SCORE, HEAD, seeded_head(setting.feature_channels, setting.feature_size, seed, gan.width))
 
 
 def gan_logits(triple: Triple, gan: GanConfig, x: Tensor, cond: Conditioning, purpose: str, draws: Draws) -> Tensor:

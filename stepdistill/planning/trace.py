@@ -134,11 +134,11 @@ class _Tracer:
         samples = range(training.batch_size)
         draws = Draws(training.seed, progress.iteration, "", samples, self.session.device, self.session.dtype)
 
-        def finish(role: str, loss: Tensor) -> None:
+        def finish(role: str, piece: int, loss: Tensor) -> None:
             parameters = list(triple.parameters(role).values())
             gradients = size_of(parameters)
-            accumulating = training.accumulation > 1
-            # the gradients of the micro-batches before are there all along
+            accumulating = training.accumulation > 1 or piece > 0
+            # the gradients of the micro-batches and pieces before are there all along
             self._end(f"{role} forward", role, gradients, also=gradients if accumulating else 0)
             if accumulating:
                 for parameter in parameters:
