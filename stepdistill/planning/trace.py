@@ -157,7 +157,7 @@ class _Tracer:
     def _batch(self) -> Batch:
         """A micro-batch of the shapes that `BatchSource` makes."""
         plan, checkpoint, rows = self.plan, self.session.checkpoint, self.training.batch_size
-        needs = plan.method_class.needs(plan.method_config)
+        needs = plan.needs
         sizes, prompts = [ImageSize.plain(*plan.setting.size)] * rows, [""] * rows
         with self._watched(TEXT):
             cond = plan.family.encode(checkpoint, prompts, sizes)

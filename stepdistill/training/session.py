@@ -19,7 +19,7 @@ from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.data.sources import open_images
 from stepdistill.data.tensors import TensorFolder
 from stepdistill.errors import Refusal
-from stepdistill.methods.base import Method, RoleKind, Setting
+from stepdistill.methods.base import Method, Needs, RoleKind, Setting
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family
 from stepdistill.models.kernels import compile_blocks, lay_out
@@ -61,6 +61,11 @@ class Plan:
         """Role -> the config section that speaks of it."""
         return self.method_class.roles(self.method_config)
 
+    @property
+    def needs(self) -> Needs:
+        """What the method cannot do without."""
+        return self.method_class.needs(self.method_config)
+
 
 @dataclass
 class Session:
@@ -97,7 +102,7 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
     plan = without_data(config, info)
     data, size = config.data, plan.setting.size
-    needs = plan.method_class.needs(plan.method_config)
+    needs = plan.needs
     prompts = read_prompts(str(data.prompts), data.prompt_column)
     source = pairs = buckets = None
     if data.images is not None and not needs.images:
