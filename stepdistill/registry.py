@@ -28,6 +28,8 @@ METHODS: Mapping[str, str] = {
     "pcm": "stepdistill.methods.pcm:PCM",
     "cm": "stepdistill.methods.cm:CM",
     "tscd": "stepdistill.methods.tscd:TSCD",
+    "scm": "stepdistill.methods.scm:SCM",
+    "tbcm": "stepdistill.methods.tbcm:TBCM",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

@@ -68,6 +68,12 @@ CASES: Mapping[str, Case] = {
         {**FLASH, "rl": {"reward": "critic:brightness", "start": 1, "per_distillation": 1, "candidates": 2}},
         period=3,
     ),
+    "scm": Case("scm", {"guidance": 2.0, "tangent": {"kind": "semi_discrete", "warmup": 4}}),
+    "scm-gan": Case("scm", {"guidance": 2.0, "steps": 4, "gan": {"weight": 0.5}, "tangent": {"warmup": 4}}),
+    "tbcm-differences": Case(
+        "tbcm", {"guidance": 2.0, "route_steps": 3, "route": "logit_normal", "tangent": {"kind": "finite_difference"}}
+    ),
+    "tbcm": Case("tbcm", {"guidance": 2.0, "route_steps": 4, "tangent": {"warmup": 2, "calm_from": 2}}),
     "decoupled": Case("decoupled", {"guidance": 2.0, "ratio": 2, "steps": 2, "moments": {"weight": 0.1}}, period=2),
     # three iterations of the record, then s'_2, s'_1 and the teacher, one update each: broken off at every turn of the path
     "disback": Case(
