@@ -114,12 +114,12 @@ class Moved(Level):
 
 
 class Swing:
-    """How far the level goes to, fro and to again, over the last 12 blocks of half a window.
+    """How far the level goes to, fro and to again, over the last 20 blocks of half a window.
 
     0 where sampling noise, estimated from line to line, would do as much.
     """
 
-    BLOCKS, NOISE = 12, 5.0
+    BLOCKS, NOISE = 20, 6.0
 
     def __init__(self, window: int) -> None:
         self.block = max(1, window // 2)
