@@ -176,7 +176,7 @@ class Alarm:
 
 
 LAG = "the fake score lags behind the generator"
-FASTER = "raise method.ratio, then optimizers.fake_score.lr"
+FASTER = "raise method.ratio or set method.fake_blend (0.97), then raise optimizers.fake_score.lr"
 BOUND = "add a GAN term (method.gan.weight) or a moment penalty where the method has one"
 ALARMS: tuple[Alarm, ...] = (
     Alarm(
