@@ -23,7 +23,7 @@ from stepdistill.training.session import Plan
 
 ROLLOUT = "rollout"
 COUNTED = 120
-"""Iterations that are walked through to find the average of network calls that are drawn by lot."""
+"""Iterations that are walked through, as many in each stage, to find the average of network calls that are drawn by lot."""
 LISTED = 100_000
 """Iterations whose due roles are looked at."""
 
@@ -60,6 +60,8 @@ class Counted:
 
 
 Calls = Mapping[Call, Counted]
+Pattern = tuple[int, tuple[str, ...]]
+"""A stage, and the roles due at some of its iterations."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Walk:
         patterns: the roles that are due together, with the share of the run's iterations in which they are.
         calls: mean of each kind of call over all iterations, for one micro-batch.
         dearest: of the iterations walked through, those to be traced: together they update every role, and their
-            rollouts are short, since further calls without graph take time and no memory.
+            rollouts are short, since further calls without graph take time and no memory; and they call every network.
     """
 
     patterns: Mapping[tuple[str, ...], float]
@@ -149,30 +151,38 @@ def run_micro_batch(
 
 
 def walk(plan: Plan) -> Walk:
-    """Walk through the first iterations with a network of a hundred weights in place of the model's.
+    """Walk through the first iterations of each stage with a network of a hundred weights in place of the model's.
 
     Every lot is drawn as process 0 of the run itself will draw it, so that the counts of these iterations are its own.
     """
     method, training = plan.method_class(plan.method_config, plan.setting), plan.config.training
-    due = Counter(tuple(method.updates(progress)) for progress in progresses(method, min(training.max_steps, LISTED)))
-    patterns = {roles: count / due.total() for roles, count in due.items()}
+    listed = min(training.max_steps, LISTED)
+    due = Counter((progress.stage, tuple(method.updates(progress))) for progress in progresses(method, listed))
+    shares = {pattern: count / due.total() for pattern, count in due.items()}
     toy, triple, batch = _toy(plan)
-    found: dict[tuple[str, ...], list[tuple[Progress, Calls]]] = {}
-    last = min(training.max_steps, COUNTED)
-    numbers = sample_numbers(0, last, batch=training.batch_size, accumulation=1)
+    found: dict[Pattern, list[tuple[Progress, Calls]]] = {}
+    walked, each = Counter[int](), COUNTED // len({stage for stage, _ in due})
     with torch.no_grad():
         toy.prepare(triple)
-    for progress, samples in zip(progresses(toy, last), numbers, strict=True):
+    for progress in progresses(toy, listed):
+        if walked[progress.stage] == each:
+            continue
+        walked[progress.stage] += 1
+        now = progress.iteration
+        (samples,) = sample_numbers(now, now + 1, batch=training.batch_size, accumulation=1)
         draws = Draws(training.seed, progress.iteration, "", samples)
         with CallCounter(triple) as counter:
             run_micro_batch(toy, triple, batch, progress, draws, counter, lambda role, loss: None)
-        found.setdefault(tuple(toy.updates(progress)), []).append((progress, dict(counter.found)))
+        found.setdefault((progress.stage, tuple(toy.updates(progress))), []).append((progress, dict(counter.found)))
     mean: defaultdict[Call, Counted] = defaultdict(Counted)
-    for roles, seen in found.items():
+    patterns: defaultdict[tuple[str, ...], float] = defaultdict(float)
+    for pattern, share in shares.items():
+        patterns[pattern[1]] += share
+        seen = found.get(pattern, [])
         for _, calls in seen:
             for call, counted in calls.items():
-                mean[call] += counted * (patterns[roles] / len(seen))
-    return Walk(patterns, dict(mean), _dearest(found))
+                mean[call] += counted * (share / len(seen))
+    return Walk(dict(patterns), dict(mean), _dearest(found))
 
 
 def progresses(method: Method[Any], count: int) -> Iterator[Progress]:
@@ -188,13 +198,15 @@ def progresses(method: Method[Any], count: int) -> Iterator[Progress]:
         updates.update(method.updates(progress))
 
 
-def _dearest(found: Mapping[tuple[str, ...], Sequence[tuple[Progress, Calls]]]) -> list[Progress]:
-    covered: set[str] = set()
+def _dearest(found: Mapping[Pattern, Sequence[tuple[Progress, Calls]]]) -> list[Progress]:
+    covered: set[str | tuple[str, bool]] = set()
     chosen: list[Progress] = []
-    for roles in sorted(found, key=len, reverse=True):
-        if not covered.issuperset(roles):
-            covered.update(roles)
-            chosen.append(min(found[roles], key=lambda seen: sum(c.rows for c in seen[1].values()))[0])
+    for pattern in sorted(found, key=lambda pattern: (-len(pattern[1]), pattern[0])):
+        progress, calls = min(found[pattern], key=lambda seen: sum(c.rows for c in seen[1].values()))
+        asked: set[str | tuple[str, bool]] = {*pattern[1], *((call.network, call.features) for call in calls)}
+        if not covered.issuperset(asked):
+            covered.update(asked)
+            chosen.append(progress)
     return chosen
 
 
