@@ -67,7 +67,7 @@ def dry_run(config: RunConfig) -> list[str]:
     if config.init is not None:
         initial_checkpoint(Path(config.init))
     device = device_of(config.training.device)
-    check_training_options(config, plan.roles, device, sharded=sharding_asked(config.training))
+    check_training_options(config, plan.roles, plan.needs, device, sharded=sharding_asked(config.training))
     return describe(plan)
 
 

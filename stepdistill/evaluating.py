@@ -31,7 +31,7 @@ from stepdistill.evaluation.resize import ResizeMode
 from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting import check_output
-from stepdistill.exporting.artefact import SCHEDULERS, Artefact, draw, load_artefact
+from stepdistill.exporting.artefact import SCHEDULERS, Artefact, compares_prompts, draw, load_artefact
 from stepdistill.training.session import device_of
 
 
@@ -163,7 +163,8 @@ def _sampler(
     told = describe(
         {"network": candidate.weights, "solver": solver, "steps": steps, "w": f"{w:g}", "dtype": shared.dtype, "size": shared.size}
     )  # fmt: skip
-    return Sampler(name, steps, steps * (2 if w > 1 else 1), w, told, drawn)
+    calls = 2 if w > 1 and compares_prompts(artefact.pipeline) else 1
+    return Sampler(name, steps, steps * calls, w, told, drawn)
 
 
 def evaluate_images(

@@ -23,6 +23,13 @@ METHODS: Mapping[str, str] = {
     "decoupled": "stepdistill.methods.decoupled:Decoupled",
     "disback": "stepdistill.methods.disback:DisBack",
     "phased": "stepdistill.methods.phased:Phased",
+    "lcm": "stepdistill.methods.lcm:LCM",
+    "tcd": "stepdistill.methods.tcd:TCD",
+    "pcm": "stepdistill.methods.pcm:PCM",
+    "cm": "stepdistill.methods.cm:CM",
+    "tscd": "stepdistill.methods.tscd:TSCD",
+    "scm": "stepdistill.methods.scm:SCM",
+    "tbcm": "stepdistill.methods.tbcm:TBCM",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

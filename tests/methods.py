@@ -68,12 +68,21 @@ CASES: Mapping[str, Case] = {
         {**FLASH, "rl": {"reward": "critic:brightness", "start": 1, "per_distillation": 1, "candidates": 2}},
         period=3,
     ),
+    "scm": Case("scm", {"guidance": 2.0, "tangent": {"kind": "semi_discrete", "warmup": 4}}),
+    "scm-gan": Case("scm", {"guidance": 2.0, "steps": 4, "gan": {"weight": 0.5}, "tangent": {"warmup": 4}}),
+    "tbcm-differences": Case(
+        "tbcm", {"guidance": 2.0, "route_steps": 3, "route": "logit_normal", "tangent": {"kind": "finite_difference"}}
+    ),
+    "tbcm": Case("tbcm", {"guidance": 2.0, "route_steps": 4, "tangent": {"warmup": 2, "calm_from": 2}}),
     "decoupled": Case("decoupled", {"guidance": 2.0, "ratio": 2, "steps": 2, "moments": {"weight": 0.1}}, period=2),
     # three iterations of the record, then s'_2, s'_1 and the teacher, one update each: broken off at every turn of the path
     "disback": Case(
         "disback",
         {"guidance": 2.0, "ratio": 1, "steps": 2, "checkpoints": 3, "record_every": 1, "interval": 1},
         period=4,
+    ),
+    "disback-one-step": Case(
+        "disback", {"guidance": 2.0, "ratio": 1, "checkpoints": 2, "record_every": 1, "interval": 1}, period=3
     ),
     "phased": Case("phased", {"guidance": 2.0, "ratio": 2, "steps": 2, "phase_iterations": 2}, period=2),
     "phased-kl": Case(
@@ -89,6 +98,36 @@ CASES: Mapping[str, Case] = {
         },
         period=2,
     ),
+    "lcm": Case("lcm", {"guidance": 2.0, "steps": 2, "points": 10, "source": "pairs"}),
+    "tcd": Case("tcd", {"guidance": 2.0, "guidance_range": [1.5, 2.5], "steps": 2, "target": "ema", "source": "pairs"}),
+    "cm": Case(
+        "cm",
+        {
+            "guidance": 2.0,
+            "steps": 2,
+            "points": 12,
+            "source": "pairs",
+            "curriculum": "doubling",
+            "first_points": 3,
+            "curriculum_iterations": 3,
+            "decay": "curriculum",
+            "times": "lognormal",
+            "weights": "gap",
+        },
+    ),
+    "tscd": Case(
+        "tscd",
+        {
+            "guidance": 2.0,
+            "steps": 2,
+            "points": 10,
+            "source": "pairs",
+            "gan": {"weight": 0.1, "features": "fake_score"},
+            "stages": [{"segments": 2, "iterations": 1, "gan": 0.0}, {"segments": 1, "iterations": 1}],
+            "score": {},
+        },
+    ),
+    "pcm": Case("pcm", {"guidance": 2.0, "steps": 2, "phases": 2, "source": "pairs", "gan": {"weight": 0.1}}),
 }
 FULLEST: Mapping[str, str] = {
     case.method: name for name, case in sorted(CASES.items(), key=lambda item: item[1].family == "sd")

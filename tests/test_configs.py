@@ -31,7 +31,7 @@ def model_of(name: str, raw: dict[str, Any], tiny: Callable[..., Path]) -> Path 
     return raw["model"]["path"] if raw["model"]["path"].startswith("builtin:") else tiny_of(name, tiny)
 
 
-def pairs_for(model: Path | str, guidance: float, folder: Path, prompts: str) -> Path:
+def pairs_for(model: Path | str, prompts: str, guidance: float, folder: Path) -> Path:
     config = {"model": {"path": str(model)}, "prompts": prompts, "count": 2, "guidance": guidance, "steps": 2}
     collect("pairs", CollectConfig.model_validate({**config, "device": "cpu"}), folder)
     return folder
@@ -40,11 +40,10 @@ def pairs_for(model: Path | str, guidance: float, folder: Path, prompts: str) ->
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     raw = yaml.safe_load((CONFIGS / name).read_text())
-    overrides = [f"model.path={model_of(name, raw, tiny)}"]
+    model = model_of(name, raw, tiny)
+    overrides = [f"model.path={model}"]
     if raw["data"].get("pairs"):
-        pairs = pairs_for(
-            model_of(name, raw, tiny), raw["method"]["guidance"], tmp_path / "pairs", raw["data"]["prompts"]
-        )
+        pairs = pairs_for(model, raw["data"]["prompts"], raw["method"]["guidance"], tmp_path / "pairs")
         overrides.append(f"data.pairs={pairs}")
     if raw["data"].get("images"):
         (tmp_path / "images").mkdir()

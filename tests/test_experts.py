@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from methods import Bench, Case, saved
 from PIL import Image
 from test_export import reproduced
@@ -26,8 +26,12 @@ from stepdistill.exporting.experts import Experts, load_experts
 from stepdistill.methods.base import Batch
 from stepdistill.models.conditioning import ImageSize
 from stepdistill.models.recipe import Recipe
+from stepdistill.planning.loop import walk
+from stepdistill.planning.memory import sizes_of
+from stepdistill.planning.trace import outline, trace
 from stepdistill.training.grids import student_latents
 from stepdistill.training.run import open_run, train
+from stepdistill.training.session import prepare
 from stepdistill.training.trainer import Trainer
 
 CASE = Case("phased", {"guidance": 2.0, "ratio": 1, "steps": 4, "phases": 3, "phase_iterations": 2}, period=2)
@@ -109,6 +113,21 @@ def test_the_expert_is_the_average_where_there_is_one(tiny: Callable[..., Path],
     for key, value in after["expert_1"].items():
         assert torch.equal(value, before["generator_ema"][key])
     assert any(not torch.equal(value, before["generator"][key]) for key, value in after["expert_1"].items())
+
+
+def test_a_plan_counts_experts(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Their weights, and their calls in the stages that have them."""
+    config = Bench(tiny, tmp_path).config(CASE, 6, family="sd", dtype="float32")
+    ready = prepare(config)
+    session, walked = outline(ready), walk(ready)
+    sizes = sizes_of(session, config)
+    assert sizes.frozen == 2 * sizes.roles["generator"]
+    rows = {
+        role: sum(n.rows for call, n in walked.calls.items() if call.network == role)
+        for role in ("expert_1", "expert_2")
+    }
+    assert rows == pytest.approx({"expert_1": 4 * 4 / 6, "expert_2": 4 * 2 / 6})
+    assert trace(session, walked).per_row.keys() >= {("expert_1", False), ("expert_2", False)}
 
 
 # ---------------------------------------------------------------- drawing in training
@@ -227,6 +246,9 @@ def test_whose_turn_it_is(exported: Path, tiny: Callable[..., Path]) -> None:
     """Each call is made under its expert's adapter, for the student's own number of steps and for others; a LoRA beside
     stays on throughout."""
     pipe = DiffusionPipeline.from_pretrained(tiny("sd", "default"), safety_checker=None)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config
+    )  # a call for each step, unlike the tiny one's
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(exported, weight_name="pytorch_lora_weights_expert_3.safetensors", adapter_name="style")
     experts = load_experts(pipe, exported, {"style": 0.5})
@@ -257,5 +279,5 @@ def test_recipes_of_one_student_say_nothing_of_experts() -> None:
     assert Recipe.from_json(several.to_json()) == several
     assert several.by_step(["a", "b"]) == ("a", "a", "a", "b")
     assert one.by_step(["a"]) == ("a",) * 4
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer than argument"):
         several.by_step(["a"])

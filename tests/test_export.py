@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ import stepdistill
 from stepdistill.config import RunConfig, parse
 from stepdistill.errors import Refusal
 from stepdistill.exporting import export_student
-from stepdistill.exporting.artefact import draw, load_artefact
+from stepdistill.exporting.artefact import SCHEDULERS, draw, load_artefact, seeded_steps
 from stepdistill.models.recipe import Recipe
+from stepdistill.models.schedulers import scheduler_class
 from stepdistill.training.run import open_run, train
 
 BLOCKED = "import sys, runpy; sys.modules['stepdistill'] = None; sys.argv = ['reproduce.py']; runpy.run_path({!r}, run_name='__main__')"
@@ -191,3 +193,20 @@ def test_one_scheduler_leaves_no_trace_in_the_next(tiny: Callable[..., Path]) ->
     for name in ("euler", "lcm", "dpm++2m"):
         other = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu").pipeline
         assert (drawn(other, name) == fresh[name]).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_is_told_what_its_pipeline_tells(tiny: Callable[..., Path], name: str) -> None:
+    """Seeding a scheduler's steps hides none of its parameters: not each of them takes a generator, TCD takes an eta."""
+    pipe = load_artefact(str(tiny("sd")), None, torch.float32, "cpu").pipeline
+    class_name, changes = SCHEDULERS[name]
+    pipe.scheduler = scheduler_class(class_name).from_config({**pipe.scheduler.config, **changes})
+
+    def drawn(seeded: bool) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        with seeded_steps(pipe, generators) if seeded else nullcontext():
+            call = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
+            latents: torch.Tensor = pipe(["a", "b"], generator=generators, **call).images
+            return latents
+
+    assert torch.equal(drawn(seeded=True), drawn(seeded=False))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import stepdistill
 from stepdistill.config import OptimizerConfig, RunConfig, parse
 from stepdistill.errors import Refusal
+from stepdistill.methods.base import Needs
 from stepdistill.models import kernels
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.conditioning import Conditioning, ImageSize
@@ -213,8 +214,18 @@ def test_sharded_networks_are_whole_tensors_no_more(
 ) -> None:
     roles: Any = {"fake_score": "fake_score"}
     with pytest.raises(Refusal, match=rf"^{key} is set and the processes share every network out"):
-        check_training_options(config(**changes), roles, torch.device("cpu"), sharded=True)
-    check_training_options(config(**changes), roles, torch.device("cpu"), sharded=False)
+        check_training_options(config(**changes), roles, Needs(), torch.device("cpu"), sharded=True)
+    check_training_options(config(**changes), roles, Needs(), torch.device("cpu"), sharded=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"), [({"quantization": "int4"}, "quantization"), ({"attention": "xformers"}, "attention")]
+)
+def test_kernels_without_a_forward_mode(config: Callable[..., RunConfig], changes: dict[str, Any], key: str) -> None:
+    run = config(**{f"model__{name}": value for name, value in changes.items()})
+    with pytest.raises(Refusal, match=rf"^model\.{key} is '\w+', whose kernels have no derivatives in forward mode"):
+        check_training_options(run, {}, Needs(jvp=True), torch.device("cpu"), sharded=False)
+    check_training_options(run, {}, Needs(), torch.device("cpu"), sharded=False)
 
 
 # ---------------------------------------------------------------- the parked role

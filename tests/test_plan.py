@@ -26,6 +26,7 @@ GAN = {"name": "dmd2", "guidance": 2.0, "ratio": 2, "steps": 2, "gan": {"weight"
 PLAIN = {"name": "dmd2", "guidance": 2.0, "ratio": 3, "steps": 4}
 PAIRS = {"name": "dmd", "guidance": 2.0}
 PATH = {"name": "disback", "guidance": 2.0, "ratio": 1, "steps": 2, "checkpoints": 3, "record_every": 1, "interval": 1}
+CONSISTENCY = {"name": "tcd", "guidance": 2.0, "source": "pairs", "target": "ema"}
 MODES = {"lora": ("lora", "lora"), "full": ("full", "full"), "mixed": ("lora", "full")}
 
 
@@ -42,7 +43,7 @@ def config(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., RunConfig
             (tmp_path / "images").mkdir(exist_ok=True)
             Image.new("RGB", (80, 96), "red").save(tmp_path / "images/0.png")
             data["images"] = str(tmp_path / "images")
-        if method is PAIRS:
+        if method in (PAIRS, CONSISTENCY):
             if not (tmp_path / "pairs").exists():
                 wanted = {"model": model, "prompts": "builtin:general", "count": 4, "guidance": 2.0, "steps": 2}
                 collect("pairs", CollectConfig.model_validate({**wanted, "device": "cpu"}), tmp_path / "pairs")
@@ -65,6 +66,23 @@ def phases(forecast: Forecast) -> dict[str, int]:
 
 def session_of(config: RunConfig) -> Session:
     return open_session(prepare(config), "cpu")
+
+
+def test_frozen_copies_of_a_method_are_counted(config: Callable[..., RunConfig]) -> None:
+    """The target network beside the generator; no fake score where none is trained, and two calls of teacher and target."""
+    run = config(method=CONSISTENCY, layout="full")
+    forecast = plan(run)
+    held, session = parts(forecast), session_of(run)
+    assert (
+        held["target weights"]
+        == held["generator weights"]
+        == size_of(session.triple.network_parameters("target").values())
+    )
+    assert not [name for name in held if FAKE_SCORE in name]
+    assert "generator optimizer" in held
+    calls = walk(prepare(run)).calls
+    asked = {(call.network, call.graph): round(counted.rows, 9) for call, counted in calls.items()}
+    assert asked == {(REAL_SCORE, False): 4.0, ("target", False): 2.0, (GENERATOR, True): 2.0}
 
 
 @pytest.mark.parametrize(("family", "layout"), [("sd", "lora"), ("sd", "full"), ("sdxl", "mixed")])

@@ -144,7 +144,8 @@ class TestRefusedFiles:
         [
             ({"lora_unet_down.alpha": ()}, ("is a LoRA", "base")),
             ({"down_blocks.0.resnets.0.conv1.weight": (2, 2)}, ("one component in diffusers keys", "folder")),
-            ({"model.diffusion_model.joint_blocks.0.x": (2,)}, ("no known architecture", "folder")),
+            ({"model.diffusion_model.joint_blocks.0.x": (2,)}, ("an SD3 model", "folder")),
+            ({"model.diffusion_model.other_blocks.0.x": (2,)}, ("no known architecture", "folder")),
             ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}, ("inpainting", "9 channels")),
             (
                 {

@@ -152,7 +152,7 @@ class NoiseSchedule:
         if self.is_flow:
             return torch.atan2(t, 1 - t)
         table = self._table(t.device)
-        position = (t + 1).clamp(0, len(table) - 1)
+        position = _within(t + 1, 0.0, float(len(table) - 1))
         low = position.floor().clamp(max=len(table) - 2)
         a, b = table[low.long()], table[low.long() + 1]
         return a + (b - a) * (position - low)
@@ -163,7 +163,7 @@ class NoiseSchedule:
         if self.is_flow:
             return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))
         table = self._table(angle.device)
-        angle = angle.clamp(max=float(table[-1]))
+        angle = _within(angle, 0.0, float(table[-1]))
         high = torch.searchsorted(table, angle.contiguous(), right=True).clamp(1, len(table) - 1)
         a, b = table[high - 1], table[high]
         return (high - 1) + (angle - a) / (b - a) - 1
@@ -232,6 +232,11 @@ def broadcast(values: Tensor, like: Tensor) -> Tensor:
 def full(x: Tensor) -> Tensor:
     """x in float32 or better: arithmetic on samples never runs in half precision."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _within(values: Tensor, low: float, high: float) -> Tensor:
+    """Clamped, with the derivative of the inside at both ends: where a schedule ends, its time still moves."""
+    return torch.where(values < low, low, torch.where(values > high, high, values))
 
 
 def float64(t: Time) -> Tensor:

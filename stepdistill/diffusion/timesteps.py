@@ -1,4 +1,4 @@
-"""How noise levels are drawn for a loss, and which ladder of times a few-step sampler walks."""
+"""How noise levels are drawn for a loss, which grid is trained on, and which ladder of times a few-step sampler walks."""
 
 from __future__ import annotations
 
@@ -68,3 +68,55 @@ def trailing_ladder(schedule: NoiseSchedule, steps: int) -> tuple[float, ...]:
         return few_step_ladder(schedule, steps)
     n = schedule.train_steps
     return tuple(float(round(n - i * n / steps) - 1) for i in range(steps))
+
+
+# ---------------------------------------------------------------- grids that are trained on
+
+
+def uniform_grid(schedule: NoiseSchedule, points: int) -> Tensor:
+    """(points + 1,) native times, rising, float64.
+
+    VP: 0, then N i / points - 1, e.g. 0, 19, 39, ..., 999 (LCM): the clean end is timestep 0, with sigma = 0.03 for SD.
+    Flow: i / points through the model's shift, from 0.
+
+    Raises:
+        Refusal: more points than the schedule has timesteps to tell apart.
+    """
+    index = torch.arange(points + 1, dtype=torch.float64)
+    if schedule.is_flow:
+        return schedule.time_at(index / points)
+    grid = ((index * schedule.train_steps / points).round() - 1).clamp_min(0)
+    if bool((grid.diff() <= 0).any()):
+        raise Refusal(
+            f"a grid of {points} points was asked for and the teacher has {schedule.train_steps} timesteps: use fewer points"
+        )
+    return grid
+
+
+def edges(points: int, count: int) -> Tensor:
+    """Indices of the lower ends of `count` equal parts of a grid of `points` steps, rising from 0: floor(i points / count).
+
+    Raises:
+        Refusal: more parts than steps.
+    """
+    if count > points:
+        raise Refusal(f"a grid of {points} points was to be cut into {count} parts: use more points or fewer parts")
+    return torch.arange(count) * points // count
+
+
+def part_of(start: Tensor, edge: Tensor) -> Tensor:
+    """Number of the part that a leap from index `start` lies in; a start on an edge belongs to the part below it."""
+    edge = edge.to(start.device)
+    return torch.bucketize(start - 1, edge, right=True) - 1
+
+
+def spread(grid: Tensor, steps: int) -> list[float]:
+    """`steps` points of a grid, the noisiest first, evenly by index as LCMScheduler and TCDScheduler choose them.
+
+    Raises:
+        Refusal: more steps than points.
+    """
+    last = len(grid) - 1
+    if steps > last:
+        raise Refusal(f"{steps} steps were asked for and the grid has {last} points: use fewer steps or more points")
+    return [float(grid[last - i * last // steps]) for i in range(steps)]

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -23,6 +23,7 @@ from stepdistill.exporting.experts import Experts, adapter_experts, load_experts
 from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, expert_files, recipe_of
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.recipe import Recipe
+from stepdistill.models.schedulers import scheduler_class
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def draw(
     own = pipeline.scheduler
     arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
     arguments |= _size_arguments(pipeline, size)
-    if negative_prompt is not None and "negative_prompt" not in signature(pipeline.__call__).parameters:
+    if negative_prompt is not None and not compares_prompts(pipeline):
         raise Refusal(
             f"a negative prompt was given, and {type(pipeline).__name__} tells its network a guidance scale instead of comparing "
             "two prompts: remove it"
@@ -195,6 +196,11 @@ def draw(
         pipeline.scheduler = own  # the next scheduler must start from the checkpoint's config, not from this one's
 
 
+def compares_prompts(pipeline: DiffusionPipeline) -> bool:
+    """Whether its guidance is a second call of the network, with the negative prompt; else the network is told w."""
+    return "negative_prompt" in signature(pipeline.__call__).parameters
+
+
 @contextmanager
 def seeded_steps(pipeline: DiffusionPipeline, generators: Sequence[torch.Generator]) -> Iterator[None]:
     """Inside, a scheduler that draws noise draws it from these generators, one a sample.
@@ -202,7 +208,13 @@ def seeded_steps(pipeline: DiffusionPipeline, generators: Sequence[torch.Generat
     The pipeline of SD3 does not hand on the generators that it was called with, and leaves its scheduler to the global one.
     """
     step = pipeline.scheduler.step
-    vars(pipeline.scheduler)["step"] = lambda *args, **more: step(*args, **{"generator": generators, **more})
+    given = {"generator": generators} if "generator" in signature(step).parameters else {}
+
+    @wraps(step)  # pipelines look at its parameters
+    def seeded(*args: Any, **more: Any) -> Any:
+        return step(*args, **{**given, **more})
+
+    vars(pipeline.scheduler)["step"] = seeded
     try:
         yield
     finally:
@@ -234,7 +246,7 @@ def _arguments(
         spaced = {"timestep_spacing": "trailing"} if "timestep_spacing" in recipe.scheduler_config else {}
         changed = replace(recipe, scheduler_config={**recipe.scheduler_config, **spaced})
         pipeline.scheduler = changed.scheduler(dict(pipeline.scheduler.config))
-        arguments = {"num_inference_steps": steps, "guidance_scale": recipe.guidance_scale}
+        arguments = {"num_inference_steps": steps, "guidance_scale": recipe.guidance_scale, **recipe.call}
         if recipe.sigmas and steps is not None:
             arguments["sigmas"] = [1 - index / steps for index in range(steps)]
     else:
@@ -245,7 +257,7 @@ def _arguments(
         if schedule.is_flow and schedule.dynamic_shift is None:
             # which the checkpoint's own scheduler may have by the other name
             changes = {**changes, "shift": schedule.shift, "flow_shift": schedule.shift}
-        pipeline.scheduler = getattr(diffusers, name).from_config({**pipeline.scheduler.config, **changes})
+        pipeline.scheduler = scheduler_class(name).from_config({**pipeline.scheduler.config, **changes})
         default = recipe.num_inference_steps if recipe is not None else 50
         arguments = {
             "num_inference_steps": steps or default,

@@ -172,7 +172,7 @@ def reproduction_script(
         load += f'\npipe.load_lora_weights(here, weight_name="{file}")'
     switching = "callback_on_step_end=experts, " if experts else ""
     return f'''"""Reproduce proof.safetensors with stock diffusers: python reproduce.py [BASE]"""
-import json, os, sys
+import functools, json, os, sys
 import diffusers, torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
@@ -189,7 +189,7 @@ ladder = {{key: recipe[key] for key in ("timesteps", "sigmas") if recipe[key]}}
 height, width = recipe["resolution"]
 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 step = pipe.scheduler.step  # not every pipeline hands its generators on to it
-pipe.scheduler.step = lambda *args, **more: step(*args, **{{"generator": generators, **more}})
+pipe.scheduler.step = functools.wraps(step)(lambda *args, **more: step(*args, **{{"generator": generators, **more}}))
 images = pipe(
     prompts, generator=generators, output_type="pt",
     num_inference_steps=recipe["num_inference_steps"], guidance_scale=recipe["guidance_scale"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -178,6 +178,20 @@ class Terms:
         """With a further, weighted term, logged under its name without the weight."""
         return replace(self, total=self.total + weight * term, parts={**self.parts, name: term.detach()})
 
+    def __mul__(self, factor: float) -> Terms:
+        parts, statistics = ({key: factor * v for key, v in own.items()} for own in (self.parts, self.statistics))
+        return Terms(factor * self.total, parts, statistics)
+
+    @classmethod
+    def sum(cls, terms: Iterable[Terms]) -> Terms:
+        """The loss that pieces add up to, each with the same parts and statistics."""
+        first, *others = terms
+        for other in others:
+            parts = {key: value + other.parts[key] for key, value in first.parts.items()}
+            statistics = {key: value + other.statistics[key] for key, value in first.statistics.items()}
+            first = cls(first.total + other.total, parts, statistics)
+        return first
+
 
 class Method(ABC, Generic[ConfigT]):
     """Base of all methods. The trainer knows methods by this interface alone."""
@@ -216,7 +230,8 @@ class Method(ABC, Generic[ConfigT]):
         needs = cls.needs(config)
         if needs.images and not images:
             raise Refusal(
-                "the method's GAN term needs real images and data.images is not set: give an image folder, or set method.gan.weight to 0"
+                "the method needs real images and data.images is not set: give an image folder, or set method.gan.weight to 0 if "
+                "its GAN term is what needs them"
             )
         if needs.pairs and not pairs:
             raise Refusal(
@@ -252,6 +267,12 @@ class Method(ABC, Generic[ConfigT]):
     @abstractmethod
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         """The loss of one role on a micro-batch: a mean over its samples."""
+
+    def pieces(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Iterator[Terms]:
+        """The loss in pieces that add up to it; each is differentiated before the next is asked for, and shares no graph
+        with it. One piece, `loss` itself, by default.
+        """
+        yield self.loss(role, rollout, triple, progress, draws)
 
     def after_update(self, role: str, statistics: Mapping[str, float], triple: Triple, progress: Progress) -> None:
         """Called without graph when a role's optimizer has stepped (not where a step was skipped), on all processes alike.

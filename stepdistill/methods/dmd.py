@@ -87,7 +87,8 @@ class DMD(Method[DMDConfig]):
             total = self.config.matching * matching
             logged |= of_matching
         if rollout.pair_x0 is not None and rollout.batch.pair_latents is not None:
-            regression = self._distance(rollout.pair_x0 - rollout.batch.pair_latents)
+            error = rollout.pair_x0 - rollout.batch.pair_latents
+            regression = parts.distance(error, self.config.distance, self.config.huber_c).mean()
             total = total + self.config.regression * regression
             logged["regression"] = regression.detach()
         return Terms(total, logged)
@@ -104,11 +105,6 @@ class DMD(Method[DMDConfig]):
             weight=self.config.dm_weight,
         )
         return parts.surrogate(rollout.x0, direction), logged
-
-    def _distance(self, error: Tensor) -> Tensor:
-        if self.config.distance == "l2":
-            return error.square().mean()
-        return ((error.square() + self.config.huber_c**2).sqrt() - self.config.huber_c).mean()
 
     def recipe(self) -> Recipe:
         return parts.few_step_recipe(self.setting, "dmd", self.ladder, self.transition, self.config.guidance)

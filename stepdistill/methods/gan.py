@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws, derive_seed
@@ -59,17 +59,26 @@ def attach_gan(triple: Triple, gan: GanConfig, setting: Setting, decode: Decode 
     Raises:
         Refusal: vision features of a family without images.
     """
-    seed = derive_seed(triple.seed, "head")
-    head: nn.Module
     if gan.features != "vision":
-        head = seeded_head(setting.feature_channels, setting.feature_size, seed, gan.width)
+        attach_discriminator(triple, setting, gan.width)
     elif decode is None:
         raise Refusal(
             "method.gan.features is 'vision' and the checkpoint has no autoencoder to decode with: set it to real_score"
         )
     else:
-        head = seeded_maps_head(_encoder(triple).channels, seed, gan.width or 64)
-    triple.attach_head(FAKE_SCORE, HEAD, head)
+        seed = derive_seed(triple.seed, "head")
+        triple.attach_head(FAKE_SCORE, HEAD, seeded_maps_head(_encoder(triple).channels, seed, gan.width or 64))
+
+
+def attach_discriminator(triple: Triple, setting: Setting, width: int | None) -> None:
+    """A head on mid-block features of one network, owned by the fake score's optimizer."""
+    seed = derive_seed(triple.seed, "head")
+    triple.attach_head(FAKE_SCORE, HEAD, seeded_head(setting.feature_channels, setting.feature_size, seed, width))
+
+
+def discriminate(triple: Triple, features: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """The head's logits (B,) of samples that are noised already, on the features of the role `features`."""
+    return triple.head(FAKE_SCORE, HEAD)(triple.denoiser(features).features(x_t, t, cond))  # type: ignore[no-any-return]
 
 
 def gan_logits(
@@ -87,14 +96,13 @@ def logits_at(
     triple: Triple, gan: GanConfig, x: Tensor, x_t: Tensor, t: Tensor | None, cond: Conditioning, decode: Decode | None
 ) -> Tensor:
     """Logits (B,) of samples x noised to x_t at times t, (B,); vision features are of the clean x."""
-    head = triple.head(FAKE_SCORE, HEAD)
     if gan.features == "vision":
         if decode is None:
             raise ValueError("vision features were asked for without a decoder")
-        return head(_encoder(triple)(decode(x)))  # type: ignore[no-any-return]
+        return triple.head(FAKE_SCORE, HEAD)(_encoder(triple)(decode(x)))  # type: ignore[no-any-return]
     if t is None:
         raise ValueError("features of latents were asked for without their times")
-    return head(triple.denoiser(gan.features).features(x_t, t, cond))  # type: ignore[no-any-return]
+    return discriminate(triple, gan.features, x_t, t, cond)
 
 
 def gan_generator_loss(

@@ -26,6 +26,7 @@ from stepdistill.models.triple import Triple
 
 DmWeight = Literal["code", "paper", "exact_kl"]
 Exits = Literal["batch", "sample"]
+Distance = Literal["l2", "huber", "pseudo_huber"]
 
 
 class LevelConfig(Settings):
@@ -145,6 +146,23 @@ def sample_statistics(rollout: Rollout) -> dict[str, Tensor]:
 def surrogate(x: Tensor, direction: Tensor) -> Tensor:
     """0.5 mean (x - sg(x - d))^2: a scalar whose gradient with respect to x is d / numel. Its value does not fall."""
     return 0.5 * (x - (x - direction).detach()).square().mean()
+
+
+def distance(error: Tensor, kind: Distance, c: float | None = None) -> Tensor:
+    """Each sample's distance (B,) from its error (B, ...).
+
+    l2:           mean of d^2
+    huber:        mean of sqrt(d^2 + c^2) - c, element by element; c = 1e-3 by default             (LCM)
+    pseudo_huber: sqrt(||d||^2 + c^2) - c of the whole sample of D elements; c = 0.00054 sqrt(D)    (iCT)
+    """
+    own = error.flatten(1)
+    if kind == "l2":
+        return own.square().mean(1)
+    if kind == "huber":
+        c = 1e-3 if c is None else c
+        return ((own.square() + c**2).sqrt() - c).mean(1)
+    c = 0.00054 * own.shape[1] ** 0.5 if c is None else c
+    return (own.square().sum(1) + c**2).sqrt() - c
 
 
 def fake_score_loss(
@@ -306,6 +324,7 @@ def few_step_recipe(
         sigmas=tuple(schedule.fraction_at(torch.tensor(ladder, dtype=torch.float64)).tolist())
         if schedule.is_flow
         else (),
+        call={"eta": transition.strength} if transition.kind is TransitionKind.TCD and transition.strength else {},
         base=setting.base,
         method=method,
         baked_guidance=baked_guidance,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from stepdistill.diffusion.prediction import Prediction, convert, guide, to_eps, to_x0
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, float64, full
+from stepdistill.diffusion.trigflow import TrigFlow
 from stepdistill.models.checkpointing import Reached
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families.base import Family
+from stepdistill.models.kernels import forward_mode
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,25 @@ class Denoiser:
         native = self.schedule.prediction
         target = Prediction.FLOW if self.schedule.is_flow else Prediction.V
         return convert(estimate.raw, full(x_t), alpha, sigma, native, target)
+
+    def trigflow(self, bridge: TrigFlow, x: Tensor, angle: Time, cond: Conditioning) -> Tensor:
+        """F of the TrigFlow network that this one is through the bridge, at X_T (B, ...) and angles () or (B,)."""
+        x_t, t = bridge.native(x, angle)
+        return bridge.velocity(self._forward(x_t, t, cond), x_t, angle)
+
+    def jvp(
+        self, function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(value, derivative along the tangents) of a function of this denoiser's answers, in one forward without graph.
+
+        A tangent has its primal's shape and dtype. Attention runs in its plain form meanwhile, the only one with a
+        forward mode; the network is called through its root all the same, so that a sharded one gathers its parameters.
+        """
+        with torch.no_grad(), forward_mode(), forward_ad.dual_level():
+            duals = [forward_ad.make_dual(p.detach(), t.detach()) for p, t in zip(primals, tangents, strict=True)]
+            value, tangent = forward_ad.unpack_dual(function(*duals))
+            # (a function that does not depend on what is varied has no tangent at all)
+            return value, torch.zeros_like(value) if tangent is None else tangent
 
     def guided(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning, w: Tensor | float) -> Tensor:
         """x0 under classifier-free guidance; one batched call of 2B rows, a plain call where w = 1.

@@ -1,4 +1,4 @@
-"""Discriminator heads on features of a network."""
+"""Small trainable modules beside a network: discriminator heads on its features, a learned weight of angles."""
 
 from __future__ import annotations
 
@@ -33,6 +33,25 @@ class FeatureHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features.to(next(self.parameters()).dtype)).flatten(1).mean(1)
+
+
+class AngleWeight(nn.Module):
+    """A number for every angle, learned: TrigFlow angles (B,) in [0, pi/2] -> (B,), 0 before training.
+
+    Linear in the first harmonics, smooth enough for what an angle contributes to a loss.
+    """
+
+    def __init__(self, harmonics: int = 16) -> None:
+        super().__init__()
+        self.harmonics = harmonics
+        self.linear = nn.Linear(2 * harmonics, 1)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, angle: Tensor) -> Tensor:
+        weight = self.linear.weight
+        phases = angle.to(weight)[:, None] * torch.arange(1, self.harmonics + 1).to(weight)
+        return self.linear(torch.cat([phases.cos(), phases.sin()], 1))[:, 0]  # type: ignore[no-any-return]
 
 
 GanLoss = Literal["logistic", "hinge"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from diffusers import ModelMixin
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.errors import Refusal
 
@@ -48,6 +51,16 @@ def lay_out(network: nn.Module, attention: Literal["sdpa", "xformers"], channels
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Inside, scaled dot products run in their plain form, the only one with derivatives in forward mode.
+
+    The values are the same but for rounding. What processors of attention outside torch do is not changed.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
+from stepdistill.models.schedulers import scheduler_class
 
 SCHEDULERS = {
     (TransitionKind.RENOISE, False): "LCMScheduler",
@@ -47,7 +47,7 @@ class Recipe:
         resolution: (height, width) in pixels that it was trained at.
         alpha, rank: of the LoRA; 0 for a full model.
         experts: network calls of each expert, noisiest first, where the student is several; empty for one.
-        call: further arguments of the pipeline's call.
+        call: further arguments of the pipeline's call (TCDScheduler's eta, Sana-Sprint's timesteps).
     """
 
     scheduler_class: str
@@ -98,12 +98,10 @@ class Recipe:
         Raises:
             Refusal: unknown class.
         """
-        scheduler_class = vars(diffusers).get(self.scheduler_class) or getattr(diffusers, self.scheduler_class, None)
-        if scheduler_class is None:
-            raise Refusal(
-                f"the recipe names scheduler {self.scheduler_class!r}, which this diffusers lacks: upgrade diffusers"
-            )
-        return scheduler_class.from_config({**base_config, **self.scheduler_config})
+        scheduler: SchedulerMixin = scheduler_class(self.scheduler_class).from_config(
+            {**base_config, **self.scheduler_config}
+        )
+        return scheduler
 
     def apply(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
         """Put the scheduler into a pipeline; returns the keyword arguments for its call."""
@@ -111,13 +109,12 @@ class Recipe:
         arguments: dict[str, Any] = {
             "guidance_scale": self.guidance_scale,
             "num_inference_steps": self.num_inference_steps,
-            **self.call,
         }
         if self.timesteps:
             arguments["timesteps"] = list(self.timesteps)
         if self.sigmas:
             arguments["sigmas"] = list(self.sigmas)
-        return arguments
+        return {**arguments, **self.call}
 
     def ladder(self, schedule: NoiseSchedule) -> tuple[float, ...]:
         """The native times of our own sampler for this recipe."""
@@ -142,9 +139,7 @@ class Recipe:
             return Transition(TransitionKind.RENOISE)
         for (kind, _), name in SCHEDULERS.items():
             if name == self.scheduler_class:
-                return Transition(
-                    kind, float(self.scheduler_config.get("eta", 0.0)) if kind is TransitionKind.TCD else 1.0
-                )
+                return Transition(kind, float(self.call.get("eta", 0.0)) if kind is TransitionKind.TCD else 1.0)
         raise Refusal(
             f"the recipe's scheduler {self.scheduler_class!r} has no transition of ours: use one of {', '.join(SCHEDULERS.values())}"
         )

@@ -72,6 +72,7 @@ class Triple:
         self.layouts: dict[str, RoleLayout] = {}
         self.networks: dict[str, nn.Module] = {}
         self.heads: dict[str, dict[str, nn.Module]] = {}
+        self.copies: dict[str, str] = {}
         self.frozen: dict[str, nn.Module] = {}
         self._parked: dict[str, ParkedParameters] = {}
         self.sharded = False
@@ -138,6 +139,7 @@ class Triple:
     def add_copy(self, name: str, source: str) -> None:
         """Add an untrained role that starts equal to `source`, in float32 (EMA, frozen references)."""
         self.add_role(name, self.layouts[source], trainable=False)
+        self.copies[name] = source
         self.copy_role(source, name)
 
     @torch.no_grad()

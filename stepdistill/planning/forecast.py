@@ -69,7 +69,7 @@ class Planner:
         """
         source = find_source(config.model)
         bare = without_data(_bare(config), source.info)
-        check_combinations(config, bare.roles, sharded=config.training.sharding == "full")
+        check_combinations(config, bare.roles, bare.needs, sharded=config.training.sharding == "full")
         session, walked, traced = self._traced(bare)
         sizes = sizes_of(session, config)
         machine = self.machine
@@ -163,7 +163,7 @@ def _disk(plan: Plan, sizes: Sizes, config: RunConfig) -> Disk:
     saved = sum(sizes.roles.values()) + sizes.heads + sizes.ema + sum(sizes.optimizers.values())
     return Disk(
         prompt=prompt,
-        image=image_bytes(plan, plan.setting.size) if plan.method_class.needs(plan.method_config).images else 0,
+        image=image_bytes(plan, plan.setting.size) if plan.needs.images else 0,
         text_cache=None if prompts is None else prompts * prompt,
         checkpoint=saved,
     )

@@ -133,11 +133,11 @@ def run_micro_batch(
     progress: Progress,
     draws: Draws,
     counter: CallCounter,
-    after_forward: Callable[[str, Tensor], None],
+    after_forward: Callable[[str, int, Tensor], None],
 ) -> None:
     """One micro-batch as `Trainer.iteration` runs it, without its optimizers.
 
-    after_forward: given each due role and its loss, while the graph lives.
+    after_forward: given each due role and, piece by piece, its loss while the graph lives.
     """
     rollout: Rollout | None = None
     for role in method.updates(progress):
@@ -147,7 +147,8 @@ def run_micro_batch(
                 counter.phase = ROLLOUT
                 rollout = method.rollout(batch, triple, progress, own)
             counter.phase = role
-            after_forward(role, method.loss(role, rollout, triple, progress, own).total)
+            for piece, terms in enumerate(method.pieces(role, rollout, triple, progress, own)):
+                after_forward(role, piece, terms.total)
         rollout = rollout.detach()
 
 
@@ -176,7 +177,7 @@ def walk(plan: Plan) -> Walk:
         (samples,) = sample_numbers(first, first + 1, batch=training.batch_size, accumulation=1)
         draws = Draws(training.seed, first, "", samples)
         with CallCounter(triple) as counter:
-            run_micro_batch(toy, triple, batch, progress, draws, counter, lambda role, loss: None)
+            run_micro_batch(toy, triple, batch, progress, draws, counter, lambda role, piece, loss: None)
         found.setdefault(tuple(toy.updates(progress)), []).append((progress, dict(counter.found)))
     mean: defaultdict[Call, Counted] = defaultdict(Counted)
     for roles, seen in found.items():

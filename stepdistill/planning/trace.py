@@ -135,11 +135,11 @@ class _Tracer:
         samples = range(training.batch_size)
         draws = Draws(training.seed, progress.iteration, "", samples, self.session.device, self.session.dtype)
 
-        def finish(role: str, loss: Tensor) -> None:
+        def finish(role: str, piece: int, loss: Tensor) -> None:
             parameters = list(triple.parameters(role).values())
             gradients = size_of(parameters)
-            accumulating = training.accumulation > 1
-            # the gradients of the micro-batches before are there all along
+            accumulating = training.accumulation > 1 or piece > 0
+            # the gradients of the micro-batches and pieces before are there all along
             self._end(f"{role} forward", role, gradients, also=gradients if accumulating else 0)
             if accumulating:
                 for parameter in parameters:
@@ -158,7 +158,7 @@ class _Tracer:
     def _batch(self) -> Batch:
         """A micro-batch of the shapes that `BatchSource` makes."""
         plan, checkpoint, rows = self.plan, self.session.checkpoint, self.training.batch_size
-        needs = plan.method_class.needs(plan.method_config)
+        needs = plan.needs
         sizes, prompts = [ImageSize.plain(*plan.setting.size)] * rows, [""] * rows
         with self._watched(TEXT):
             cond = plan.family.encode(checkpoint, prompts, sizes)

@@ -114,12 +114,12 @@ class Moved(Level):
 
 
 class Swing:
-    """How far the level goes to, fro and to again, over the last 12 blocks of half a window.
+    """How far the level goes to, fro and to again, over the last 20 blocks of half a window.
 
     0 where sampling noise, estimated from line to line, would do as much.
     """
 
-    BLOCKS, NOISE = 12, 5.0
+    BLOCKS, NOISE = 20, 6.0
 
     def __init__(self, window: int) -> None:
         self.block = max(1, window // 2)
@@ -176,7 +176,7 @@ class Alarm:
 
 
 LAG = "the fake score lags behind the generator"
-FASTER = "raise method.ratio, then optimizers.fake_score.lr"
+FASTER = "raise method.ratio or set method.fake_blend (0.97), then raise optimizers.fake_score.lr"
 BOUND = "add a GAN term (method.gan.weight) or a moment penalty where the method has one"
 ALARMS: tuple[Alarm, ...] = (
     Alarm(

@@ -10,7 +10,7 @@ import torch
 
 from stepdistill.config import RunConfig
 from stepdistill.errors import Refusal
-from stepdistill.methods.base import RoleKind
+from stepdistill.methods.base import Needs, RoleKind
 from stepdistill.models.families.base import Family
 from stepdistill.models.kernels import check_xformers
 from stepdistill.models.quantization import check_quantization
@@ -82,12 +82,13 @@ def describe_options(config: RunConfig) -> list[str]:
 
 
 def check_training_options(
-    config: RunConfig, roles: Mapping[str, RoleKind], device: torch.device, *, sharded: bool
+    config: RunConfig, roles: Mapping[str, RoleKind], needs: Needs, device: torch.device, *, sharded: bool
 ) -> None:
     """Whether a run can be trained as its config says; opening a finished one needs none of it.
 
     Args:
         roles: role -> its config section, for the roles that the method trains.
+        needs: what the method cannot do without.
         device: of the training.
         sharded: every process holds a share of every network.
 
@@ -103,10 +104,10 @@ def check_training_options(
             raise Refusal(
                 f"training.trackers names {tracker!r}, which is not installed: run pip install {tracker}, or leave it out"
             )
-    check_combinations(config, roles, sharded=sharded)
+    check_combinations(config, roles, needs, sharded=sharded)
 
 
-def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], *, sharded: bool) -> None:
+def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], needs: Needs, *, sharded: bool) -> None:
     """Whether the options of a config go together, whatever is installed here. Arguments and refusals as above."""
     kinds = {"generator": config.optimizers.generator.kind, "fake_score": config.optimizers.fake_score.kind}
     modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
@@ -117,6 +118,12 @@ def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], *, shar
             "false, or optimizers.*.kind to adamw"
         )
     _check_quantized_roles(config, roles)
+    if needs.jvp and (config.model.quantization == "int4" or config.model.attention == "xformers"):
+        key = "quantization" if config.model.quantization == "int4" else "attention"
+        raise Refusal(
+            f"model.{key} is {vars(config.model)[key]!r}, whose kernels have no derivatives in forward mode, and the method takes "
+            "them: set method.tangent.kind to semi_discrete, or remove the key"
+        )
     whole_only = {
         "model.quantization": (config.model.quantization != "none", "none"),
         "model.compile": (config.model.compile, "false"),

@@ -93,10 +93,18 @@ class Processes:
                     torch.distributed.broadcast(tensor.data, 0)
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes; a missing one counts as zero."""
+        """Replace every gradient by its mean over the processes; one that is missing on some of them counts as zero there.
+
+        One that is missing on all stays so, as on one process: an optimizer leaves such a parameter alone.
+        """
         if self.count == 1:
             return
-        mine = [p for p in parameters if not isinstance(p, DTensor)]
+        whole = [p for p in parameters if not isinstance(p, DTensor)]
+        if not whole:
+            return
+        there = torch.tensor([float(p.grad is not None) for p in whole], device=self.device)
+        torch.distributed.all_reduce(there)
+        mine = [p for p, count in zip(whole, there.tolist(), strict=True) if count]
         for parameter in mine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -97,7 +97,7 @@ def train(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     processes = Processes(accelerator, config.training)
-    check_training_options(config, plan.roles, processes.device, sharded=processes.sharded)
+    check_training_options(config, plan.roles, plan.needs, processes.device, sharded=processes.sharded)
     session = open_session(plan, processes.device, warm(plan, processes.device))
     trainer = Trainer(session, folder, processes, watcher(session, folder) if watcher is not None else None)
     if checkpoint is not None:

@@ -65,6 +65,11 @@ class Plan:
         """Role -> the config section that speaks of it."""
         return self.method_class.roles(self.method_config)
 
+    @property
+    def needs(self) -> Needs:
+        """What the method cannot do without."""
+        return self.method_class.needs(self.method_config)
+
 
 @dataclass
 class Session:
@@ -112,7 +117,7 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
     plan = without_data(config, info)
     data, size = config.data, plan.setting.size
-    needs = plan.method_class.needs(plan.method_config)
+    needs = plan.needs
     prompts = read_prompts(str(data.prompts), data.prompt_column)
     source = pairs = buckets = None
     if data.images is not None and not needs.images:
@@ -258,8 +263,8 @@ def load_initial(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:
             continue
         kept = {key: value for key, value in triple.state(role).items() if key.startswith("head.")}
         triple.load_state(role, {**own, **kept})
-    if EMA in triple.layouts:
-        triple.copy_role(GENERATOR, EMA)
+    for copy, source in triple.copies.items():
+        triple.copy_role(source, copy)
 
 
 def layout_of(config: RoleConfig, family: Family) -> RoleLayout:

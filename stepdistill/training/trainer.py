@@ -151,12 +151,12 @@ class Trainer:
                     rollout = (
                         self.method.rollout(batch, self.triple, progress, draws) if order == 0 else rollouts[micro]
                     )
-                    terms = self.method.loss(role, rollout, self.triple, progress, draws)
-                    (terms.total / len(micro_batches)).backward()
+                    for terms in self.method.pieces(role, rollout, self.triple, progress, draws):
+                        (terms.total / len(micro_batches)).backward()
+                        _accumulate(parts, {"loss": terms.total.detach(), **terms.parts}, len(micro_batches))
+                        _accumulate(statistics, terms.statistics, len(micro_batches))
                 if order == 0:
                     rollouts.append(rollout.detach())
-                _accumulate(parts, {"loss": terms.total.detach(), **terms.parts}, len(micro_batches))
-                _accumulate(statistics, terms.statistics, len(micro_batches))
             values |= {f"{role}/{key}": value for key, value in parts.items()}
             skipped = self.counters.skipped
             values |= self._update(role, optimizer)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, 
 from stepdistill.models.families.clip import tokenizer_of
 from stepdistill.models.families.weights import ModelClass, check_folder, empty_component
 from stepdistill.models.files import components, licence, read_json, variant_of, weights
+from stepdistill.models.schedulers import scheduler_class
 from stepdistill.registry import nearest
 
 
@@ -118,8 +118,7 @@ class PipelineFamily(Family):
         index = read_json(info.folder / "model_index.json")
         absent = {name: None for name, entry in index.items() if isinstance(entry, list)}
         flags = {name: value for name, value in index.items() if name not in absent and not name.startswith("_")}
-        # diffusers imports a class when it is asked for it
-        scheduler = getattr(diffusers, info.scheduler_config["_class_name"]).from_config(dict(info.scheduler_config))
+        scheduler = scheduler_class(info.scheduler_config["_class_name"]).from_config(dict(info.scheduler_config))
         tokenizers = {name: self._tokenizer(info.folder, name) for name in self.tokenizers if name not in missing}
         pipeline = self._class_of(info)(**{**absent, **modules, **tokenizers, **flags, "scheduler": scheduler})
         return Checkpoint(info, modules[self.network_component], pipeline)

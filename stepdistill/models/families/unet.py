@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from stepdistill.models.families.base import CheckpointInfo
 from stepdistill.models.families.pipeline import PipelineFamily, read_schedule, vae_dtype
 from stepdistill.models.families.weights import ModelClass
 from stepdistill.models.files import read_header, read_json
+from stepdistill.models.schedulers import scheduler_class
 
 
 class UNetFamily(PipelineFamily):
@@ -61,13 +61,12 @@ class UNetFamily(PipelineFamily):
             vae = AutoencoderKL.from_single_file(
                 path, config=folder, subfolder="vae", torch_dtype=vae_dtype(dtype), local_files_only=True
             )
-        scheduler_class = vars(diffusers)[info.scheduler_config["_class_name"]]
         return self.pipeline_class.from_single_file(
             path,
             config=folder,
             torch_dtype=dtype,
             local_files_only=True,
-            scheduler=scheduler_class.from_config(dict(info.scheduler_config)),
+            scheduler=scheduler_class(info.scheduler_config["_class_name"]).from_config(dict(info.scheduler_config)),
             **{name: self._tokenizer(info.folder, name) for name in self.tokenizers},
             **{**absent, "vae": vae},
         )

@@ -1,0 +1,18 @@
+"""Stock schedulers by the name that configs and recipes have for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+
+from stepdistill.errors import Refusal
+
+
+def scheduler_class(name: str) -> type[Any]:
+    """The scheduler of diffusers with this class name, which is imported where it was not yet. Raises Refusal."""
+    try:
+        found: type[Any] = getattr(diffusers, name)
+    except AttributeError:
+        raise Refusal(f"this diffusers has no scheduler {name!r}: upgrade diffusers") from None
+    return found
