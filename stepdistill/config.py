@@ -88,8 +88,8 @@ class DataConfig(Settings):
     prompt_column: str | None = Field(None, description="column or key of the prompt in a table")
     images: str | None = Field(
         None,
-        description="images with captions, for GAN terms and for methods that noise them: a folder, WebDataset shards ('data/part-*.tar'), or a data set "
-        "of the datasets library ('hf:NAME' or 'hf:PATH')",
+        description="images with captions, for GAN terms and for methods that noise them: a folder, WebDataset shards "
+        "('data/part-*.tar'), or a data set of the datasets library ('hf:NAME' or 'hf:PATH')",
     )
     image_column: str = Field("image", description="column of a data set's images")
     caption_column: str | None = Field(
