@@ -150,7 +150,7 @@ class TSCD(Consistency[TSCDConfig]):
                 return Terms(added, logged)
             terms = super().loss(role, rollout, triple, progress, draws)
             return Terms(terms.total + added, {**terms.parts, **logged})
-        # before the adversary: a sharded network that was left at its features keeps them only until its next forward
+        # before the adversary: where a sharded network is left at its features, a later forward frees what backward needs
         direction, logged = parts.matching_direction(
             x,
             cond,

@@ -148,7 +148,7 @@ class Analytic(Family):
         return "fc_in", "fc_mid", "fc_out"
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
-        return [network.get_submodule("mlp")]
+        return [network.get_submodule(f"mlp.{name}") for name in ("fc_in", "fc_mid", "fc_out")]
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: Callable[..., Tensor]) -> None:
         """Nothing to save: the network is three small layers."""

@@ -194,7 +194,10 @@ class Family(ABC):
 
     @abstractmethod
     def blocks(self, network: nn.Module) -> list[nn.Module]:
-        """The network's blocks in the order in which they run: what a sharded network gathers one at a time."""
+        """The network's blocks in the order in which they run: what a sharded network gathers one at a time.
+
+        The feature module is one of them or outside all: a block that is left in its midst would lose its gradients.
+        """
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: Callable[..., Tensor]) -> None:
