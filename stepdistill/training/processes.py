@@ -93,10 +93,16 @@ class Processes:
                     torch.distributed.broadcast(tensor.data, 0)
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes; a missing one counts as zero."""
+        """Replace every gradient by its mean over the processes; one that some lack counts as zero there.
+
+        A parameter without a gradient anywhere keeps none, as on one process: its optimizer must not touch it.
+        """
         if self.count == 1:
             return
         mine = [p for p in parameters if not isinstance(p, DTensor)]
+        known = torch.tensor([p.grad is not None for p in mine], dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(known)
+        mine = [p for p, processes in zip(mine, known.tolist(), strict=True) if processes]
         for parameter in mine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
