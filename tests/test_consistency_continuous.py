@@ -34,6 +34,7 @@ from stepdistill.methods.scm import SCM, SCMConfig
 from stepdistill.methods.tbcm import TBCM, TBCMConfig, reference_route
 from stepdistill.models.families.analytic import Mixture
 from stepdistill.models.recipe import Recipe
+from stepdistill.models.sampler import teacher_sample
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
 ALL: dict[str, Callable[[], NoiseSchedule]] = {
@@ -426,3 +427,39 @@ def test_the_exact_consistency_function_draws_the_data_in_one_step() -> None:
     x0 = triple.generator.x0(eps, tbcm(schedule).ladder[0], prompts(5))
     expected = torch.tensor(MEAN, dtype=torch.float64).reshape(1, -1, 1, 1) + STD * eps
     assert torch.allclose(x0, expected, atol=1e-10)
+
+
+# ---------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("name", ["v", "flow"])
+def test_a_student_learns_where_the_flow_ends(name: str) -> None:
+    """From its teacher's x0, the mean at pure noise, to the end of the probability flow, in one step and without an image."""
+    schedule, mixture, count = SCHEDULES[name](), gaussian((0.5, -1.0), 0.5), 32
+    triple = analytic_triple(mixture, schedule, width=64)
+    options = {"guidance": 1.0, "route_steps": 6, "tangent": {"warmup": 10}}
+    method = TBCM(TBCMConfig.model_validate(options), setting(schedule, 2))
+    prepared(method, triple)
+    eps = noise(256, 2, 1, 1, seed=9)
+    told = prompts(len(eps))
+    with torch.no_grad():
+        end = teacher_sample(triple.real_score, told, told, eps, 50, 1.0)
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((triple.generator.x0(eps, method.ladder[0], told) - end).flatten(1).norm(dim=1).mean())
+
+    before, batch, steps = distance(), batch_of(count), 60
+    optimizer = torch.optim.Adam(triple.parameters(GENERATOR).values(), lr=3e-3, betas=(0.9, 0.99))
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, 2 - 2 * step / steps)
+        optimizer.zero_grad()
+        progress, lots = Progress(step, {GENERATOR: step}), draws(range(count), step=step)
+        rollout = method.rollout(batch, triple, progress, lots)
+        for terms in method.pieces(GENERATOR, rollout, triple, progress, lots):
+            terms.total.backward()
+        optimizer.step()
+    assert before > 0.5
+    # with r = 0 it would stay where it is, and with the wrong sign leave
+    assert distance() < 0.6 * before

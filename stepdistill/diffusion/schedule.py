@@ -142,7 +142,7 @@ class NoiseSchedule:
         """Angles of the times -1, 0, ..., N - 1."""
         if self.angles is None:
             raise ValueError("a flow schedule has no table of angles")
-        return torch.cat([torch.zeros(1, dtype=torch.float64), self.angles]).to(device)
+        return torch.cat([self.angles.new_zeros(1), self.angles]).to(device)
 
     # ---------------------------------------------------------------- alpha and sigma
 

@@ -226,7 +226,8 @@ class Continuous(Method[ContinuousConfigT]):
             raise Refusal(
                 f"method.angles has {len(self.config.angles)} angles and method.steps is {self.config.steps}: make them agree"
             )
-        times = self.schedule.time_at_angle(torch.tensor(after, dtype=torch.float64)).tolist()
+        # (a plan makes methods where new tensors have no content)
+        times = self.schedule.time_at_angle(torch.tensor(after, dtype=torch.float64, device="cpu")).tolist()
         below = times if self.schedule.is_flow else [float(round(t)) for t in times]
         return parts.ladder_of(self.schedule, [self.schedule.terminal_time, *below])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -124,8 +125,12 @@ class _Tracer:
             for progress in walk.dearest:
                 with CallCounter(self.session.triple, lambda: self.meter.flops) as counter:
                     self._micro_batch(batch, progress, counter)
-                for call, done in counter.work.items():
-                    per_row[call.network, call.features] = done * (1 / counter.found[call].rows)
+                # a derivative in forward mode is a dearer forward: the mean of both, which come in the run's own numbers
+                done, rows = defaultdict[tuple[str, bool], Flops](Flops), defaultdict[tuple[str, bool], float](float)
+                for call, work in counter.work.items():
+                    done[call.network, call.features] += work
+                    rows[call.network, call.features] += counter.found[call].rows
+                per_row |= {key: work * (1 / rows[key]) for key, work in done.items()}
         if self.session.checkpoint.pipeline is not None:
             self._grid(batch)
         return Trace(tuple(self.phases), per_row, batch.cond)
