@@ -22,6 +22,7 @@ app = typer.Typer(
 class Kind(str, Enum):
     pairs = "pairs"
     samples = "samples"
+    trajectories = "trajectories"
 
 
 class Format(str, Enum):
