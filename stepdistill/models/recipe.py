@@ -69,6 +69,11 @@ class Recipe:
     call: dict[str, Any] = field(default_factory=dict)
     told_guidance: float | None = None
 
+    @property
+    def w(self) -> float:
+        """Guidance scale that its samples are of, by whichever way it is said."""
+        return self.guidance_scale if self.told_guidance is None else self.told_guidance
+
     def to_json(self) -> str:
         record = asdict(self)
         if not self.experts:

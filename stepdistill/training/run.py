@@ -177,7 +177,6 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
     options = ", ".join(f"{key}={value}" for key, value in plan.method_config.model_dump(exclude_unset=True).items())
     ladder = ", ".join(f"{time:g}" for time in recipe.timesteps or recipe.sigmas or recipe.angles)
     shares = f", by {len(recipe.experts)} experts ({' + '.join(map(str, recipe.experts))})" if recipe.experts else ""
-    told = recipe.told_guidance or recipe.guidance_scale
     extra = []
     if plan.images is not None:
         extra.append("a stream of images" if plan.images.count is None else f"{plan.images.count:,} images")
@@ -193,7 +192,7 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
         f"latents {'x'.join(map(str, setting.latent_shape))}, base in {config.model.dtype}",
         f"method      {config.method_name}: {options}",
         f"student     {recipe.num_inference_steps} network calls with {recipe.scheduler_class} at {ladder}, "
-        + (f"told a guidance scale of {told:g}" if told != 1 else "guidance off")
+        + ("guidance off" if recipe.w == 1 else f"told a guidance scale of {recipe.w:g}")
         + shares,
         f"data        {', '.join([f'{len(plan.prompts):,} prompts from {plan.prompts.source}', *extra])}",
         f"training    {training.max_steps:,} iterations of {training.batch_size} x {training.accumulation} samples on "
