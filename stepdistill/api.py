@@ -89,7 +89,7 @@ def export(
     """Write a run's student and prove that stock diffusers reproduces it; nothing is left where the proof fails.
 
     Args:
-        format: diffusers-lora, kohya-lora or pipeline.
+        format: diffusers-lora, kohya-lora, guidance-adapter or pipeline.
         half: store float16.
         push_to_hub: hub repository to upload the folder to.
         checkpoint: the newest, or the one that evaluation during training liked best.
@@ -159,7 +159,8 @@ def sample(
     size = (height, width) if height is not None and width is not None else None
     images = draw(
         artefact.pipeline, texts, [seed + i for i in range(len(texts))], recipe=artefact.recipe, experts=artefact.experts,
-        steps=steps, guidance=guidance, negative_prompt=negative_prompt, size=size, scheduler=scheduler, batch_size=batch_size,
+        adapter=artefact.adapter, steps=steps, guidance=guidance, negative_prompt=negative_prompt, size=size,
+        scheduler=scheduler, batch_size=batch_size,
     )  # fmt: skip
     paths: list[Path] = []
     shown: list[torch.Tensor] = []

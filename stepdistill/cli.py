@@ -22,11 +22,13 @@ app = typer.Typer(
 class Kind(str, Enum):
     pairs = "pairs"
     samples = "samples"
+    trajectories = "trajectories"
 
 
 class Format(str, Enum):
     diffusers_lora = "diffusers-lora"
     kohya_lora = "kohya-lora"
+    guidance_adapter = "guidance-adapter"
     pipeline = "pipeline"
 
 
@@ -145,7 +147,7 @@ def collect(
 def sample(
     model: Annotated[str, typer.Argument(help="Diffusers folder, hub id, single file, or builtin:teacher.")],
     output: Output,
-    lora: Annotated[Path | None, typer.Option(help="Exported LoRA folder or file.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Exported LoRA or guidance adapter, folder or file.")] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Prompt file, or builtin:NAME.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Network calls; the recipe's by default.")] = None,
@@ -180,7 +182,7 @@ def export(
     push_to_hub: Annotated[str | None, typer.Option(help="Upload to this hub repository afterwards.")] = None,
     best: Annotated[bool, typer.Option(help="The checkpoint that evaluation liked best, not the newest.")] = False,
 ) -> None:
-    """Write the student as a LoRA or a pipeline, and prove that stock diffusers reproduces it."""
+    """Write the student as a LoRA, guidance adapters or a pipeline, and prove that stock diffusers reproduces it."""
     from stepdistill import api
 
     folder = api.export(
@@ -193,7 +195,7 @@ def export(
 def evaluate(
     output: Output,
     model: Annotated[str | None, typer.Argument(help="Model as for 'sample', or the folder of a run.")] = None,
-    lora: Annotated[Path | None, typer.Option(help="Exported LoRA folder or file.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Exported LoRA or guidance adapter, folder or file.")] = None,
     protocol: Annotated[str, typer.Option(help="Protocol name, or a YAML file.")] = "prompts",
     steps: Annotated[str | None, typer.Option(help="Step counts, as 1,2,4; the recipe's own by default.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale w; 1 is off.")] = None,

@@ -34,6 +34,11 @@ class ModelConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of the frozen base")
     size: tuple[int, int] | None = Field(None, description="(height, width) in pixels; the checkpoint's own by default")
     negative_prompt: str = Field("", description="prompt of the unconditional branch in teacher guidance")
+    guidance_adapter: str | None = Field(
+        None,
+        description="guidance_adapter.safetensors of this checkpoint, or its folder: the teacher is guided by it, in one call "
+        "where guidance takes two",
+    )
     quantization: Literal["none", "int8", "int4"] = Field(
         "none", description="of the frozen base, for LoRA roles; exports are proved on the unquantised base"
     )
@@ -47,12 +52,20 @@ class ModelConfig(Settings):
 class RoleConfig(Settings):
     """How a trainable role is held."""
 
-    mode: Literal["lora", "full"] = "lora"
+    mode: Literal["lora", "full", "adapter"] = Field(
+        "lora", description="adapter: guidance adapters beside the attention of the frozen base"
+    )
     rank: int = Field(64, gt=0, description="LoRA rank")
     alpha: float = Field(64.0, gt=0, description="LoRA alpha; the delta is scaled by alpha / rank")
     targets: str | list[str] = Field("all", description="preset 'all' or 'attention', or module-name suffixes")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="regular expression -> rank, as in peft")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="regular expression -> alpha, as in peft")
+    kind: Literal["cross", "offset"] = Field(
+        "cross",
+        description="of guidance adapters: attention over tokens of w, t and prompt, or a shift that they decide",
+    )
+    width: int = Field(128, gt=0, description="channels of guidance adapters")
+    shared: bool = Field(False, description="one set of token encoders for all guidance adapters: half the parameters")
 
 
 class OptimizerConfig(Settings):
@@ -107,6 +120,7 @@ class DataConfig(Settings):
         0.05, ge=0, le=1, description="stop when more than this share of the images is unreadable"
     )
     pairs: str | None = Field(None, description="folder made by 'stepdistill collect pairs'")
+    trajectories: str | None = Field(None, description="folder made by 'stepdistill collect trajectories'")
     workers: int = Field(0, ge=0, description="image loading threads")
 
 

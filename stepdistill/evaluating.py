@@ -30,8 +30,9 @@ from stepdistill.evaluation.report import compare as compare_reports
 from stepdistill.evaluation.resize import ResizeMode
 from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
-from stepdistill.exporting import check_output
+from stepdistill.exporting import ExportFormat, check_output
 from stepdistill.exporting.artefact import SCHEDULERS, Artefact, compares_prompts, draw, load_artefact
+from stepdistill.models.triple import Mode
 from stepdistill.training.session import device_of
 
 
@@ -99,7 +100,7 @@ def evaluate(
         artefact = load_artefact(resolve(base), adapter, dtype_of(dtype), place)
         recipe = artefact.recipe
         chosen = Settings(plan.quantize, batch_size, size, dtype)
-        own_w = guidance if guidance is not None else (recipe.guidance_scale if recipe else 7.5)
+        own_w = guidance if guidance is not None else (recipe.w if recipe else 7.5)
         own_steps = list(steps) or [recipe.num_inference_steps if recipe else 50]
         label = "student" if recipe is not None else "model"
         student = Candidate(artefact, _network_hash(artefact))
@@ -138,7 +139,8 @@ class Candidate:
 def _network_hash(artefact: Artefact) -> str:
     pipeline = artefact.pipeline
     others = artefact.experts.networks if artefact.experts is not None else ()
-    networks = (pipeline.unet if "unet" in pipeline.components else pipeline.transformer, *others)
+    beside = () if artefact.adapter is None else (artefact.adapter,)
+    networks = (pipeline.unet if "unet" in pipeline.components else pipeline.transformer, *others, *beside)
     return "+".join(weights_hash(network)[:16] for network in networks)
 
 
@@ -155,15 +157,15 @@ def _sampler(
 
     def drawn(texts: Sequence[str], seeds: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         return draw(
-            artefact.pipeline, texts, seeds, recipe=recipe, experts=artefact.experts, steps=steps, guidance=w, size=shared.size,
-            scheduler=scheduler, batch_size=shared.batch_size, quantize=shared.quantize,
+            artefact.pipeline, texts, seeds, recipe=recipe, experts=artefact.experts, adapter=artefact.adapter,
+            steps=steps, guidance=w, size=shared.size, scheduler=scheduler, batch_size=shared.batch_size, quantize=shared.quantize,
         )  # fmt: skip
 
     solver = scheduler or (recipe.scheduler_class if recipe is not None else "ddim")
     told = describe(
         {"network": candidate.weights, "solver": solver, "steps": steps, "w": f"{w:g}", "dtype": shared.dtype, "size": shared.size}
     )  # fmt: skip
-    calls = 2 if w > 1 and compares_prompts(artefact.pipeline) else 1
+    calls = 2 if w > 1 and compares_prompts(artefact.pipeline) and artefact.adapter is None else 1
     return Sampler(name, steps, steps * calls, w, told, drawn)
 
 
@@ -242,6 +244,7 @@ def _student_of(
         raise Refusal(f"{model!r} is a run, which has its own student: leave --lora out")
     config = load_config(run / "config.yaml")
     layout = config.roles.generator.mode
-    export(run, "diffusers-lora" if layout == "lora" else "pipeline", scratch, device=str(place))
+    forms: dict[Mode, ExportFormat] = {"lora": "diffusers-lora", "full": "pipeline", "adapter": "guidance-adapter"}
+    export(run, forms[layout], scratch, device=str(place))
     stats = run / "stats.jsonl"
-    return (config.model.path, scratch, stats) if layout == "lora" else (str(scratch), None, stats)
+    return (str(scratch), None, stats) if layout == "full" else (config.model.path, scratch, stats)

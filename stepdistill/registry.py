@@ -30,6 +30,7 @@ METHODS: Mapping[str, str] = {
     "tscd": "stepdistill.methods.tscd:TSCD",
     "scm": "stepdistill.methods.scm:SCM",
     "tbcm": "stepdistill.methods.tbcm:TBCM",
+    "agd": "stepdistill.methods.agd:AGD",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

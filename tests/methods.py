@@ -44,7 +44,13 @@ class Case:
     @property
     def family(self) -> str:
         """Of its short runs: the analytic one unless images must be encoded or decoded."""
-        return "sd" if self.needs.images or self.needs.vision or self.needs.reward else "analytic"
+        beside = "lora" not in load_method(self.method).modes
+        return "sd" if self.needs.images or self.needs.vision or self.needs.reward or beside else "analytic"
+
+    def role(self, mode: str) -> dict[str, Any]:
+        """The generator's section, for a layout's mode or the one that the method knows."""
+        modes = load_method(self.method).modes
+        return {"mode": mode if mode in modes else modes[0], "rank": 4, "alpha": 2, "width": 8}
 
 
 LATENT_GAN = {"weight": 1e-2, "features": "real_score", "reals": "pairs"}
@@ -127,6 +133,10 @@ CASES: Mapping[str, Case] = {
             "score": {},
         },
     ),
+    "agd-trajectories": Case(
+        "agd", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "source": "trajectories"}
+    ),
+    "agd": Case("agd", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "walk_steps": 2}),
     "pcm": Case("pcm", {"guidance": 2.0, "steps": 2, "phases": 2, "source": "pairs", "gan": {"weight": 0.1}}),
 }
 FULLEST: Mapping[str, str] = {
@@ -162,11 +172,11 @@ class Bench:
         """A short run; on the analytic family unless another is named or the case needs images."""
         family = family or case.family
         model = self.tiny(family, variant)
-        roles = [{"mode": mode, "rank": 4, "alpha": 2} for mode in LAYOUTS[layout]]
+        generator, fake_score = LAYOUTS[layout]
         data: dict[str, Any] = {
             "model": {"path": str(model), "dtype": dtype},
             "method": {"name": case.method, **case.options},
-            "roles": {"generator": roles[0], "fake_score": roles[1]},
+            "roles": {"generator": case.role(generator), "fake_score": {"mode": fake_score, "rank": 4, "alpha": 2}},
             "optimizers": {"generator": {"lr": 1e-3, "warmup": 2}, "fake_score": {"lr": 1e-3}},
             "data": self._data(case, family, model),
             "training": {
@@ -186,6 +196,8 @@ class Bench:
             data["images"] = str(self._images())
         if case.needs.pairs:
             data["pairs"] = str(self._pairs(case, model, prompts))
+        if case.needs.trajectories:
+            data["trajectories"] = str(self._trajectories(case, model, prompts))
         return data
 
     def _images(self) -> Path:
@@ -206,6 +218,16 @@ class Bench:
             }  # fmt: skip
             collect("pairs", CollectConfig.model_validate(wanted), pairs)
         return pairs
+
+    def _trajectories(self, case: Case, model: Path, prompts: Path) -> Path:
+        folder = self.folder / f"trajectories-{model.name}"
+        if not folder.exists():
+            wanted = {
+                "model": {"path": str(model)}, "prompts": str(prompts), "count": 5, "steps": 4, "keep": 2, "device": "cpu",
+                "guidance_range": case.options["guidance_range"], "dtype": "float32",
+            }  # fmt: skip
+            collect("trajectories", CollectConfig.model_validate(wanted), folder)
+        return folder
 
 
 def saved(folder: Path) -> Tensors:

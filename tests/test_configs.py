@@ -13,12 +13,16 @@ from PIL import Image
 import stepdistill
 from stepdistill.assets import FOLDER
 from stepdistill.config import read_settings
+from stepdistill.data.index import Kind
 from stepdistill.errors import Refusal
 from stepdistill.training.collect import CollectConfig, collect
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-TRAINING = sorted(path.name for path in CONFIGS.glob("*.yaml") if "pairs" not in path.name)
-COLLECTIONS = sorted(path.name for path in CONFIGS.glob("*_pairs.yaml"))
+COLLECTIONS: dict[str, Kind] = {
+    **{path.name: "pairs" for path in sorted(CONFIGS.glob("*_pairs.yaml"))},
+    **{path.name: "trajectories" for path in sorted(CONFIGS.glob("*_trajectories.yaml"))},
+}
+TRAINING = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in COLLECTIONS)
 
 
 def tiny_of(name: str, tiny: Callable[..., Path]) -> Path:
@@ -37,6 +41,13 @@ def pairs_for(model: Path | str, prompts: str, guidance: float, folder: Path) ->
     return folder
 
 
+def trajectories_for(model: Path | str, raw: dict[str, Any], folder: Path) -> Path:
+    wanted = {"model": {"path": str(model)}, "prompts": raw["data"]["prompts"], "count": 1, "steps": 2, "device": "cpu"}
+    ranged = {"guidance_range": raw["method"]["guidance_range"]}
+    collect("trajectories", CollectConfig.model_validate({**wanted, **ranged}), folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     raw = yaml.safe_load((CONFIGS / name).read_text())
@@ -45,6 +56,8 @@ def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path
     if raw["data"].get("pairs"):
         pairs = pairs_for(model, raw["data"]["prompts"], raw["method"]["guidance"], tmp_path / "pairs")
         overrides.append(f"data.pairs={pairs}")
+    if raw["data"].get("trajectories"):
+        overrides.append(f"data.trajectories={trajectories_for(model, raw, tmp_path / 'trajectories')}")
     if raw["data"].get("images"):
         (tmp_path / "images").mkdir()
         Image.new("RGB", (96, 96), "red").save(tmp_path / "images/a.png")
@@ -61,7 +74,8 @@ def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path
 def test_collections_run(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     raw = yaml.safe_load((CONFIGS / name).read_text())
     changes = [f"model.path={model_of(name, raw, tiny)}", "count=2", "steps=2", "device=cpu", "model.dtype=float32"]
-    assert collect("pairs", read_settings(CollectConfig, CONFIGS / name, changes), tmp_path) == 2
+    changes += ["keep=1"] if COLLECTIONS[name] == "trajectories" else []
+    assert collect(COLLECTIONS[name], read_settings(CollectConfig, CONFIGS / name, changes), tmp_path) == 2
 
 
 @pytest.mark.parametrize("name", [*TRAINING, *COLLECTIONS])

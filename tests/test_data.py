@@ -21,9 +21,10 @@ from PIL import Image
 from stepdistill.data import tensors
 from stepdistill.data.folder import ImageFolder
 from stepdistill.data.images import Crop, ImageBatch, to_rgb
+from stepdistill.data.index import Fingerprint, shard_name
 from stepdistill.data.loader import IndexStream, Prefetcher, Samples
 from stepdistill.data.prompts import builtin_names, read_prompts
-from stepdistill.data.tensors import Fingerprint, ShardWriter, TensorFolder, noise_for, shard_name
+from stepdistill.data.tensors import ShardWriter, TensorFolder, noise_for
 from stepdistill.diffusion.draws import generator
 from stepdistill.errors import Refusal
 

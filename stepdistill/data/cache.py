@@ -30,7 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from stepdistill.data.tensors import INDEX, file_hash, shard_name, write_atomically
+from stepdistill.data.index import INDEX, shard_name
+from stepdistill.data.tensors import file_hash, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -11,64 +11,33 @@ shard, so whatever a killed run leaves beside it is ignored and overwritten. Noi
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from stepdistill.data.index import (
+    BY_CODE,
+    INDEX,
+    Fingerprint,
+    Index,
+    Kind,
+    StoredDtype,
+    columns,
+    fault_of,
+    shard_name,
+)
 from stepdistill.errors import Refusal
 
 log = logging.getLogger(__name__)
-
-SCHEMA = 1
-INDEX = "index.json"
-Kind: TypeAlias = Literal["pairs", "samples"]
-"""`pairs`: the latents are where the sampler takes the noise of that seed; `samples`: mere draws."""
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What made the latents.
-
-    Attributes:
-        model: path or id of the model that drew them.
-        guidance: guidance scale w, 1 is off.
-        steps: steps of the sampler.
-        seed: seed of the collection, from which the seeds of the samples are derived.
-        prompts_sha256: of the prompt list that the prompt indices point into.
-        resolution: (height, width), pixels.
-        sampler: scheduler and transition.
-        precision: dtype of the network.
-        command: the command that was run; for people, not compared.
-    """
-
-    model: str
-    guidance: float
-    steps: int
-    seed: int
-    prompts_sha256: str
-    resolution: tuple[int, int]
-    sampler: str = ""
-    precision: str = ""
-    command: str = field(default="", compare=False)
-
-    def difference(self, other: Fingerprint) -> str | None:
-        """The first field that differs, as `name is A here and B there`; None where all agree."""
-        for item in fields(self):
-            mine, theirs = vars(self)[item.name], vars(other)[item.name]
-            if item.compare and mine != theirs:
-                return f"{item.name} is {mine!r} here and {theirs!r} there"
-        return None
 
 
 @dataclass(frozen=True)
@@ -90,49 +59,6 @@ def noise_for(seed: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-@dataclass(frozen=True)
-class Index:
-    """What `index.json` says: latents of `shape` (C, h, w), None before the first shard, and samples in each shard."""
-
-    kind: Kind
-    fingerprint: Fingerprint
-    shape: tuple[int, ...] | None = None
-    shards: tuple[int, ...] = ()
-
-    @property
-    def count(self) -> int:
-        return sum(self.shards)
-
-    def content(self) -> dict[str, object]:
-        """The file's content, as JSON types."""
-        shape = None if self.shape is None else list(self.shape)
-        shards = [{"file": shard_name(i), "count": count} for i, count in enumerate(self.shards)]
-        made = {**asdict(self.fingerprint), "resolution": list(self.fingerprint.resolution)}
-        head = {"schema": SCHEMA, "kind": self.kind, "count": self.count, "shape": shape, "dtype": "float16"}
-        return {**head, "shards": shards, "fingerprint": made}
-
-    def save(self, folder: Path) -> None:
-        write_atomically(folder / INDEX, (json.dumps(self.content(), indent=2) + "\n").encode())
-
-    @classmethod
-    def load(cls, folder: Path) -> Index:
-        """The index of a folder that has one; a malformed one, or one of another schema, is refused."""
-        path = folder / INDEX
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            made, shape = content["fingerprint"], content["shape"]
-            fingerprint = Fingerprint(**{**made, "resolution": tuple(made["resolution"])})
-            counts = tuple(shard["count"] for shard in content["shards"])
-            index = cls(content["kind"], fingerprint, None if shape is None else tuple(shape), counts)
-            faithful = index.content() == content and index.kind in get_args(Kind)
-        except (ValueError, TypeError, KeyError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise Refusal(f"{str(path)!r} is no index of collected latents ({reason}): collect them anew") from None
-        if not faithful:
-            raise Refusal(f"{str(path)!r} contradicts itself or schema {SCHEMA}: collect the latents anew")
-        return index
-
-
 class ShardWriter:
     """Appends samples to a folder, shard by shard; a later writer goes on after the last complete one.
 
@@ -141,26 +67,34 @@ class ShardWriter:
 
     Args:
         folder: made where missing.
-        kind: `pairs` or `samples`.
+        kind: `pairs` or `samples`; trajectories have a writer of their own.
         fingerprint: what makes the latents; must agree with what is in the folder already.
         shard_size: samples in a shard; as many at most are lost when the process is killed.
+        dtype: that latents are stored in.
 
     Raises:
         Refusal: the folder holds another kind or fingerprint, or a malformed index.
     """
 
-    def __init__(self, folder: str | Path, kind: Kind, fingerprint: Fingerprint, shard_size: int = 256) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        kind: Kind,
+        fingerprint: Fingerprint,
+        shard_size: int = 256,
+        dtype: StoredDtype = "float16",
+    ) -> None:
         if shard_size < 1:
             raise Refusal(f"shard_size is {shard_size}: write at least one sample in a shard")
         self.folder = Path(folder)
         self.shard_size = shard_size
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._index = Index(kind, fingerprint)
+        self._index = Index(kind, fingerprint, dtype=dtype)
         if (self.folder / INDEX).exists():
             self._index = self._resumed(Index.load(self.folder))
-        self._index.save(self.folder)
+        write_atomically(self.folder / INDEX, self._index.encoded())
         self._shape = self._index.shape
-        self._pending: dict[str, list[Tensor]] = {"seed": [], "latents": [], "prompt": []}
+        self._pending: dict[str, list[Tensor]] = {name: [] for name in columns(self._index, 0)}
 
     @property
     def completed(self) -> int:
@@ -168,24 +102,29 @@ class ShardWriter:
         return self._index.count
 
     def write(self, seeds: Tensor, latents: Tensor, prompts: Tensor) -> None:
-        """Append B samples: seeds (B,) and prompt indices (B,), integers; latents (B, C, h, w), stored as float16.
+        """Append B samples: seeds (B,) and prompt indices (B,), integers; latents (B, C, h, w).
 
         Raises:
-            Refusal: shapes that do not fit each other or the folder, latents that float16 cannot hold.
+            Refusal: shapes that do not fit each other or the folder, latents that the stored dtype cannot hold.
         """
         if latents.ndim != 4 or not seeds.shape == prompts.shape == (len(latents),):
             given = f"{tuple(seeds.shape)}, {tuple(latents.shape)} and {tuple(prompts.shape)}"
             raise Refusal(f"seeds, latents and prompts have shapes {given}: make them (B,), (B, C, h, w) and (B,)")
-        shape = tuple(latents.shape[1:])
+        self._append({"seed": seeds, "latents": latents, "prompt": prompts}, tuple(latents.shape[1:]))
+
+    def _append(self, rows: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+        """Rows of every column; latents are of `shape`. Raises as `write`."""
         if shape != (self._shape or shape):
             held = f"{str(self.folder)!r} holds {self._shape}"
             raise Refusal(f"latents of shape {shape} were given, but {held}: collect each size in its own folder")
-        half = latents.detach().to("cpu", torch.float16)
-        if not half.isfinite().all():
-            raise Refusal("some latents are not finite in float16: check the sampler, or run the network in float32")
+        codes = {name: code for name, (code, _) in columns(self._index, 0).items()}
+        stored = {name: tensor.detach().to("cpu", BY_CODE[codes[name]]) for name, tensor in rows.items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in stored.values()):
+            raise Refusal(
+                f"some latents are not finite in {self._index.dtype}: check the sampler, or run the network in float32"
+            )
         self._shape = shape
-        rows = {"seed": seeds.to("cpu", torch.int64), "latents": half, "prompt": prompts.to("cpu", torch.int64)}
-        for name, tensor in rows.items():
+        for name, tensor in stored.items():
             self._pending[name].extend(tensor.unbind())
         while len(self._pending["seed"]) >= self.shard_size:
             self._flush()
@@ -205,7 +144,7 @@ class ShardWriter:
         tensors = {name: torch.stack(rows[: self.shard_size]) for name, rows in self._pending.items()}
         write_atomically(self.folder / shard_name(len(self._index.shards)), save(tensors))
         index = replace(self._index, shape=self._shape, shards=(*self._index.shards, len(tensors["seed"])))
-        index.save(self.folder)
+        write_atomically(self.folder / INDEX, index.encoded())
         # only now: an error above leaves the samples pending and the index as it was
         self._index = index
         self._pending = {name: rows[self.shard_size :] for name, rows in self._pending.items()}
@@ -215,6 +154,8 @@ class ShardWriter:
         difference = ours.fingerprint.difference(found.fingerprint)
         if ours.kind != found.kind:
             difference = f"kind is {ours.kind!r} here and {found.kind!r} there"
+        elif ours.dtype != found.dtype:
+            difference = f"dtype is {ours.dtype!r} here and {found.dtype!r} there"
         if difference is not None:
             raise Refusal(f"{str(self.folder)!r} was collected otherwise ({difference}): name another or delete it")
         for stale in self.folder.glob("*.tmp"):
@@ -257,32 +198,19 @@ class TensorFolder:
     def __len__(self) -> int:
         return self._index.count
 
-    def __getitem__(self, index: int) -> PairItem:
+    def place(self, index: int) -> tuple[Path, int]:
+        """(shard, row) of a sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a folder of {len(self)}")
         number = bisect_right(self._ends, index)
-        row = index - self._ends[number] + self._index.shards[number]
+        return self.folder / shard_name(number), index - self._ends[number] + self._index.shards[number]
+
+    def __getitem__(self, index: int) -> PairItem:
+        path, row = self.place(index)
         # opened anew each time: mapping a shard is cheap, and nothing is shared between threads or forked processes
-        with safe_open(self.folder / shard_name(number), framework="pt") as shard:
+        with safe_open(path, framework="pt") as shard:
             seed, latents, prompt = (shard.get_slice(name)[row : row + 1][0] for name in ("seed", "latents", "prompt"))
         return PairItem(int(seed), latents.float(), int(prompt))
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def fault_of(folder: Path, index: Index, number: int) -> str | None:
-    """What is wrong with a shard, told from its header and length alone; None where nothing is."""
-    count = index.shards[number]
-    wanted = {"seed": ("I64", [count]), "latents": ("F16", [count, *(index.shape or ())]), "prompt": ("I64", [count])}
-    try:
-        with safe_open(folder / shard_name(number), framework="pt") as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-            found = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        return " ".join(str(error).split())
-    return None if found == wanted else f"it holds {found}, not {wanted}"
 
 
 def file_hash(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Ships things: a role as a LoRA or a pipeline, with a card, and the proof that stock diffusers reproduces it."""
+"""Ships things: a role as a LoRA, guidance adapters or a pipeline, with a card, and the proof that stock diffusers reproduces it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from stepdistill.assets import resolve
 from stepdistill.errors import Refusal
 from stepdistill.exporting import experts as loader
+from stepdistill.exporting.adapter import adapter_of, write_guidance_adapter
 from stepdistill.exporting.artefact import load_artefact
 from stepdistill.exporting.card import write_card
 from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, expert_files, write_diffusers_lora, write_kohya_lora
@@ -30,14 +31,16 @@ from stepdistill.exporting.proof import (
     verify,
 )
 from stepdistill.models.families.base import Checkpoint
+from stepdistill.models.guidance_adapter import FILE as ADAPTER_FILE
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import REAL_SCORE, Triple
 
 logger = logging.getLogger(__name__)
-ExportFormat = Literal["diffusers-lora", "kohya-lora", "pipeline"]
+ExportFormat = Literal["diffusers-lora", "kohya-lora", "guidance-adapter", "pipeline"]
 FILES: dict[ExportFormat, str] = {
     "diffusers-lora": DIFFUSERS_FILE,
     "kohya-lora": KOHYA_FILE,
+    "guidance-adapter": ADAPTER_FILE,
     "pipeline": "model_index.json",
 }
 
@@ -78,6 +81,8 @@ def export_student(
             "the run until its last phase"
         )
     several = len(experts) > 1
+    if format == "guidance-adapter":
+        adapter_of(triple, experts[0])
     lora = triple.layouts[experts[0]].lora
     if lora is not None:
         recipe = replace(recipe, rank=lora.rank, alpha=lora.alpha)
@@ -90,6 +95,8 @@ def export_student(
     try:
         if format == "pipeline":
             write_pipeline(checkpoint, triple, experts, recipe, aside, dtype)
+        elif format == "guidance-adapter":
+            write_guidance_adapter(triple, experts[0], recipe, aside, dtype)
         else:
             write = write_diffusers_lora if format == "diffusers-lora" else write_kohya_lora
             for role, file in zip(experts, expert_files(FILES[format], len(experts)), strict=True):

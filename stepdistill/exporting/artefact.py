@@ -21,6 +21,8 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
 from stepdistill.exporting.experts import Experts, adapter_experts, load_experts
 from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, expert_files, recipe_of
+from stepdistill.models.guidance_adapter import FILE as ADAPTER_FILE
+from stepdistill.models.guidance_adapter import GuidanceAdapter, load_guidance_adapter
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.schedulers import scheduler_class
@@ -56,15 +58,19 @@ class Artefact:
     Attributes:
         recipe: None for a base.
         experts: the callback that its calls need, where the student is several experts.
+        adapter: guidance adapters that are on, at the recipe's w.
     """
 
     pipeline: DiffusionPipeline
     recipe: Recipe | None
     experts: Experts | None = None
+    adapter: GuidanceAdapter | None = None
 
 
 def load_artefact(model: str, lora: Path | None, dtype: torch.dtype, device: torch.device | str) -> Artefact:
     """A stock pipeline of a base or exported pipeline, with a LoRA where one is given, and the recipe that came with it.
+
+    lora: an exported folder or file, of guidance adapters too.
 
     Raises:
         Refusal: a checkpoint that cannot be loaded, or a LoRA that does not fit it.
@@ -78,12 +84,23 @@ def load_artefact(model: str, lora: Path | None, dtype: torch.dtype, device: tor
         recipe = Recipe.read(checkpoint.info.folder)
         several = recipe is not None and recipe.experts
         return Artefact(pipeline, recipe, load_experts(pipeline, checkpoint.info.folder) if several else None)
+    beside = lora / ADAPTER_FILE if lora.is_dir() else lora
+    if beside.name == ADAPTER_FILE and beside.is_file():
+        recipe = recipe_of(beside) or Recipe.read(beside.parent)
+        return Artefact(pipeline, recipe, adapter=_load_adapter(pipeline, beside, recipe))
     file = lora_file(lora)
     recipe = recipe_of(file) or Recipe.read(file.parent)
     if recipe is None or not recipe.experts:
         load_lora(pipeline, file)
         return Artefact(pipeline, recipe)
     return Artefact(pipeline, recipe, _load_experts(pipeline, lora, file, recipe.experts))
+
+
+def _load_adapter(pipeline: DiffusionPipeline, file: Path, recipe: Recipe | None) -> GuidanceAdapter:
+    try:
+        return load_guidance_adapter(pipeline, file, None if recipe is None else recipe.told_guidance)
+    except ValueError as error:
+        raise Refusal(_first(error)) from None
 
 
 def lora_file(path: Path) -> Path:
@@ -144,6 +161,7 @@ def draw(
     *,
     recipe: Recipe | None = None,
     experts: Experts | None = None,
+    adapter: GuidanceAdapter | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
@@ -157,12 +175,15 @@ def draw(
     quantize: to 8 bits; floor is what DMD2's and GigaGAN's scripts do.
     The recipe applies unless `steps`, `guidance` or `scheduler` overrides it, which warns. guidance is w; 1 is off.
     experts: those that came with the recipe.
+    adapter: that came with the recipe; `guidance` is what it is told then, and stays so.
 
     Raises:
         Refusal: unknown scheduler name, or a size or number of steps that the pipeline does not take.
     """
     if (experts is None) != (recipe is None or not recipe.experts):
         raise ValueError("a recipe of several experts is drawn with them, and no other is")
+    if adapter is not None and guidance is not None:
+        adapter.w, guidance = guidance, None
     own = pipeline.scheduler
     arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
     arguments |= _size_arguments(pipeline, size)

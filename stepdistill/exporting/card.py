@@ -26,7 +26,8 @@ def write_card(
 ) -> None:
     """Write the card to `target`: base and its licence, method, recipe, further sentences (`notes`), and usage code that
     works when pasted."""
-    tags = ["text-to-image", "diffusers", "stepdistill", recipe.method] + (["lora"] if format != "pipeline" else [])
+    kinds = {"guidance-adapter": ["guidance-adapter"], "pipeline": []}
+    tags = ["text-to-image", "diffusers", "stepdistill", recipe.method, *kinds.get(format, ["lora"])]
     data = ModelCardData(
         base_model=recipe.base,
         license=info.licence or "other",
@@ -44,6 +45,7 @@ def write_card(
     programs = {
         "diffusers-lora": f"{files} {verb} for diffusers{others}.",
         "kohya-lora": f"{files} {verb} for ComfyUI, A1111 and kohya tools; diffusers loads {them} too.",
+        "guidance-adapter": f"{files} and `guidance_adapter.py` stand beside the network of any diffusers pipeline of this base.",
         "pipeline": "The folder is a diffusers pipeline.",
     }
     if recipe.experts:
@@ -55,6 +57,11 @@ def write_card(
     told = "sample with guidance off (`guidance_scale=1`)"
     if recipe.guidance_scale != 1:
         told = f"the network is told `guidance_scale={recipe.guidance_scale:g}`, as in training"
+    guided = f"Guidance w = {recipe.baked_guidance:g} is baked in: {told}. Negative prompts do nothing."
+    if format == "guidance-adapter":
+        guided = f"Guidance is what the adapter is told: w = {recipe.w:g} in the proof, others by `adapter.w`, one a row if wanted. "
+        guided += "Call the pipeline with `guidance_scale=1`; `adapter.w = None` gives the untouched base back. Negative prompts do "
+        guided += "nothing. LoRAs, IP-Adapters and ControlNets of this base go with it."
     more = "".join(f"* {note}\n" for note in notes)
     text = f"""# {recipe.num_inference_steps}-step {Path(recipe.base).name}
 
@@ -62,7 +69,7 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
 {programs[format]}
 
 * Scheduler `{recipe.scheduler_class}`, timesteps {list(recipe.timesteps or recipe.sigmas or recipe.angles)}, {height}x{width} pixels.
-* Guidance w = {recipe.baked_guidance:g} is baked in: {told}. Negative prompts do nothing.
+* {guided}
 * The licence is the base model's ({info.licence or "the base states none"}).
 {more}
 ```python
@@ -96,6 +103,15 @@ def usage(
             *lines[1:],
         ]
         lines.append(f'experts = load_experts(pipe, "{folder}")')
+    elif format == "guidance-adapter":
+        lines = [
+            "import sys",
+            f'sys.path.insert(0, "{folder}")',
+            lines[0],
+            "from guidance_adapter import load_guidance_adapter",
+            *lines[1:],
+        ]
+        lines.append(f'adapter = load_guidance_adapter(pipe, "{folder}", w={recipe.w})')
     elif format != "pipeline":
         lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{file}")')
     switching = ", callback_on_step_end=experts" if recipe.experts else ""

@@ -36,8 +36,7 @@ def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Ten
     Raises:
         Refusal: the role is a full network, or has non-finite values.
     """
-    if triple.layouts[role].lora is None:
-        raise Refusal(f"the {role} is a full network, which no LoRA file can hold: export it with --format pipeline")
+    settings_of(triple, role)
     tensors = {
         key: value.detach().to("cpu", dtype).contiguous() for key, value in triple.network_parameters(role).items()
     }
@@ -50,11 +49,13 @@ def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Ten
 
 
 def settings_of(triple: Triple, role: str) -> LoraSettings:
-    """The role's LoRA settings."""
-    lora = triple.layouts[role].lora
-    if lora is None:
-        raise Refusal(f"the {role} is a full network and has no LoRA settings: export it with --format pipeline")
-    return lora
+    """The role's LoRA settings. Raises Refusal where it is no LoRA."""
+    layout = triple.layouts[role]
+    if layout.lora is None and layout.mode == "adapter":
+        raise Refusal(f"the {role} is guidance adapters beside its base: export it with --format guidance-adapter")
+    if layout.lora is None:
+        raise Refusal(f"the {role} is a full network, which no LoRA file can hold: export it with --format pipeline")
+    return layout.lora
 
 
 def alpha_of(module: str, lora: LoraSettings) -> float:

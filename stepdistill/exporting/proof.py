@@ -168,6 +168,9 @@ def reproduction_script(
         load = f"pipe = DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.float32{lacking})"
     if experts:
         load += "\nsys.path.insert(0, here)\nfrom experts import load_experts\nexperts = load_experts(pipe, here)"
+    elif format == "guidance-adapter":
+        load += "\nsys.path.insert(0, here)\nfrom guidance_adapter import load_guidance_adapter"
+        load += '\nload_guidance_adapter(pipe, here, w=recipe["told_guidance"])'
     elif format != "pipeline":
         load += f'\npipe.load_lora_weights(here, weight_name="{file}")'
     switching = "callback_on_step_end=experts, " if experts else ""

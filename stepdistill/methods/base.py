@@ -16,7 +16,8 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.recipe import Recipe
-from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
+from stepdistill.models.sampler import GuidedState
+from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Mode, Triple
 
 ConfigT = TypeVar("ConfigT", bound=Settings)
 RoleKind = Literal["generator", "fake_score"]
@@ -49,7 +50,7 @@ class Needs:
     """What a configured method cannot do without; checked before any weight is loaded.
 
     Attributes:
-        images, pairs: kinds of data beside prompts.
+        images, pairs, trajectories: kinds of data beside prompts.
         predictions: prediction types of teachers it works with; empty for all.
         jvp: forward-mode derivatives through the network.
         vision, reward: names of frozen models, found in `Triple.frozen` when `prepare` is called.
@@ -57,6 +58,7 @@ class Needs:
 
     images: bool = False
     pairs: bool = False
+    trajectories: bool = False
     predictions: tuple[Prediction, ...] = ()
     jvp: bool = False
     vision: str | None = None
@@ -92,6 +94,7 @@ class Batch:
         cond, null: conditional and unconditional branch of the prompts.
         images, image_cond: scaled latents of real images and the conditioning of their captions.
         pair_noise, pair_latents, pair_cond: deterministic teacher pairs.
+        states, states_cond: states of the guided teacher's walks, and their conditioning, which says w.
         latent_shape: (C, h, w) of this batch's rollouts, which differs by bucket; None is the setting's.
         prompts: the texts of `cond`, for rewards; empty where nobody knows them.
     """
@@ -103,6 +106,8 @@ class Batch:
     pair_noise: Tensor | None = None
     pair_latents: Tensor | None = None
     pair_cond: Conditioning | None = None
+    states: GuidedState | None = None
+    states_cond: Conditioning | None = None
     latent_shape: tuple[int, ...] | None = None
     prompts: tuple[str, ...] = ()
 
@@ -197,6 +202,8 @@ class Method(ABC, Generic[ConfigT]):
     """Base of all methods. The trainer knows methods by this interface alone."""
 
     Config: ClassVar[type[Settings]]
+    modes: ClassVar[tuple[Mode, ...]] = ("lora", "full")
+    """How its generator may be held."""
 
     def __init__(self, config: ConfigT, setting: Setting) -> None:
         self.config = config
@@ -216,12 +223,19 @@ class Method(ABC, Generic[ConfigT]):
         return {GENERATOR: "generator", FAKE_SCORE: "fake_score"}
 
     @classmethod
+    def guidance_told(cls, config: ConfigT) -> tuple[float, float] | None:
+        """Range of the guidance scales w that the generator's network is told; None where it is told none."""
+        return None
+
+    @classmethod
     @abstractmethod
     def needs(cls, config: ConfigT) -> Needs:
         """What this configuration needs."""
 
     @classmethod
-    def check(cls, config: ConfigT, schedule: NoiseSchedule, *, images: bool, pairs: bool) -> None:
+    def check(
+        cls, config: ConfigT, schedule: NoiseSchedule, *, images: bool, pairs: bool, trajectories: bool = False
+    ) -> None:
         """Refuse an impossible combination, before any weight is loaded.
 
         Raises:
@@ -236,6 +250,11 @@ class Method(ABC, Generic[ConfigT]):
         if needs.pairs and not pairs:
             raise Refusal(
                 "the method as it is configured needs teacher pairs and data.pairs is not set: run 'stepdistill collect pairs' first"
+            )
+        if needs.trajectories and not trajectories:
+            raise Refusal(
+                "method.source is 'trajectories' and data.trajectories is not set: run 'stepdistill collect trajectories' first, or "
+                "set method.source to rollout"
             )
         if needs.predictions and schedule.prediction not in needs.predictions:
             wanted = ", ".join(prediction.value for prediction in needs.predictions)

@@ -167,7 +167,9 @@ class Consistency(Method[ConfigT]):
         return Needs(images=config.source == "images", pairs=config.source == "pairs")
 
     @classmethod
-    def check(cls, config: ConfigT, schedule: NoiseSchedule, *, images: bool, pairs: bool) -> None:
+    def check(
+        cls, config: ConfigT, schedule: NoiseSchedule, *, images: bool, pairs: bool, trajectories: bool = False
+    ) -> None:
         if config.source == "images" and not images:
             raise Refusal(
                 "a consistency method noises real images and data.images is not set: give an image folder, or set "
@@ -178,7 +180,7 @@ class Consistency(Method[ConfigT]):
                 "method.source is 'pairs' and data.pairs is not set: run 'stepdistill collect pairs' first, or set "
                 "method.source to images"
             )
-        super().check(config, schedule, images=images, pairs=pairs)
+        super().check(config, schedule, images=images, pairs=pairs, trajectories=trajectories)
 
     @classmethod
     def roles(cls, config: ConfigT) -> Mapping[str, RoleKind]:

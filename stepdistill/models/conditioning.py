@@ -39,7 +39,7 @@ class Conditioning:
         pooled: pooled text embedding, (B, P).
         time_ids: SDXL's size and crop conditioning, (B, 6).
         mask: attention mask over tokens, (B, L), 1 = attend.
-        guidance: embedded guidance scale w, (B,).
+        guidance: guidance scale w that the network is told, (B,).
         second_time: second time input of flow-map students, native units, (B,).
     """
 
@@ -77,6 +77,11 @@ class Conditioning:
     def sized_like(self, other: Conditioning) -> Conditioning:
         """These prompts with the size and crop of `other`: guidance must not compare different sizes."""
         return replace(self, time_ids=other.time_ids)
+
+    def told(self, w: Tensor | float) -> Conditioning:
+        """With the guidance scale w, a number or (B,), for a network that is told it."""
+        dtype = torch.float32 if self.guidance is None else self.guidance.dtype
+        return replace(self, guidance=torch.as_tensor(w).to(self.text.device, dtype).expand(len(self)))
 
     def masked(self) -> Conditioning:
         """With zeros where the mask hides the text, whatever an encoder said there; itself where there is no mask."""

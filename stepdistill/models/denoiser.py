@@ -16,6 +16,7 @@ from stepdistill.diffusion.trigflow import TrigFlow
 from stepdistill.models.checkpointing import Reached
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families.base import Family
+from stepdistill.models.guidance import Guide
 from stepdistill.models.kernels import forward_mode
 
 
@@ -38,6 +39,7 @@ class Denoiser:
         schedule: the checkpoint's noise schedule.
         enter: context under which the network plays this role (selects adapters).
         autocast: dtype for the network's forward alone; conversions never run inside it.
+        guide: tells the network the guidance scale of the conditioning (`cond.guidance`), which has no input for it.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class Denoiser:
         schedule: NoiseSchedule,
         enter: Callable[[], AbstractContextManager[None]] = nullcontext,
         autocast: torch.dtype | None = None,
+        guide: Guide | None = None,
     ) -> None:
         self.network = network
         self.family = family
         self.schedule = schedule
         self.enter = enter
         self.autocast = autocast
+        self.guide = guide
 
     def estimate(self, x_t: Tensor, t: Time, cond: Conditioning) -> Estimate:
         """Shapes: x_t (B, ...), t () or (B,) native times, cond of B rows."""
@@ -100,13 +104,13 @@ class Denoiser:
     def guided(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning, w: Tensor | float) -> Tensor:
         """x0 under classifier-free guidance; one batched call of 2B rows, a plain call where w = 1.
 
-        A network that is told its guidance (`cond.guidance`) is told w, in one call, and `null` is not looked at.
+        A network that is told its guidance (it has a guide, or `cond.guidance` is set) is told w, in one call, and `null` is
+        not looked at.
 
         w: float or (B,); w = 1 is off.
         """
-        if cond.guidance is not None:
-            told = torch.as_tensor(w).to(cond.guidance).expand(len(cond))
-            return self.x0(x_t, t, replace(cond, guidance=told))
+        if self.guide is not None or cond.guidance is not None:
+            return self.x0(x_t, t, cond.told(w))
         if not isinstance(w, Tensor) and w == 1:
             return self.x0(x_t, t, cond)
         uncond, conditional = self.both(x_t, t, cond, null)
@@ -116,9 +120,15 @@ class Denoiser:
 
     def both(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning) -> tuple[Tensor, Tensor]:
         """(unconditional x0, conditional x0) from one batched call of 2B rows."""
+        uncond, conditional = self.branches(x_t, t, cond, null)
+        return uncond.x0, conditional.x0
+
+    def branches(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning) -> tuple[Estimate, Estimate]:
+        """(unconditional, conditional) estimate from one batched call of 2B rows."""
         times = float64(t).expand(len(x_t))
-        x0 = self.x0(torch.cat([x_t, x_t]), torch.cat([times, times]), Conditioning.cat([null, cond]))
-        uncond, conditional = x0.chunk(2)
+        asked = self.estimate(torch.cat([x_t, x_t]), torch.cat([times, times]), Conditioning.cat([null, cond]))
+        halves = zip(*(tensor.chunk(2) for tensor in (asked.x0, asked.eps, asked.raw)), strict=True)
+        uncond, conditional = (Estimate(*half) for half in halves)
         return uncond, conditional
 
     def features(self, x_t: Tensor, t: Time, cond: Conditioning) -> Tensor:
@@ -147,5 +157,8 @@ class Denoiser:
         # equal the base at the start, or the gap of two precisions biases every distribution-matching gradient
         mixed = self.autocast in (torch.bfloat16, torch.float16)
         device = x_t.device.type
-        with self.enter(), torch.autocast(device, dtype=self.autocast) if mixed else nullcontext():
+        told: AbstractContextManager[None] = nullcontext()
+        if self.guide is not None:
+            told, cond = self.guide.told(cond.guidance), replace(cond, guidance=None)
+        with self.enter(), told, torch.autocast(device, dtype=self.autocast) if mixed else nullcontext():
             return self.family.call(self.network, x_t.to(dtype), times, cond.to(x_t.device, dtype))

@@ -33,6 +33,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+FILE = "guidance_adapter.safetensors"
 HYPERPARAMETERS = "guidance_adapter"
 ADAPTED: dict[type[nn.Module], str] = {
     BasicTransformerBlock: "attn2",
@@ -80,8 +81,8 @@ class ScalarEncoder(nn.Module):
 
     def __init__(self, width: int, stream: torch.Generator) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.randn(width, generator=stream))
-        self.register_buffer("phases", torch.rand(width, generator=stream))
+        self.register_buffer("frequencies", torch.randn(width, generator=stream, device="cpu"))
+        self.register_buffer("phases", torch.rand(width, generator=stream, device="cpu"))
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
         self.norm = nn.LayerNorm(width)
 
@@ -212,6 +213,27 @@ class GuidanceAdapter(nn.Module):
         finally:
             self._w = before
 
+    @property
+    def heard(self) -> Told | None:
+        """What the pass that is running, or ran last, was told; None where guidance is off."""
+        return self._told
+
+    @contextmanager
+    def hearing(self, told: Told | None) -> Iterator[None]:
+        """Inside, modules that are run again hear what their pass was told: for checkpointed blocks in backward."""
+        before, self._told = self._told, told
+        try:
+            yield
+        finally:
+            self._told = before
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Zero what the adapters add, as at first."""
+        for adapter in self.adapters.values():
+            for parameter in _last_linear(adapter).parameters():
+                parameter.zero_()
+
     # ---------------------------------------------------------------- hooks
 
     def attach(self, network: nn.Module, pipeline: Any = None) -> GuidanceAdapter:
@@ -245,9 +267,14 @@ class GuidanceAdapter(nn.Module):
             self._told = Told(w, text)
 
         def timed(_module: nn.Module, _args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-            if self._told is not None:
-                embedded = output[-1] if isinstance(output, tuple) else output
-                self._told.time = embedded.expand(len(self._told.w), -1)
+            told = self._told
+            if told is None:
+                return
+            embedded = output[-1] if isinstance(output, tuple) else output
+            told.time = embedded.expand(len(told.w), -1)
+            if self.settings.shared:  # here, since blocks may be checkpointed, which must not share what they compute
+                with torch.autocast(told.text.device.type, enabled=False):
+                    told.tokens = self.encoders["all"](told)
 
         self._handles = [
             network.register_forward_pre_hook(begin, with_kwargs=True),
@@ -281,11 +308,7 @@ class GuidanceAdapter(nn.Module):
         return add
 
     def _tokens(self, name: str, told: Told) -> Tensor:
-        if not self.settings.shared:
-            return self.encoders[name](told)  # type: ignore[no-any-return]
-        if told.tokens is None:
-            told.tokens = self.encoders["all"](told)
-        return told.tokens
+        return self.encoders[name](told) if told.tokens is None else told.tokens
 
     def _own_dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
@@ -302,10 +325,18 @@ def load_guidance_adapter(pipeline: Any, path: str | Path, w: Tensor | float | N
     Raises:
         ValueError: not a guidance adapter, or one of another base; the first missing or unexpected key is named.
     """
+    network = pipeline.unet if "unet" in pipeline.components else pipeline.transformer
+    adapter = read_guidance_adapter(network, path)
+    adapter.attach(network, pipeline)
+    adapter.w = w
+    return adapter
+
+
+def read_guidance_adapter(network: nn.Module, path: str | Path) -> GuidanceAdapter:
+    """Adapters from a file (or its folder) for a network, frozen, not attached. Raises as `load_guidance_adapter`."""
     file = Path(path)
     if file.is_dir():
-        file = file / "guidance_adapter.safetensors"
-    network = pipeline.unet if "unet" in pipeline.components else pipeline.transformer
+        file = file / FILE
     adapter = GuidanceAdapter(network, settings_in(file))
     tensors, own = load_state_dict(str(file)), adapter.state_dict()
     for what, keys in (("lacks", own.keys() - tensors.keys()), ("has", tensors.keys() - own.keys())):
@@ -320,9 +351,7 @@ def load_guidance_adapter(pipeline: Any, path: str | Path, w: Tensor | float | N
             f"{file} has {len(reshaped)} tensors of another shape (first: {reshaped[0]!r}): load it on the base it was trained on"
         )
     adapter.load_state_dict(tensors)
-    adapter.eval().requires_grad_(False).attach(network, pipeline)
-    adapter.w = w
-    return adapter
+    return adapter.eval().requires_grad_(False)
 
 
 def settings_in(file: Path) -> AdapterSettings:

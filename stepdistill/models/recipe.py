@@ -48,6 +48,7 @@ class Recipe:
         alpha, rank: of the LoRA; 0 for a full model.
         experts: network calls of each expert, noisiest first, where the student is several; empty for one.
         call: further arguments of the pipeline's call (TCDScheduler's eta, Sana-Sprint's timesteps).
+        told_guidance: w that guidance adapters, or an embedding, tell the network; None where it is told none.
     """
 
     scheduler_class: str
@@ -66,11 +67,19 @@ class Recipe:
     rank: int = 0
     experts: tuple[int, ...] = ()
     call: dict[str, Any] = field(default_factory=dict)
+    told_guidance: float | None = None
+
+    @property
+    def w(self) -> float:
+        """Guidance scale that its samples are of, by whichever way it is said."""
+        return self.guidance_scale if self.told_guidance is None else self.told_guidance
 
     def to_json(self) -> str:
         record = asdict(self)
         if not self.experts:
             del record["experts"]
+        if self.told_guidance is None:
+            del record["told_guidance"]
         scheduler = {"class_name": record.pop("scheduler_class"), "config": record.pop("scheduler_config")}
         return json.dumps({"scheduler": scheduler, **record}, indent=2, sort_keys=True)
 

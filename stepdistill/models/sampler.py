@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.prediction import guide
+from stepdistill.diffusion.schedule import NoiseSchedule, broadcast
 from stepdistill.diffusion.timesteps import trailing_ladder
 from stepdistill.diffusion.transitions import Gaussian, Transition, TransitionKind
 from stepdistill.models.conditioning import Conditioning
@@ -89,10 +90,61 @@ def sample(
     return x
 
 
-def by_turns(triple: Triple, ladder: Sequence[float], roles: Sequence[str], cond: Conditioning) -> Predict:
-    """x0 along a ladder by the role whose turn it is, one role for each step."""
+@dataclass(frozen=True)
+class GuidedState:
+    """B states of guided walks, and what the teacher says there.
+
+    Attributes:
+        x_t: what the network saw, (B, ...).
+        t: native times, (B,), float64.
+        target: the guided prediction in the network's own type, (B, ...).
+        plain: error of the prediction without guidance, (B,), as `relative_error` has it.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    plain: Tensor
+
+
+@torch.no_grad()
+def guided_walk(
+    teacher: Denoiser, cond: Conditioning, null: Conditioning, noise: Tensor, times: Sequence[Tensor], w: Tensor
+) -> Iterator[GuidedState]:
+    """The guided, deterministic solver from noise to sample, state by state.
+
+    times: of the states, falling, each (B,); noise: x at the first, (B, ...); w: guidance scale of each walk, (B,).
+    """
+    x, w = noise, broadcast(w, noise)
+    clean = torch.full_like(times[0], teacher.schedule.clean_time)
+    for t, s in zip(times, [*times[1:], clean], strict=True):
+        uncond, conditional = teacher.branches(x, t, cond, null)
+        target = guide(uncond.raw, conditional.raw, w)
+        yield GuidedState(x, t, target, relative_error(conditional.raw, target))
+        x0 = guide(uncond.x0, conditional.x0, w)
+        x = Transition(TransitionKind.DETERMINISTIC)(teacher.schedule, x, x0, t, s).mean
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """||found - wanted||^2 / ||wanted||^2 of each sample, (B,)."""
+    own = wanted.flatten(1).square().sum(1).clamp_min(1e-12)
+    return (found - wanted).flatten(1).square().sum(1) / own
+
+
+def by_turns(
+    triple: Triple, ladder: Sequence[float], roles: Sequence[str], cond: Conditioning, told: float | None = None
+) -> Predict:
+    """x0 along a ladder by the role whose turn it is, one role for each step.
+
+    told: guidance scale for the roles that are told one.
+    """
     role_at = dict(zip(ladder, roles, strict=True))
-    return lambda x, t: triple.denoiser(role_at[t]).x0(x, t, cond)
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        denoiser = triple.denoiser(role_at[t])
+        return denoiser.x0(x, t, cond if told is None or denoiser.guide is None else cond.told(told))
+
+    return predict
 
 
 def student_sample(
@@ -103,7 +155,7 @@ def student_sample(
     with ExitStack() as stack:
         for role in dict.fromkeys(experts):
             stack.enter_context(triple.at_hand(role))
-        predict = by_turns(triple, ladder, recipe.by_step(experts), cond)
+        predict = by_turns(triple, ladder, recipe.by_step(experts), cond, recipe.told_guidance)
         return sample(predict, triple.schedule, noise, ladder, recipe.transition(), fresh)
 
 

@@ -1,17 +1,18 @@
 """The triple generator / fake_score / real_score, and any further named role, on as few networks as possible.
 
 real_score is the frozen base. A `lora` role is a named adapter on that base; a `full` role is a network of its own in
-float32. Both may be mixed, and a method cannot tell which it was given.
+float32; an `adapter` role is the base with guidance adapters beside it. They may be mixed, and a method cannot tell which it
+was given.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +25,26 @@ from stepdistill.models.adapters import AdapterBank, LoraSettings
 from stepdistill.models.checkpointing import checkpointed
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.base import Family
+from stepdistill.models.guidance import Guide, GuideSettings, hearing, make_guide, read_guide
 from stepdistill.models.parking import ParkedParameters
 from stepdistill.models.quantization import unpacked
 from stepdistill.models.sharding import laid_out_like, rest, shard
 
+Mode: TypeAlias = Literal["lora", "full", "adapter"]
 GENERATOR, FAKE_SCORE, REAL_SCORE = "generator", "fake_score", "real_score"
 
 
 @dataclass(frozen=True)
 class RoleLayout:
-    """How one role is held: an adapter on the base, or a full network."""
+    """How one role is held: a LoRA on the base, a full network, or guidance adapters beside the base.
 
-    mode: Literal["lora", "full"]
+    Attributes:
+        guide: how its network is told the guidance scale; None where it is told none.
+    """
+
+    mode: Mode
     lora: LoraSettings | None = None
+    guide: GuideSettings | None = None
 
 
 class Triple:
@@ -47,9 +55,11 @@ class Triple:
         family, schedule: of its checkpoint.
         layouts: role name -> layout, for every trainable role.
         compute_dtype: dtype of the networks' forwards; full roles keep float32 weights under autocast.
-        seed: of the adapters' random A matrices.
+        seed: of the adapters' random first weights.
+        teacher_adapter: file of guidance adapters, with which real_score is guided in one call.
 
     Attributes:
+        guides: role -> what tells its network the guidance scale.
         frozen: models that losses ask beside the networks, by their use; nothing here trains, shards or saves them.
     """
 
@@ -62,6 +72,7 @@ class Triple:
         *,
         compute_dtype: torch.dtype | None = None,
         seed: int = 0,
+        teacher_adapter: str | None = None,
     ) -> None:
         self.base = network.eval().requires_grad_(False)
         self.family = family
@@ -71,6 +82,7 @@ class Triple:
         self.bank = AdapterBank(self.base)
         self.layouts: dict[str, RoleLayout] = {}
         self.networks: dict[str, nn.Module] = {}
+        self.guides: dict[str, Guide] = {}
         self.heads: dict[str, dict[str, nn.Module]] = {}
         self.copies: dict[str, str] = {}
         self.frozen: dict[str, nn.Module] = {}
@@ -78,8 +90,10 @@ class Triple:
         self.sharded = False
         self._checkpointing = False
         # full copies are taken from the base before adapters are injected into it
-        for name, layout in sorted(layouts.items(), key=lambda item: item[1].mode):
+        for name, layout in sorted(layouts.items(), key=lambda item: item[1].mode != "full"):
             self.add_role(name, layout)
+        if teacher_adapter is not None:
+            self.guides[REAL_SCORE] = read_guide(self.base, teacher_adapter)
 
     # ---------------------------------------------------------------- roles
 
@@ -99,8 +113,8 @@ class Triple:
         """The role's denoiser. Cheap: holds no tensor of its own."""
         if role != REAL_SCORE and role not in self.layouts:
             raise KeyError(f"there is no role {role!r}; there are {[REAL_SCORE, *self.layouts]}")
-        network = self.networks.get(role, self.base)
-        return Denoiser(network, self.family, self.schedule, lambda: self._playing(role), self.compute_dtype)
+        network, guide = self.networks.get(role, self.base), self.guides.get(role)
+        return Denoiser(network, self.family, self.schedule, lambda: self._playing(role), self.compute_dtype, guide)
 
     @contextmanager
     def _playing(self, role: str) -> Iterator[None]:
@@ -108,14 +122,14 @@ class Triple:
         with ExitStack() as stack:
             stack.enter_context(self.at_hand(role))
             if role not in self.networks:
-                stack.enter_context(self.bank.role(None if role == REAL_SCORE else role))
+                stack.enter_context(self.bank.role(role if role in self.bank.settings else None))
             yield
 
     def add_role(self, name: str, layout: RoleLayout, *, trainable: bool = True) -> None:
         """Add a role equal to the base.
 
         Raises:
-            Refusal: LoRA targets that match nothing.
+            Refusal: LoRA targets that match nothing, or a network that guidance adapters find no place in.
         """
         if name in self.layouts or name == REAL_SCORE:
             raise ValueError(f"there is a role {name!r} already")
@@ -123,15 +137,19 @@ class Triple:
             source = next(iter(self.networks.values()), self.base)
             if source is self.base and self.bank.settings:
                 raise RuntimeError("full roles are copied from the untouched base: add them before the LoRA roles")
-            network = copy.deepcopy(source)
+            network = self._copied(source)
             network.load_state_dict(self.base_state() if source is not self.base else source.state_dict())
             if next(network.parameters()).dtype != torch.float64:
                 network = network.float()
             self.networks[name] = network.eval().requires_grad_(trainable)
-        else:
+        elif layout.mode == "lora":
             if layout.lora is None:
                 raise ValueError(f"role {name!r} is a LoRA without LoRA settings")
             self.bank.add(name, layout.lora, seed=derive_seed(self.seed, "lora", name), trainable=trainable)
+        if layout.guide is not None:
+            # one seed for all, so that copies have the same frequencies
+            guide = make_guide(self.networks.get(name, self.base), layout.guide, derive_seed(self.seed, "guide"))
+            self.guides[name] = guide.requires_grad_(trainable)
         self.layouts[name] = layout
         if self._checkpointing:
             self.enable_gradient_checkpointing()
@@ -142,10 +160,22 @@ class Triple:
         self.copies[name] = source
         self.copy_role(source, name)
 
+    def _copied(self, network: nn.Module) -> nn.Module:
+        """A copy of a network, without the guides that are attached to it."""
+        beside = [guide for role, guide in self.guides.items() if self.networks.get(role, self.base) is network]
+        for guide in beside:
+            guide.detach()
+        copied = copy.deepcopy(network)
+        for guide in beside:
+            guide.attach(network)
+        return copied
+
     @torch.no_grad()
     def reset_role(self, name: str) -> None:
-        """Set a role back to the base: zero B for a LoRA (A stays), the base's weights for a full network."""
+        """Set a role back to the base: zero B for a LoRA (A stays), the base's weights for a full network, a silent guide."""
         self.rest()
+        if name in self.guides:
+            self.guides[name].silence()
         if name in self.networks:
             self.networks[name].load_state_dict(self.base_state())
             return
@@ -163,10 +193,12 @@ class Triple:
     # ---------------------------------------------------------------- parameters
 
     def network_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The role's own parameters without heads: LoRA matrices, or the whole network."""
-        if role in self.networks:
-            return dict(self.networks[role].named_parameters())
-        return dict(self.bank.parameters(role))
+        """The role's own parameters without heads: LoRA matrices, or the whole network, and its guide's under `guide.`."""
+        network = self.networks.get(role)
+        owned = dict(self.bank.parameters(role) if network is None else network.named_parameters())
+        if role in self.guides:
+            owned.update({f"guide.{key}": value for key, value in self.guides[role].named_parameters()})
+        return owned
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """All that the role's optimizer steps: its own parameters, then its heads' under `head.NAME.`."""
@@ -197,9 +229,13 @@ class Triple:
     def copy_role(self, source: str, target: str) -> None:
         """Overwrite target's own parameters with source's (same layout)."""
         self.rest()
-        values = self.network_parameters(source)
-        for key, parameter in self.network_parameters(target).items():
-            parameter.copy_(values[key])
+        values = {**self.network_parameters(source), **self._guide_buffers(source)}
+        for key, tensor in {**self.network_parameters(target), **self._guide_buffers(target)}.items():
+            tensor.copy_(values[key])
+
+    def _guide_buffers(self, role: str) -> dict[str, Tensor]:
+        named = self.guides[role].named_buffers() if role in self.guides else ()
+        return {f"guide.{key}": value for key, value in named}
 
     @torch.no_grad()
     def lerp_role(self, target: str, source: str, weight: float) -> None:
@@ -214,8 +250,9 @@ class Triple:
                 parameter.copy_(moved)
 
     def state(self, role: str) -> dict[str, Tensor]:
-        """Detached parameters and head buffers of a role, for a checkpoint."""
+        """Detached parameters of a role, and buffers of its heads and guide, for a checkpoint."""
         state = {key: value.detach() for key, value in self.parameters(role).items()}
+        state.update(self._guide_buffers(role))
         for head_name, head in self.heads.get(role, {}).items():
             state.update({f"head.{head_name}.{key}": value for key, value in head.named_buffers()})
         return state
@@ -258,10 +295,20 @@ class Triple:
         """Trade compute for memory; each segment recomputes under the role of its own forward."""
         self._checkpointing = True
         for network, function in [
-            (self.base, self.bank.checkpointed),
+            (self.base, self._checkpointed),
             *((n, checkpointed) for n in self.networks.values()),
         ]:
             self.family.enable_gradient_checkpointing(network, function)
+
+    def _checkpointed(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        """A block of the base that runs again as it ran: with the adapter and under the guidance of its own forward."""
+        heard = {guide: guide.heard for guide in self.guides.values()}
+
+        def run(*inputs: Tensor) -> Tensor:
+            with hearing(heard):
+                return function(*inputs)
+
+        return self.bank.checkpointed(run, *args)
 
     def fingerprint(self) -> str:
         """Names the base by the first values of each of its tensors, before sharding; the same in float32 and bfloat16."""

@@ -82,7 +82,7 @@ def _small_moments(role: RoleKind, config: RunConfig, processes: int) -> Change 
 
 def _small_rank(role: RoleKind, config: RunConfig, processes: int) -> Change | None:
     held = {"generator": config.roles.generator, "fake_score": config.roles.fake_score}[role]
-    if held.mode == "full" or held.rank <= SMALLEST_RANK:
+    if held.mode != "lora" or held.rank <= SMALLEST_RANK:
         return None
     rank = max(SMALLEST_RANK, held.rank // 4)
     small = held.model_copy(update={"rank": rank})
@@ -111,7 +111,7 @@ def _sharded(config: RunConfig, processes: int) -> Change | None:
 
 def _adapter(role: RoleKind, config: RunConfig, processes: int) -> Change | None:
     held = {"generator": config.roles.generator, "fake_score": config.roles.fake_score}[role]
-    if held.mode == "lora":
+    if held.mode != "full":
         return None
     return f"roles.{role}.mode=lora", changed(config, "roles", **{role: held.model_copy(update={"mode": "lora"})})
 

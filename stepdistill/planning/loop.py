@@ -17,6 +17,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.methods.base import Batch, Method, Progress, Rollout
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families.analytic import Analytic, Mixture, MixtureNetwork
+from stepdistill.models.sampler import GuidedState
 from stepdistill.models.triple import REAL_SCORE, RoleLayout, Triple
 from stepdistill.models.vision import VISION, VisionEncoder
 from stepdistill.planning.meter import Flops
@@ -242,5 +243,6 @@ def _toy(plan: Plan) -> tuple[Method[Any], Triple, Batch]:
     triple = Triple(network, Analytic(), schedule, {role: RoleLayout("full") for role in plan.roles})
     triple.frozen = {VISION: _ToyVision(), REWARD: OwnReward(lambda images, prompts: images.mean((1, 2, 3)))}
     cond, latents = Conditioning(torch.ones(rows, 1, 1)), torch.zeros(rows, 2, 1, 1)
-    batch = Batch(cond, cond, latents, cond, latents, latents, cond)
+    states = GuidedState(latents, torch.full((rows,), 1e-3, dtype=torch.float64), latents, torch.zeros(rows))
+    batch = Batch(cond, cond, latents, cond, latents, latents, cond, states, cond.told(1.0))
     return plan.method_class(plan.method_config, setting), triple, batch

@@ -66,7 +66,8 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
         role: optimizer_size(triple.parameters(role).values(), configured[section])
         for role, section in plan.roles.items()
     }
-    held = {role: "full" if triple.layouts[role].lora is None else "LoRA" for role in roles}
+    words = {"lora": "LoRA", "full": "full", "adapter": "guidance adapters"}
+    held = {role: words[triple.layouts[role].mode] for role in roles}
     parameters = [
         Parameters(name=f"{REAL_SCORE} (the base)", count=_count(base.values()), trained=False),
         *(

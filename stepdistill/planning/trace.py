@@ -16,6 +16,7 @@ from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Progress
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families.base import Checkpoint
+from stepdistill.models.sampler import GuidedState
 from stepdistill.planning.ghost import Unknowable, hollow
 from stepdistill.planning.loop import CallCounter, Walk, run_micro_batch
 from stepdistill.planning.meter import Flops, Meter, normalise_in_float32
@@ -111,7 +112,7 @@ class _Tracer:
         triple = session.triple
         heads = (head for named in triple.heads.values() for head in named.values())
         others = (*triple.frozen.values(), *companions(session.checkpoint).values())
-        for module in chain([triple.base], triple.networks.values(), heads, others):
+        for module in chain([triple.base], triple.networks.values(), triple.guides.values(), heads, others):
             hollow(module)
             if self.training.device != "cpu":
                 normalise_in_float32(module)
@@ -168,7 +169,11 @@ class _Tracer:
         with self._watched(TEXT):
             cond = plan.family.encode(checkpoint, prompts, sizes)
             null = plan.family.null(checkpoint, sizes, plan.config.model.negative_prompt)
-            again = plan.family.encode(checkpoint, prompts, sizes) if needs.images or needs.pairs else None
+            again = (
+                plan.family.encode(checkpoint, prompts, sizes)
+                if needs.images or needs.pairs or needs.trajectories
+                else None
+            )
         latents = torch.zeros(rows, *plan.setting.latent_shape, dtype=self.session.dtype, device=self.session.device)
         batch = Batch(cond, null, prompts=tuple(prompts))
         if needs.images:
@@ -178,6 +183,10 @@ class _Tracer:
             batch = replace(batch, images=encoded, image_cond=again)
         if needs.pairs:
             batch = replace(batch, pair_noise=latents, pair_latents=latents, pair_cond=again)
+        if needs.trajectories and again is not None:
+            t = torch.full((rows,), min(TIME, plan.setting.schedule.terminal_time), dtype=torch.float64)
+            states = GuidedState(latents, t, latents, torch.zeros(rows, dtype=self.session.dtype))
+            batch = replace(batch, states=states, states_cond=again.told(1.0))
         return batch
 
     @torch.no_grad()

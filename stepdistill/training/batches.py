@@ -10,9 +10,11 @@ import torch
 from stepdistill.data.buckets import BucketOrder, BucketSamples
 from stepdistill.data.indexed import IndexedImages
 from stepdistill.data.loader import Indexed, IndexStream, InOrder, Prefetcher, Samples
+from stepdistill.data.trajectories import TrajectoryFolder
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.methods.base import Batch
 from stepdistill.models.conditioning import ImageSize
+from stepdistill.models.sampler import GuidedState
 from stepdistill.training.encoding import CachedImages, TrainingImage, size_of
 from stepdistill.training.session import Session
 
@@ -35,6 +37,9 @@ class BatchSource:
             self.bucket_order = BucketOrder(plan.buckets.weights, derive_seed(seed, "buckets"), per_iteration)
         self.prompts = IndexStream(len(plan.prompts), derive_seed(seed, "prompts"))
         self.pairs = IndexStream(len(plan.pairs), derive_seed(seed, "pairs")) if plan.pairs is not None else None
+        self.states = None
+        if plan.trajectories is not None:
+            self.states = IndexStream(len(plan.trajectories), derive_seed(seed, "trajectories"))
         self.images = self._image_samples(seed)
 
     def batches(self, numbers: Iterator[Sequence[int]]) -> Iterator[tuple[Sequence[int], Batch]]:
@@ -82,6 +87,8 @@ class BatchSource:
             batch = self._with_images(batch, items, samples)
         if plan.pairs is not None and self.pairs is not None:
             batch = self._with_pairs(batch, samples, sizes)
+        if plan.trajectories is not None and self.states is not None:
+            batch = self._with_states(batch, plan.trajectories, self.states, samples, sizes)
         return batch
 
     def _with_images(self, batch: Batch, images: Sequence[TrainingImage], samples: Sequence[int]) -> Batch:
@@ -101,6 +108,27 @@ class BatchSource:
         latents = torch.stack([item.latents for item in items]).to(session.device, session.dtype)
         cond = session.encoder.text([plan.prompts[item.prompt] for item in items], sizes)
         return replace(batch, pair_noise=noise, pair_latents=latents, pair_cond=cond)
+
+    def _with_states(
+        self,
+        batch: Batch,
+        trajectories: TrajectoryFolder,
+        order: IndexStream,
+        samples: Sequence[int],
+        sizes: Sequence[ImageSize],
+    ) -> Batch:
+        session, plan = self.session, self.session.plan
+        items = [trajectories[order.index(g)] for g in samples]
+        x_t, target = (
+            torch.stack(tensors).to(session.device, session.dtype)
+            for tensors in ([item.x_t for item in items], [item.target for item in items])
+        )
+        t, plain, w = (
+            torch.tensor(values, dtype=torch.float64, device=session.device)
+            for values in ([i.t for i in items], [i.plain for i in items], [i.w for i in items])
+        )
+        cond = session.encoder.text([plan.prompts[item.prompt] for item in items], sizes)
+        return replace(batch, states=GuidedState(x_t, t, target, plain.to(session.dtype)), states_cond=cond.told(w))
 
 
 def sample_numbers(

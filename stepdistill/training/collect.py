@@ -1,4 +1,4 @@
-"""Data sets that methods need, drawn from a teacher (`pairs`) or from a student (`samples`): resumable, with progress."""
+"""Data sets that methods need, drawn from a teacher (`pairs`, `trajectories`) or a student (`samples`): resumable, with progress."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from tqdm import tqdm
 
 from stepdistill.assets import resolve
 from stepdistill.config import ModelConfig, Settings
+from stepdistill.data.index import Fingerprint, Kind, StoredDtype
 from stepdistill.data.prompts import read_prompts
-from stepdistill.data.tensors import Fingerprint, Kind, ShardWriter, noise_for
-from stepdistill.diffusion.draws import Draws, derive_seed
+from stepdistill.data.tensors import ShardWriter, noise_for
+from stepdistill.data.trajectories import TrajectoryWriter
+from stepdistill.diffusion.draws import Draws, derive_seed, generator
 from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.timesteps import trailing_ladder
 from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import ImageSize
 from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.guidance import read_guide
 from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.models.sampler import teacher_sample
+from stepdistill.models.sampler import guided_walk, teacher_sample
 from stepdistill.registry import load_family
 from stepdistill.training.grids import student_latents
 from stepdistill.training.run import open_run
@@ -39,7 +43,12 @@ class CollectConfig(Settings):
     prompt_column: str | None = None
     count: int = Field(gt=0, description="latents to draw")
     guidance: float = Field(1.0, description="teacher guidance scale w; 1 is off")
+    guidance_range: tuple[float, float] = Field(
+        (1.0, 12.0), description="of trajectories: w is drawn evenly from here, one for each"
+    )
     steps: int = Field(50, gt=0, description="steps of the teacher's deterministic solver (DDIM or Euler, trailing)")
+    keep: int | None = Field(None, gt=0, description="states kept of each trajectory, a random subset; all by default")
+    dtype: StoredDtype = Field("float16", description="that trajectories are stored in")
     seed: int = 0
     batch_size: int = Field(8, gt=0)
     shard_size: int = Field(256, gt=0)
@@ -61,10 +70,12 @@ def collect(kind: Kind, config: CollectConfig, output: str | Path, resume: bool 
         raise Refusal(
             "a collection draws from 'model' (a teacher) or from 'run' (a student), and exactly one must be set: mend the config"
         )
-    if kind == "pairs" and config.model is None:
+    if kind != "samples" and config.model is None:
         raise Refusal(
-            "pairs are made by a deterministic teacher, and 'run' names a student: set 'model', or collect samples"
+            f"{kind} are made by a deterministic teacher, and 'run' names a student: set 'model', or collect samples"
         )
+    if kind == "trajectories":
+        return _collect_trajectories(config, folder)
     prompts = read_prompts(config.prompts, config.prompt_column)
     source = _Teacher(config) if config.model is not None else _Student(config)
     fingerprint = Fingerprint(
@@ -92,6 +103,45 @@ def collect(kind: Kind, config: CollectConfig, output: str | Path, resume: bool 
     return max(done, config.count)
 
 
+def _collect_trajectories(config: CollectConfig, folder: Path) -> int:
+    """Guided walks with one w each; see `collect`."""
+    low, high = config.guidance_range
+    keep = config.keep or config.steps
+    if not 0 <= low <= high or keep > config.steps:
+        raise Refusal(
+            f"guidance_range is [{low:g}, {high:g}] and {keep} states are kept of {config.steps} steps: give a rising range from 0 up, "
+            "and keep no more states than steps"
+        )
+    prompts, teacher = read_prompts(config.prompts, config.prompt_column), _Teacher(config)
+    if teacher.denoiser.guide is not None:
+        raise Refusal("trajectories are of a teacher that is guided by two calls: remove model.guidance_adapter")
+    fingerprint = Fingerprint(
+        model=teacher.name,
+        guidance=0.0,
+        steps=config.steps,
+        seed=config.seed,
+        prompts_sha256=prompts.sha256,
+        resolution=teacher.size,
+        sampler=teacher.sampler,
+        precision=teacher.precision,
+        command=" ".join(sys.argv),
+        guidance_range=(low, high),
+        keep=keep,
+    )
+    with TrajectoryWriter(folder, fingerprint, min(config.shard_size, 16), config.dtype) as writer:
+        done = writer.completed
+        bar = tqdm(total=config.count, initial=done, unit="trajectory", dynamic_ncols=True)
+        for start in range(done, config.count, config.batch_size):
+            rows = range(start, min(start + config.batch_size, config.count))
+            seeds = [derive_seed(config.seed, "collect", row) for row in rows]
+            indices = [row % len(prompts) for row in rows]
+            walks = teacher.walks([prompts[index] for index in indices], seeds, keep)
+            writer.write_walks({"seed": torch.tensor(seeds), "prompt": torch.tensor(indices), **walks})
+            bar.update(len(rows))
+        bar.close()
+    return max(done, config.count)
+
+
 class _Teacher:
     """Deterministic, guided draws of a checkpoint."""
 
@@ -111,7 +161,10 @@ class _Teacher:
         lay_out(self.checkpoint.network, model.attention, model.channels_last)
         if model.compile:
             compile_blocks(self.checkpoint.network)
-        self.denoiser = Denoiser(self.checkpoint.network, self.family, self.schedule)
+        adapter = None
+        if model.guidance_adapter is not None:
+            adapter = read_guide(self.checkpoint.network, model.guidance_adapter)
+        self.denoiser = Denoiser(self.checkpoint.network, self.family, self.schedule, guide=adapter)
         self.negative_prompt = model.negative_prompt
         self.sampler = "euler, shifted" if self.schedule.is_flow else "ddim, trailing"
 
@@ -122,6 +175,32 @@ class _Teacher:
         null = self.family.null(self.checkpoint, sizes, self.negative_prompt)
         noise = torch.stack([noise_for(seed, self.shape) for seed in seeds]).to(self.device)
         return teacher_sample(self.denoiser, cond, null, noise, self.config.steps, self.config.guidance)
+
+    @torch.no_grad()
+    def walks(self, texts: list[str], seeds: list[int], keep: int) -> dict[str, torch.Tensor]:
+        """Columns of a trajectory folder, but for seeds and prompts. Each walk depends on its seed alone."""
+        sizes = [ImageSize.plain(*self.size)] * len(texts)
+        cond = self.family.encode(self.checkpoint, texts, sizes)
+        null = self.family.null(self.checkpoint, sizes, self.negative_prompt)
+        noise = torch.stack([noise_for(seed, self.shape) for seed in seeds]).to(self.device)
+        (low, high), ladder = self.config.guidance_range, trailing_ladder(self.schedule, self.config.steps)
+        lots = [torch.rand((), generator=generator(seed, "w"), dtype=torch.float64) for seed in seeds]
+        w = low + (high - low) * torch.stack(lots)
+        orders = [torch.randperm(len(ladder), generator=generator(seed, "states")) for seed in seeds]
+        kept = [set(order[:keep].tolist()) for order in orders]
+        times = [torch.full((len(seeds),), t, dtype=torch.float64, device=self.device) for t in ladder]
+        found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in seeds]
+        for index, state in enumerate(guided_walk(self.denoiser, cond, null, noise, times, w.to(self.device))):
+            parts = [tensor.cpu() for tensor in (state.x_t, state.target, state.t, state.plain)]
+            for row, chosen in enumerate(kept):
+                if index in chosen:
+                    found[row].append(tuple(part[row].clone() for part in parts))
+        names = ("x_t", "target", "t", "plain")
+        stacked = {
+            name: torch.stack([torch.stack([state[k] for state in walk]) for walk in found])
+            for k, name in enumerate(names)
+        }
+        return {"w": w, **stacked}
 
 
 class _Student:

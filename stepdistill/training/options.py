@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -14,6 +14,7 @@ from stepdistill.methods.base import Needs, RoleKind
 from stepdistill.models.families.base import Family
 from stepdistill.models.kernels import check_xformers
 from stepdistill.models.quantization import check_quantization
+from stepdistill.models.triple import Mode
 from stepdistill.training.optimizers import check_adamw8bit
 
 
@@ -45,6 +46,18 @@ def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, R
     if model.dtype == "float64":
         raise Refusal(f"{_quantization(config)} and model.dtype is 'float64': set model.dtype to float32 or bfloat16")
     check_quantization()
+
+
+def check_modes(config: RunConfig, roles: Mapping[str, RoleKind], generator: Sequence[Mode]) -> None:
+    """Whether the roles may be held as the config says; `generator` is how its method may hold it. Raises Refusal."""
+    modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
+    for kind in roles.values():
+        allowed = generator if kind == "generator" else ("lora", "full")
+        if modes[kind] not in allowed:
+            raise Refusal(
+                f"roles.{kind}.mode is {modes[kind]!r}, and the method {config.method_name!r} trains it as {' or '.join(allowed)}: "
+                "change the mode, or the method"
+            )
 
 
 def _check_quantized_roles(config: RunConfig, roles: Mapping[str, RoleKind]) -> None:
@@ -123,6 +136,11 @@ def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], needs: 
         raise Refusal(
             f"model.{key} is {vars(config.model)[key]!r}, whose kernels have no derivatives in forward mode, and the method takes "
             "them: set method.tangent.kind to semi_discrete, or remove the key"
+        )
+    if config.model.compile and any(modes[section] == "adapter" for section in roles.values()):
+        raise Refusal(
+            "model.compile is set and roles.generator.mode is 'adapter', whose hooks compiled blocks would be compiled anew for at "
+            "every call: set model.compile to false"
         )
     whole_only = {
         "model.quantization": (config.model.quantization != "none", "none"),

@@ -14,6 +14,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from stepdistill.config import ModelConfig, RunConfig, load_config
 from stepdistill.errors import Refusal
+from stepdistill.models.triple import RoleLayout
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.caching import warm
 from stepdistill.training.environment import RECORDED
@@ -181,6 +182,8 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
         extra.append("a stream of images" if plan.images.count is None else f"{plan.images.count:,} images")
     if plan.pairs is not None:
         extra.append(f"{len(plan.pairs):,} pairs")
+    if plan.trajectories is not None:
+        extra.append(f"{len(plan.trajectories):,} states of guided trajectories")
     if plan.buckets is not None:
         counts = zip(plan.buckets.sizes, plan.buckets.weights, strict=True)
         extra.append("buckets " + ", ".join(f"{size[0]}x{size[1]} (weight {weight:,})" for size, weight in counts))
@@ -189,7 +192,7 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
         f"latents {'x'.join(map(str, setting.latent_shape))}, base in {config.model.dtype}",
         f"method      {config.method_name}: {options}",
         f"student     {recipe.num_inference_steps} network calls with {recipe.scheduler_class} at {ladder}, "
-        + ("guidance off" if recipe.guidance_scale == 1 else f"told a guidance scale of {recipe.guidance_scale:g}")
+        + ("guidance off" if recipe.w == 1 else f"told a guidance scale of {recipe.w:g}")
         + shares,
         f"data        {', '.join([f'{len(plan.prompts):,} prompts from {plan.prompts.source}', *extra])}",
         f"training    {training.max_steps:,} iterations of {training.batch_size} x {training.accumulation} samples on "
@@ -198,14 +201,21 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
     if chosen := describe_options(config):
         lines.append(f"options     {', '.join(chosen)}")
     for role, layout in plan.layouts.items():
-        held = (
-            "full network" if layout.lora is None else f"LoRA of rank {layout.lora.rank}, alpha {layout.lora.alpha:g}"
-        )
+        held = _held(layout)
         trained = ""
         if session is not None:
             trained = f", {sum(p.numel() for p in session.triple.parameters(role).values()):,} trained parameters"
         lines.append(f"{role:<11} {held}{trained}")
     return lines
+
+
+def _held(layout: RoleLayout) -> str:
+    if layout.lora is not None:
+        return f"LoRA of rank {layout.lora.rank}, alpha {layout.lora.alpha:g}"
+    if layout.mode == "adapter" and layout.guide is not None:
+        guide = layout.guide
+        return f"guidance adapters ({guide.kind}, width {guide.width}, w in [{guide.w_low:g}, {guide.w_high:g}])"
+    return "full network"
 
 
 def _in_full_precision(model: ModelConfig) -> ModelConfig:

@@ -19,10 +19,12 @@ from stepdistill.data.indexed import IndexedImages
 from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.data.sources import open_images
 from stepdistill.data.tensors import TensorFolder
+from stepdistill.data.trajectories import TrajectoryFolder
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Method, Needs, RoleKind, Setting
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family
+from stepdistill.models.guidance_adapter import AdapterSettings
 from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.recipe import Recipe
@@ -31,8 +33,9 @@ from stepdistill.models.vision import VISION, load_vision
 from stepdistill.registry import load_family, load_method
 from stepdistill.rewards import REWARD, load_reward
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.collected import check_pairs, check_trajectories
 from stepdistill.training.encoding import Encoder, Warm, make_encoder
-from stepdistill.training.options import check_model_options
+from stepdistill.training.options import check_model_options, check_modes
 
 logger = logging.getLogger(__name__)
 EMA = "generator_ema"
@@ -52,13 +55,18 @@ class Plan:
     prompts: PromptList
     images: ImageSource | None
     pairs: TensorFolder | None
+    trajectories: TrajectoryFolder | None = None
     buckets: Buckets | None = None
 
     @property
     def layouts(self) -> dict[str, RoleLayout]:
         """Role -> layout for the roles that the method trains."""
         configured = {"generator": self.config.roles.generator, "fake_score": self.config.roles.fake_score}
-        return {role: layout_of(configured[kind], self.family) for role, kind in self.roles.items()}
+        told = self.method_class.guidance_told(self.method_config)
+        return {
+            role: layout_of(configured[kind], self.family, told if kind == "generator" else None)
+            for role, kind in self.roles.items()
+        }
 
     @property
     def roles(self) -> Mapping[str, RoleKind]:
@@ -119,7 +127,7 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     data, size = config.data, plan.setting.size
     needs = plan.needs
     prompts = read_prompts(str(data.prompts), data.prompt_column)
-    source = pairs = buckets = None
+    source = pairs = trajectories = buckets = None
     if data.images is not None and not needs.images:
         logger.warning("data.images is set, and the method as it is configured looks at no image: they are not read")
     if images and needs.images and data.images is not None:
@@ -127,10 +135,14 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
         _check_cache(config, source)
     if images and needs.pairs and data.pairs is not None:
         pairs = TensorFolder(data.pairs)
-        _check_pairs(pairs, prompts, plan.method_config, plan.setting.latent_shape)
+        check_pairs(pairs, prompts, plan.method_config, plan.setting.latent_shape)
+    if images and needs.trajectories and data.trajectories is not None:
+        trajectories = TrajectoryFolder(data.trajectories)
+        told = plan.method_class.guidance_told(plan.method_config)
+        check_trajectories(trajectories, prompts, config.model.path, told, plan.setting.latent_shape)
     if images and data.buckets:
-        buckets = _buckets(config, info, source, pairs)
-    return replace(plan, prompts=prompts, images=source, pairs=pairs, buckets=buckets)
+        buckets = _buckets(config, info, source, pairs or trajectories)
+    return replace(plan, prompts=prompts, images=source, pairs=pairs, trajectories=trajectories, buckets=buckets)
 
 
 def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
@@ -143,6 +155,7 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
     method_config = parse(method_class.Config, config.method_options, where="method")
     family = load_family(info.family)
     check_model_options(config, family, method_class.roles(method_config))
+    check_modes(config, method_class.roles(method_config), method_class.modes)
     size = config.model.size or info.default_size
     _check_size(size, "model.size", info)
     latent_shape = info.latent_shape(size)
@@ -157,12 +170,18 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
         base=config.model.path,
     )
     data = config.data
-    method_class.check(method_config, schedule, images=data.images is not None, pairs=data.pairs is not None)
+    method_class.check(
+        method_config,
+        schedule,
+        images=data.images is not None,
+        pairs=data.pairs is not None,
+        trajectories=data.trajectories is not None,
+    )
     family.stock_recipe(info, method_class(method_config, setting).recipe())
     if data.prompts is None:
         raise Refusal("data.prompts is not set: give a .txt, .jsonl, .csv or .parquet file, or 'builtin:general'")
     nothing = PromptList((), data.prompts, "")
-    return Plan(config, info, family, method_class, method_config, setting, nothing, None, None, None)
+    return Plan(config, info, family, method_class, method_config, setting, nothing, None, None)
 
 
 def open_session(plan: Plan, device: torch.device | str | None = None, warm: Warm | None = None) -> Session:
@@ -194,6 +213,7 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
         plan.layouts,
         compute_dtype=dtype,
         seed=config.training.seed,
+        teacher_adapter=config.model.guidance_adapter,
     )
     with torch.device("cpu"):  # its ladders and levels are numbers even where weights are outlines
         method = plan.method_class(plan.method_config, plan.setting)
@@ -267,8 +287,11 @@ def load_initial(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:
         triple.copy_role(source, copy)
 
 
-def layout_of(config: RoleConfig, family: Family) -> RoleLayout:
-    """The layout a role's configuration asks for."""
+def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | None = None) -> RoleLayout:
+    """The layout a role's configuration asks for; `told` is the range of guidance scales that its network is told."""
+    if config.mode == "adapter":
+        low, high = told or (1.0, 1.0)
+        return RoleLayout("adapter", guide=AdapterSettings(config.kind, config.width, config.shared, low, high))
     if config.mode == "full":
         return RoleLayout("full")
     targets = family.lora_targets(config.targets) if isinstance(config.targets, str) else tuple(config.targets)
@@ -310,7 +333,10 @@ def _feature_size(sizes: Sequence[tuple[int, int]], info: CheckpointInfo, family
 
 
 def _buckets(
-    config: RunConfig, info: CheckpointInfo, images: ImageSource | None, pairs: TensorFolder | None
+    config: RunConfig,
+    info: CheckpointInfo,
+    images: ImageSource | None,
+    collected: TensorFolder | TrajectoryFolder | None,
 ) -> Buckets:
     """The run's buckets, checked, with the images that belong to each."""
     sizes = config.data.buckets
@@ -318,8 +344,8 @@ def _buckets(
         _check_size(size, "a size in data.buckets", info)
     if len(set(sizes)) < len(sizes):
         raise Refusal(f"data.buckets names a size twice ({[list(size) for size in sizes]}): name each once")
-    if pairs is not None:
-        raise Refusal("data.buckets is set, and the teacher's pairs are of one size: remove one of the two")
+    if collected is not None:
+        raise Refusal("data.buckets is set, and what the teacher drew is of one size: remove one of the two")
     if images is None:
         return Buckets(tuple(sizes))
     if not isinstance(images, IndexedImages):
@@ -343,25 +369,4 @@ def _check_cache(config: RunConfig, images: ImageSource) -> None:
         raise Refusal(
             "cache.latents keeps one crop of every image and data.crop is 'random', which wants a new one each time: set "
             "data.crop to center, or cache.latents to false"
-        )
-
-
-def _check_pairs(
-    pairs: TensorFolder, plan_prompts: PromptList, method_config: Settings, latent_shape: tuple[int, ...]
-) -> None:
-    made = pairs.fingerprint
-    if pairs.shape != tuple(latent_shape):
-        raise Refusal(
-            f"the pairs in data.pairs hold latents of shape {list(pairs.shape)} and the run wants {list(latent_shape)}: "
-            "collect them at model.size"
-        )
-    guidance = dict(method_config).get("guidance")
-    if guidance is not None and made.guidance != float(guidance):
-        raise Refusal(
-            f"the pairs were made with guidance {made.guidance} and method.guidance is {guidance}: "
-            "the two must agree, so change one or collect again"
-        )
-    if made.prompts_sha256 != plan_prompts.sha256:
-        raise Refusal(
-            "the pairs were made with another prompt list than data.prompts: name the list they were collected with"
         )

@@ -1,0 +1,98 @@
+"""Trajectories of a guided teacher, on disk: states that it walked through, and what it said there.
+
+A sample is one walk of `keep` states; shards and index are those of `data/tensors.py`. What the network saw is stored (x_t on
+the schedule's own scale), so that no sampler's scaling need be known. Reading a state maps its shard and copies that state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from stepdistill.data.index import Fingerprint, StoredDtype
+from stepdistill.data.tensors import ShardWriter, TensorFolder
+from stepdistill.errors import Refusal
+
+
+@dataclass(frozen=True)
+class TrajectoryState:
+    """One state of one walk.
+
+    Attributes:
+        x_t, target: what the network saw, and its guided prediction in its own type, (C, h, w), float32.
+        t: native time.
+        w: guidance scale of the walk.
+        plain: ||pred - target||^2 / ||target||^2 of the prediction without guidance.
+        prompt: an index into the fingerprint's list.
+    """
+
+    x_t: Tensor
+    target: Tensor
+    t: float
+    w: float
+    plain: float
+    prompt: int
+
+
+class TrajectoryWriter(ShardWriter):
+    """Appends walks to a folder.
+
+    Args:
+        fingerprint: with `guidance_range` and `keep`.
+        others: as of `ShardWriter`.
+    """
+
+    def __init__(
+        self, folder: str | Path, fingerprint: Fingerprint, shard_size: int = 16, dtype: StoredDtype = "float16"
+    ) -> None:
+        super().__init__(folder, "trajectories", fingerprint, shard_size, dtype)
+
+    def __enter__(self) -> TrajectoryWriter:
+        return self
+
+    def write_walks(self, rows: Mapping[str, Tensor]) -> None:
+        """Append B walks of K states: `seed`, `prompt` and `w` (B,), `t` and `plain` (B, K), `x_t` and `target` (B, K, C, h, w).
+
+        Raises:
+            Refusal: as `write`.
+        """
+        self._append(rows, tuple(rows["x_t"].shape[2:]))
+
+
+class TrajectoryFolder:
+    """Reads what a `TrajectoryWriter` wrote, state by state: index i is state i % keep of walk i // keep.
+
+    Attributes: `fingerprint`, and `shape`, which is (C, h, w) of the latents.
+
+    Raises:
+        Refusal: as `TensorFolder`, or the folder holds something else.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = TensorFolder(folder)
+        if self._folder.kind != "trajectories":
+            raise Refusal(
+                f"{str(folder)!r} holds {self._folder.kind}, not trajectories: make the folder with 'stepdistill collect trajectories'"
+            )
+        self.fingerprint, self.shape = self._folder.fingerprint, self._folder.shape
+        self.keep = self.fingerprint.keep or 1
+
+    def __len__(self) -> int:
+        return len(self._folder) * self.keep
+
+    def __getitem__(self, index: int) -> TrajectoryState:
+        if not 0 <= index < len(self):
+            raise IndexError(f"state {index} of a folder of {len(self)}")
+        path, row = self._folder.place(index // self.keep)
+        state = index % self.keep
+        with safe_open(path, framework="pt") as shard:
+            w, prompt = (float(shard.get_slice(name)[row : row + 1][0]) for name in ("w", "prompt"))
+            x_t, target, t, plain = (
+                shard.get_slice(name)[row : row + 1, state : state + 1][0, 0]
+                for name in ("x_t", "target", "t", "plain")
+            )
+        return TrajectoryState(x_t.float(), target.float(), float(t), w, float(plain), int(prompt))

@@ -1,0 +1,142 @@
+"""What methods of guidance distillation share: states of the guided teacher, a regression of its guided prediction on them.
+
+    target = pred(x_t, t, null) + w (pred(x_t, t, c) - pred(x_t, t, null))        w drawn for each sample, told to the student
+    L      = mean (pred_student(x_t, t, c; w) - target)^2                         in the teacher's own prediction type
+
+States lie on walks of the guided teacher, where a sampler will be, and not on noised images (Jensen & Sadat 2025): collected
+beforehand, or walked on the fly in a few steps whose times are drawn anew for each sample, each of which gives a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stepdistill.config import Settings
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.prediction import to_x0
+from stepdistill.diffusion.timesteps import trailing_ladder
+from stepdistill.diffusion.transitions import Transition, TransitionKind
+from stepdistill.errors import Refusal
+from stepdistill.methods import parts
+from stepdistill.methods.base import Batch, Method, Needs, Progress, RoleKind, Rollout, Terms
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.recipe import Recipe
+from stepdistill.models.sampler import GuidedState, guided_walk, relative_error
+from stepdistill.models.triple import GENERATOR, Triple
+
+
+class GuidedConfig(Settings):
+    guidance: float = Field(gt=1, description="w of the recipe, of grids and of the proof")
+    guidance_range: tuple[float, float] = Field((1.0, 12.0), description="w is drawn evenly from here, for each sample")
+    steps: int = Field(50, ge=1, description="network calls of the recipe's deterministic sampler")
+    source: Literal["rollout", "trajectories"] = Field(
+        "rollout", description="where states come from: walks of the teacher on the fly, or data.trajectories"
+    )
+    walk_steps: int = Field(10, ge=1, description="teacher steps of a walk on the fly, of two network calls each")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GuidedConfig:
+        low, high = self.guidance_range
+        if not 0 <= low <= self.guidance <= high:
+            raise ValueError(f"guidance {self.guidance:g} is not within guidance_range [{low:g}, {high:g}]")
+        return self
+
+
+ConfigT = TypeVar("ConfigT", bound=GuidedConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedStates(Rollout):
+    """S states of B walks: x_t (S, B, ...) and t (S, B); x0 is the guided one at the last of them, (B, ...).
+
+    Attributes:
+        target: the guided prediction, (S, B, ...).
+        plain: error of the prediction without guidance, (S, B).
+        told: conditioning of the walks, which says w.
+    """
+
+    target: Tensor
+    plain: Tensor
+    told: Conditioning
+
+
+class Guided(Method[ConfigT]):
+    name: str
+    """In recipes."""
+
+    @classmethod
+    def roles(cls, config: ConfigT) -> Mapping[str, RoleKind]:
+        return {GENERATOR: "generator"}
+
+    @classmethod
+    def guidance_told(cls, config: ConfigT) -> tuple[float, float] | None:
+        return config.guidance_range
+
+    @classmethod
+    def needs(cls, config: ConfigT) -> Needs:
+        return Needs(trajectories=config.source == "trajectories")
+
+    def updates(self, progress: Progress) -> Sequence[str]:
+        return (GENERATOR,)
+
+    @torch.no_grad()
+    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> GuidedStates:
+        states, told = self._states(batch, triple, draws.for_role("rollout"))
+        last, schedule = states[-1], self.schedule
+        return GuidedStates(
+            batch=batch,
+            x_t=torch.stack([state.x_t for state in states]),
+            t=torch.stack([state.t for state in states]),
+            x0=to_x0(last.target, last.x_t, *schedule.levels(last.t, last.x_t), schedule.prediction),
+            target=torch.stack([state.target for state in states]),
+            plain=torch.stack([state.plain for state in states]),
+            told=told,
+        )
+
+    def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
+        return Terms.sum(self.pieces(role, rollout, triple, progress, draws))
+
+    def pieces(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Iterator[Terms]:
+        """State after state: the memory of one, however long the walk."""
+        assert isinstance(rollout, GuidedStates)
+        for x_t, t, target, plain in zip(rollout.x_t, rollout.t, rollout.target, rollout.plain, strict=True):
+            found = triple.generator.estimate(x_t, t, rollout.told).raw
+            logged = {"error": relative_error(found.detach(), target).mean(), "error_unguided": plain.mean()}
+            yield Terms((found - target).square().mean(), logged) * (1 / len(rollout.t))
+
+    def recipe(self) -> Recipe:
+        """The base's sampler on its trailing ladder, its guidance off."""
+        ladder = trailing_ladder(self.schedule, self.config.steps)
+        transition = Transition(TransitionKind.DETERMINISTIC)
+        plain = parts.few_step_recipe(self.setting, self.name, ladder, transition, self.config.guidance)
+        return replace(plain, told_guidance=self.config.guidance)
+
+    def _states(self, batch: Batch, triple: Triple, draws: Draws) -> tuple[list[GuidedState], Conditioning]:
+        """States, one or more, and the conditioning that their student is given."""
+        if batch.cond.guidance is not None or triple.real_score.guide is not None:
+            raise Refusal(
+                "the teacher is told its guidance, in one call, and guidance distillation makes one call of two: choose a teacher "
+                "that is guided by two calls"
+            )
+        if self.config.source == "trajectories":
+            if batch.states is None or batch.states_cond is None:
+                raise ValueError("a batch without trajectories reached a loss on them")
+            return [batch.states], batch.states_cond
+        low, high = self.config.guidance_range
+        w = low + (high - low) * draws.uniform("w")
+        noise = draws.normal("noise", self.latent_shape(batch))
+        walk = guided_walk(triple.real_score, batch.cond, batch.null, noise, self._times(draws), w)
+        return list(walk), batch.cond.told(w)
+
+    def _times(self, draws: Draws) -> list[Tensor]:
+        """Falling times of each walk, each (B,): the noisiest, then one in each of `walk_steps` even intervals."""
+        lot, count = draws.uniform("times"), self.config.walk_steps
+        fractions = [torch.ones_like(lot), *(1 - (index + lot) / count for index in range(count))]
+        # a flow model is not defined at its clean end
+        return [self.schedule.time_at(p.clamp_min(1e-3) if self.schedule.is_flow else p) for p in fractions]
