@@ -46,6 +46,7 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Progress
 from stepdistill.methods.cm import CM, CMConfig
 from stepdistill.methods.consistency import TARGET, Consistency
+from stepdistill.methods.gan import HEAD
 from stepdistill.methods.lcm import LCM, LCMConfig
 from stepdistill.methods.tscd import TRAJECTORY, Scored
 from stepdistill.models.conditioning import Conditioning
@@ -61,7 +62,7 @@ def with_heads(method: Consistency[Any], schedule: NoiseSchedule) -> Triple:
     triple = analytic_triple(four_modes(), schedule)
     method.prepare(triple)
     disturb(triple)
-    triple.head(FAKE_SCORE, parts.HEAD).double()
+    triple.head(FAKE_SCORE, HEAD).double()
     return triple
 
 
@@ -329,7 +330,7 @@ def test_a_run_on_images(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """LCM by its published route: images and captions are read, encoded and noised; one role is trained and saved."""
     bench = Bench(tiny, tmp_path)
     case = Case("lcm", {"guidance": 2.0, "steps": 2, "points": 10})
-    assert case.images
+    assert case.family == "sd"
     train(bench.config(case, 1, dtype="float32", batch_size=2), tmp_path / "run")
     groups = saved(tmp_path / "run")
     assert {"generator", "optimizer.generator"} < groups.keys()

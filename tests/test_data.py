@@ -572,7 +572,7 @@ def test_indices_that_are_refused(tmp_path: Path) -> None:
         ({"count": 5}, "contradicts itself"),
         ({"schema": 2}, "schema 1"),
         ({"kind": "videos"}, "contradicts itself"),
-        ({"dtype": "float32"}, "contradicts itself"),
+        ({"dtype": "int8"}, "contradicts itself"),
         ({"shards": [{"file": "../../x.safetensors", "count": 4}]}, "contradicts itself"),
         ({"fingerprint": {"model": "x"}}, "no index of collected latents"),
         ({"shards": 3}, "no index of collected latents"),
