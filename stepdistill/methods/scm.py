@@ -81,7 +81,8 @@ class SCM(Continuous[SCMConfig]):
         return NoisedImages(batch=batch, x_t=x, t=t, x0=sample, angle=angle, velocity=velocity)
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
-        assert isinstance(rollout, NoisedImages)
+        if not isinstance(rollout, NoisedImages):
+            raise TypeError(f"a rollout of {self.name} was expected, not a {type(rollout).__name__}")
         batch, (_, cond) = rollout.batch, _images(rollout.batch)
         if role == FAKE_SCORE:
             critic, real, fake = gan_critic_loss(triple, self.config.gan, rollout.x0, batch, cond, draws, self.decode)

@@ -78,7 +78,8 @@ class TBCM(Continuous[TBCMConfig]):
 
     def pieces(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Iterator[Terms]:
         """State after state: the memory of one, however long the walk."""
-        assert isinstance(rollout, Walk)
+        if not isinstance(rollout, Walk):
+            raise TypeError(f"a rollout of {self.name} was expected, not a {type(rollout).__name__}")
         for x, angle, velocity in zip(rollout.x_t, rollout.angle, rollout.velocity, strict=True):
             state = State(x, angle, velocity, rollout.batch.cond)
             yield self.consistency_loss(state, triple, progress) * (1 / len(rollout.x_t))
