@@ -80,7 +80,7 @@ def read_cells(results: Path) -> dict[str, list[Cell]]:
 def table(cells: Mapping[str, Sequence[Cell]], entries: Sequence[str], teacher_diversity: float) -> str:
     """Markdown: means over seeds with standard errors; diversity as a ratio to the teacher's."""
     lines = [
-        "| | seeds | Fréchet, 1 step | 2 steps | 4 steps | accuracy | diversity / teacher | generator updates | processor s |",
+        "| | seeds | Fréchet, 1 step | 2 steps | 4 steps | accuracy | diversity / teacher | iterations | processor s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in entries:
