@@ -54,7 +54,7 @@ from torch.utils._pytree import tree_map_only
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods.base import Progress
-from stepdistill.methods.parts import HEAD
+from stepdistill.methods.gan import HEAD
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, RoleLayout
 from stepdistill.registry import load_family
 
