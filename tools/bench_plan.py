@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_memory import CONFIGS, MODELS
+from benchlib import CONFIGS, MODELS
 
 from stepdistill.config import RunConfig, parse
 from stepdistill.planning import plan
