@@ -33,6 +33,7 @@ from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting import ExportFormat, check_output
 from stepdistill.exporting.artefact import SCHEDULERS, Artefact, compares_prompts, draw, load_artefact
 from stepdistill.models.triple import Mode
+from stepdistill.registry import load_method
 from stepdistill.training.session import device_of
 
 
@@ -245,6 +246,10 @@ def _student_of(
     config = load_config(run / "config.yaml")
     layout = config.roles.generator.mode
     forms: dict[Mode, ExportFormat] = {"lora": "diffusers-lora", "full": "pipeline", "adapter": "guidance-adapter"}
-    export(run, forms[layout], scratch, device=str(place))
+    form = forms[layout]
+    method = load_method(config.method_name)
+    if layout == "lora" and method.guidance_told(method.Config.model_validate(config.method_options)) is not None:
+        form = "pipeline"  # an embedding is no part of a LoRA
+    export(run, form, scratch, device=str(place))
     stats = run / "stats.jsonl"
-    return (str(scratch), None, stats) if layout == "full" else (config.model.path, scratch, stats)
+    return (str(scratch), None, stats) if form == "pipeline" else (config.model.path, scratch, stats)

@@ -31,6 +31,7 @@ METHODS: Mapping[str, str] = {
     "scm": "stepdistill.methods.scm:SCM",
     "tbcm": "stepdistill.methods.tbcm:TBCM",
     "agd": "stepdistill.methods.agd:AGD",
+    "guidance": "stepdistill.methods.guidance:Guidance",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

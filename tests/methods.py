@@ -44,8 +44,13 @@ class Case:
     @property
     def family(self) -> str:
         """Of its short runs: the analytic one unless images must be encoded or decoded."""
-        beside = "lora" not in load_method(self.method).modes
-        return "sd" if self.needs.images or self.needs.vision or self.needs.reward or beside else "analytic"
+        return "sd" if self.needs.images or self.needs.vision or self.needs.reward or self.told else "analytic"
+
+    @property
+    def told(self) -> bool:
+        """Whether the student is told its guidance scale, for which the analytic network has no place."""
+        method = load_method(self.method)
+        return method.guidance_told(method.Config.model_validate(dict(self.options))) is not None
 
     def role(self, mode: str) -> dict[str, Any]:
         """The generator's section, for a layout's mode or the one that the method knows."""
@@ -137,6 +142,8 @@ CASES: Mapping[str, Case] = {
         "agd", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "source": "trajectories"}
     ),
     "agd": Case("agd", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "walk_steps": 2}),
+    "guidance-fixed": Case("guidance", {"guidance": 3.0, "guidance_range": None, "steps": 2, "walk_steps": 2}),
+    "guidance": Case("guidance", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "source": "images"}),
     "pcm": Case("pcm", {"guidance": 2.0, "steps": 2, "phases": 2, "source": "pairs", "gan": {"weight": 0.1}}),
 }
 FULLEST: Mapping[str, str] = {

@@ -30,7 +30,7 @@ from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.base import Checkpoint, Family
 from stepdistill.models.families.sdxl import SDXL
-from stepdistill.models.families.unet import guidance_embedding
+from stepdistill.models.guidance import guidance_embedding
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.sampler import sample
 

@@ -47,7 +47,10 @@ def through(bench: Bench, tmp_path: Path, method: str, family: str, variant: str
     whole = saved(tmp_path / "whole")
     assert equal(whole, saved(tmp_path / "broken"))
     assert all(bool(tensor.isfinite().all()) for group in whole.values() for tensor in group.values())
-    form = {"full": "pipeline", "adapter": "guidance-adapter"}.get(make(1).roles.generator.mode, "diffusers-lora")
+    forms = {"full": "pipeline", "adapter": "guidance-adapter", "lora": "diffusers-lora"}
+    form = forms[make(1).roles.generator.mode]
+    if form == "diffusers-lora" and CASES[FULLEST[method]].told:
+        form = "pipeline"
     exported = stepdistill.export(tmp_path / "whole", form, tmp_path / "export")
     with safe_open(exported / "proof.safetensors", "pt") as proof:
         assert len(list(proof.keys())) > 0

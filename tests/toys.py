@@ -18,6 +18,7 @@ from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.families.analytic import Analytic, Mixture, MixtureNetwork
 from stepdistill.models.families.unet import UNetFamily
+from stepdistill.models.guidance import EmbeddingPlace
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, RoleLayout, Triple
 
 SD = {
@@ -117,6 +118,9 @@ class ToyUNet:
 
     def feature_map(self, network: nn.Module, output: Tensor, x_t: Tensor) -> Tensor:
         return output
+
+    def embedding_place(self, network: nn.Module) -> EmbeddingPlace:
+        return UNetFamily.embedding_place(self, network)  # type: ignore[arg-type]
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return UNetFamily.blocks(self, network)  # type: ignore[arg-type]

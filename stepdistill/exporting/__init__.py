@@ -32,6 +32,7 @@ from stepdistill.exporting.proof import (
 )
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.guidance_adapter import FILE as ADAPTER_FILE
+from stepdistill.models.guidance_adapter import GuidanceAdapter
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import REAL_SCORE, Triple
 
@@ -81,8 +82,7 @@ def export_student(
             "the run until its last phase"
         )
     several = len(experts) > 1
-    if format == "guidance-adapter":
-        adapter_of(triple, experts[0])
+    check_format(triple, experts[0], format)
     lora = triple.layouts[experts[0]].lora
     if lora is not None:
         recipe = replace(recipe, rank=lora.rank, alpha=lora.alpha)
@@ -129,6 +129,19 @@ def export_student(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return folder
+
+
+def check_format(triple: Triple, role: str, format: ExportFormat) -> None:
+    """Refuse a format that cannot hold all of a role, before anything is drawn."""
+    guide = triple.guides.get(role)
+    if format == "guidance-adapter":
+        adapter_of(triple, role)
+    elif isinstance(guide, GuidanceAdapter):
+        raise Refusal(f"the {role} is guidance adapters beside its base: export it with --format guidance-adapter")
+    elif guide is not None and format != "pipeline":
+        raise Refusal(
+            f"the {role} is told its guidance scale by an embedding, which no LoRA file can hold: export it with --format pipeline"
+        )
 
 
 def _distance(quantized: QuantizedStudent, proof: Proof) -> str:

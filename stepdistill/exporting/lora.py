@@ -37,9 +37,7 @@ def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Ten
         Refusal: the role is a full network, or has non-finite values.
     """
     settings_of(triple, role)
-    tensors = {
-        key: value.detach().to("cpu", dtype).contiguous() for key, value in triple.network_parameters(role).items()
-    }
+    tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in triple.bank.parameters(role)}
     bad = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise Refusal(
@@ -51,8 +49,6 @@ def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Ten
 def settings_of(triple: Triple, role: str) -> LoraSettings:
     """The role's LoRA settings. Raises Refusal where it is no LoRA."""
     layout = triple.layouts[role]
-    if layout.lora is None and layout.mode == "adapter":
-        raise Refusal(f"the {role} is guidance adapters beside its base: export it with --format guidance-adapter")
     if layout.lora is None:
         raise Refusal(f"the {role} is a full network, which no LoRA file can hold: export it with --format pipeline")
     return layout.lora

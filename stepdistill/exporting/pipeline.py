@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from stepdistill.errors import Refusal
 from stepdistill.exporting.lora import alpha_of, lora_tensors, settings_of
 from stepdistill.models.families.base import Checkpoint
+from stepdistill.models.guidance import GuidanceEmbedding
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import Triple
 
@@ -45,9 +45,18 @@ def write_pipeline(
 
 @torch.no_grad()
 def merged_network(triple: Triple, role: str) -> nn.Module:
-    """A copy of the role's network without adapters: W + (alpha / rank) B A in float32 for a LoRA role."""
-    if role in triple.networks:
-        return copy.deepcopy(triple.networks[role])
+    """A copy of the role's network without adapters: W + (alpha / rank) B A in float32 for a LoRA role.
+
+    An embedding of w that the role has beside it is inside the copy.
+    """
+    network = triple.copied(triple.networks[role]) if role in triple.networks else _merged_lora(triple, role)
+    guide = triple.guides.get(role)
+    if isinstance(guide, GuidanceEmbedding):
+        return triple.family.with_embedding(network, guide.cond_proj.weight.detach())
+    return network
+
+
+def _merged_lora(triple: Triple, role: str) -> nn.Module:
     network = triple.plain_copy()
     matrices, lora = lora_tensors(triple, role, torch.float32), settings_of(triple, role)
     for key in [key for key in matrices if ".lora_A." in key]:

@@ -20,32 +20,41 @@ from torch import Tensor
 from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import to_x0
-from stepdistill.diffusion.timesteps import trailing_ladder
+from stepdistill.diffusion.timesteps import NoiseLevels, trailing_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Method, Needs, Progress, RoleKind, Rollout, Terms
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.recipe import Recipe
-from stepdistill.models.sampler import GuidedState, guided_walk, relative_error
+from stepdistill.models.sampler import GuidedState, guided_state, guided_walk, relative_error
 from stepdistill.models.triple import GENERATOR, Triple
 
 
 class GuidedConfig(Settings):
     guidance: float = Field(gt=1, description="w of the recipe, of grids and of the proof")
-    guidance_range: tuple[float, float] = Field((1.0, 12.0), description="w is drawn evenly from here, for each sample")
+    guidance_range: tuple[float, float] | None = Field(
+        (1.0, 12.0), description="w is drawn evenly from here, for each sample; null for `guidance` always"
+    )
     steps: int = Field(50, ge=1, description="network calls of the recipe's deterministic sampler")
-    source: Literal["rollout", "trajectories"] = Field(
-        "rollout", description="where states come from: walks of the teacher on the fly, or data.trajectories"
+    source: Literal["rollout", "trajectories", "images"] = Field(
+        "rollout",
+        description="where states come from: walks of the teacher on the fly, data.trajectories, or data.images with noise, where "
+        "a sampler will not be",
     )
     walk_steps: int = Field(10, ge=1, description="teacher steps of a walk on the fly, of two network calls each")
 
     @model_validator(mode="after")
     def _ordered(self) -> GuidedConfig:
-        low, high = self.guidance_range
+        low, high = self.drawn
         if not 0 <= low <= self.guidance <= high:
             raise ValueError(f"guidance {self.guidance:g} is not within guidance_range [{low:g}, {high:g}]")
         return self
+
+    @property
+    def drawn(self) -> tuple[float, float]:
+        """What w is drawn from."""
+        return self.guidance_range or (self.guidance, self.guidance)
 
 
 ConfigT = TypeVar("ConfigT", bound=GuidedConfig)
@@ -76,11 +85,11 @@ class Guided(Method[ConfigT]):
 
     @classmethod
     def guidance_told(cls, config: ConfigT) -> tuple[float, float] | None:
-        return config.guidance_range
+        return config.drawn
 
     @classmethod
     def needs(cls, config: ConfigT) -> Needs:
-        return Needs(trajectories=config.source == "trajectories")
+        return Needs(images=config.source == "images", trajectories=config.source == "trajectories")
 
     def updates(self, progress: Progress) -> Sequence[str]:
         return (GENERATOR,)
@@ -88,6 +97,8 @@ class Guided(Method[ConfigT]):
     @torch.no_grad()
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> GuidedStates:
         states, told = self._states(batch, triple, draws.for_role("rollout"))
+        if self.guidance_told(self.config) is None:
+            told = replace(told, guidance=None)
         last, schedule = states[-1], self.schedule
         return GuidedStates(
             batch=batch,
@@ -128,8 +139,15 @@ class Guided(Method[ConfigT]):
             if batch.states is None or batch.states_cond is None:
                 raise ValueError("a batch without trajectories reached a loss on them")
             return [batch.states], batch.states_cond
-        low, high = self.config.guidance_range
+        low, high = self.config.drawn
         w = low + (high - low) * draws.uniform("w")
+        if self.config.source == "images":
+            if batch.images is None or batch.image_cond is None:
+                raise ValueError("a batch without images reached a loss on them")
+            t = NoiseLevels().times(self.schedule, draws.uniform("t"))
+            x_t = self.schedule.add_noise(batch.images, draws.normal("eps", batch.images.shape[1:]), t)
+            cond, null = batch.image_cond, batch.null.sized_like(batch.image_cond)
+            return [guided_state(triple.real_score, x_t, t, cond, null, w)], cond.told(w)
         noise = draws.normal("noise", self.latent_shape(batch))
         walk = guided_walk(triple.real_score, batch.cond, batch.null, noise, self._times(draws), w)
         return list(walk), batch.cond.told(w)

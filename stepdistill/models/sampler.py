@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.prediction import guide
-from stepdistill.diffusion.schedule import NoiseSchedule, broadcast
+from stepdistill.diffusion.prediction import guide, to_x0
+from stepdistill.diffusion.schedule import NoiseSchedule, broadcast, full
 from stepdistill.diffusion.timesteps import trailing_ladder
 from stepdistill.diffusion.transitions import Gaussian, Transition, TransitionKind
 from stepdistill.models.conditioning import Conditioning
@@ -108,6 +108,16 @@ class GuidedState:
 
 
 @torch.no_grad()
+def guided_state(
+    teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning, null: Conditioning, w: Tensor
+) -> GuidedState:
+    """What the teacher, guided by w (B,), says at x_t (B, ...) and t (B,)."""
+    uncond, conditional = teacher.branches(x_t, t, cond, null)
+    target = guide(uncond.raw, conditional.raw, broadcast(w, x_t))
+    return GuidedState(x_t, t, target, relative_error(conditional.raw, target))
+
+
+@torch.no_grad()
 def guided_walk(
     teacher: Denoiser, cond: Conditioning, null: Conditioning, noise: Tensor, times: Sequence[Tensor], w: Tensor
 ) -> Iterator[GuidedState]:
@@ -115,14 +125,13 @@ def guided_walk(
 
     times: of the states, falling, each (B,); noise: x at the first, (B, ...); w: guidance scale of each walk, (B,).
     """
-    x, w = noise, broadcast(w, noise)
-    clean = torch.full_like(times[0], teacher.schedule.clean_time)
+    x, schedule = noise, teacher.schedule
+    clean = torch.full_like(times[0], schedule.clean_time)
     for t, s in zip(times, [*times[1:], clean], strict=True):
-        uncond, conditional = teacher.branches(x, t, cond, null)
-        target = guide(uncond.raw, conditional.raw, w)
-        yield GuidedState(x, t, target, relative_error(conditional.raw, target))
-        x0 = guide(uncond.x0, conditional.x0, w)
-        x = Transition(TransitionKind.DETERMINISTIC)(teacher.schedule, x, x0, t, s).mean
+        state = guided_state(teacher, x, t, cond, null, w)
+        yield state
+        x0 = to_x0(state.target, full(x), *schedule.levels(t, x), schedule.prediction)
+        x = Transition(TransitionKind.DETERMINISTIC)(schedule, x, x0, t, s).mean
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:

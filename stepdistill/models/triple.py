@@ -25,7 +25,15 @@ from stepdistill.models.adapters import AdapterBank, LoraSettings
 from stepdistill.models.checkpointing import checkpointed
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.base import Family
-from stepdistill.models.guidance import Guide, GuideSettings, hearing, make_guide, read_guide
+from stepdistill.models.guidance import (
+    Guide,
+    GuideSettings,
+    adapter_beside,
+    embedding_beside,
+    hearing,
+    read_guide,
+)
+from stepdistill.models.guidance_adapter import AdapterSettings
 from stepdistill.models.parking import ParkedParameters
 from stepdistill.models.quantization import unpacked
 from stepdistill.models.sharding import laid_out_like, rest, shard
@@ -129,7 +137,7 @@ class Triple:
         """Add a role equal to the base.
 
         Raises:
-            Refusal: LoRA targets that match nothing, or a network that guidance adapters find no place in.
+            Refusal: LoRA targets that match nothing, or a network that has no place for a guide.
         """
         if name in self.layouts or name == REAL_SCORE:
             raise ValueError(f"there is a role {name!r} already")
@@ -137,7 +145,7 @@ class Triple:
             source = next(iter(self.networks.values()), self.base)
             if source is self.base and self.bank.settings:
                 raise RuntimeError("full roles are copied from the untouched base: add them before the LoRA roles")
-            network = self._copied(source)
+            network = self.copied(source)
             network.load_state_dict(self.base_state() if source is not self.base else source.state_dict())
             if next(network.parameters()).dtype != torch.float64:
                 network = network.float()
@@ -147,9 +155,8 @@ class Triple:
                 raise ValueError(f"role {name!r} is a LoRA without LoRA settings")
             self.bank.add(name, layout.lora, seed=derive_seed(self.seed, "lora", name), trainable=trainable)
         if layout.guide is not None:
-            # one seed for all, so that copies have the same frequencies
-            guide = make_guide(self.networks.get(name, self.base), layout.guide, derive_seed(self.seed, "guide"))
-            self.guides[name] = guide.requires_grad_(trainable)
+            self.guides[name] = self._guide_of(self.networks.get(name, self.base), layout.guide)
+            self.guides[name].requires_grad_(trainable)
         self.layouts[name] = layout
         if self._checkpointing:
             self.enable_gradient_checkpointing()
@@ -160,7 +167,12 @@ class Triple:
         self.copies[name] = source
         self.copy_role(source, name)
 
-    def _copied(self, network: nn.Module) -> nn.Module:
+    def _guide_of(self, network: nn.Module, settings: GuideSettings) -> Guide:
+        if isinstance(settings, AdapterSettings):
+            return adapter_beside(network, settings, derive_seed(self.seed, "guide"))
+        return embedding_beside(network, settings, self.family.embedding_place(network))
+
+    def copied(self, network: nn.Module) -> nn.Module:
         """A copy of a network, without the guides that are attached to it."""
         beside = [guide for role, guide in self.guides.items() if self.networks.get(role, self.base) is network]
         for guide in beside:

@@ -37,17 +37,18 @@ def check_trajectories(
     trajectories: TrajectoryFolder,
     prompts: PromptList,
     model: str,
-    told: tuple[float, float] | None,
+    method_config: Settings,
     latent_shape: tuple[int, ...],
 ) -> None:
     """Raises Refusal where trajectories are of another teacher, size, range of w or prompt list than the run's."""
-    made = trajectories.fingerprint
+    made, options = trajectories.fingerprint, dict(method_config)
+    told = options["guidance_range"] or (options["guidance"],) * 2
     if trajectories.shape != tuple(latent_shape):
         raise Refusal(
             f"the trajectories in data.trajectories hold latents of shape {list(trajectories.shape)} and the run wants "
             f"{list(latent_shape)}: collect them at model.size"
         )
-    if told is not None and made.guidance_range != told:
+    if made.guidance_range != tuple(told):
         raise Refusal(
             f"the trajectories were made with guidance_range {made.guidance_range} and method.guidance_range is {told}: the two "
             "must agree, so change one or collect again"

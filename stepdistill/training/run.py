@@ -14,6 +14,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from stepdistill.config import ModelConfig, RunConfig, load_config
 from stepdistill.errors import Refusal
+from stepdistill.models.guidance_adapter import AdapterSettings
 from stepdistill.models.triple import RoleLayout
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.caching import warm
@@ -210,12 +211,12 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
 
 
 def _held(layout: RoleLayout) -> str:
-    if layout.lora is not None:
-        return f"LoRA of rank {layout.lora.rank}, alpha {layout.lora.alpha:g}"
-    if layout.mode == "adapter" and layout.guide is not None:
-        guide = layout.guide
+    guide = layout.guide
+    if isinstance(guide, AdapterSettings):
         return f"guidance adapters ({guide.kind}, width {guide.width}, w in [{guide.w_low:g}, {guide.w_high:g}])"
-    return "full network"
+    lora = layout.lora
+    held = "full network" if lora is None else f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"
+    return held if guide is None else f"{held}, with an embedding of w"
 
 
 def _in_full_precision(model: ModelConfig) -> ModelConfig:

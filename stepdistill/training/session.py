@@ -24,6 +24,7 @@ from stepdistill.errors import Refusal
 from stepdistill.methods.base import Method, Needs, RoleKind, Setting
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family
+from stepdistill.models.guidance import EmbeddingSettings
 from stepdistill.models.guidance_adapter import AdapterSettings
 from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
@@ -138,8 +139,7 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
         check_pairs(pairs, prompts, plan.method_config, plan.setting.latent_shape)
     if images and needs.trajectories and data.trajectories is not None:
         trajectories = TrajectoryFolder(data.trajectories)
-        told = plan.method_class.guidance_told(plan.method_config)
-        check_trajectories(trajectories, prompts, config.model.path, told, plan.setting.latent_shape)
+        check_trajectories(trajectories, prompts, config.model.path, plan.method_config, plan.setting.latent_shape)
     if images and data.buckets:
         buckets = _buckets(config, info, source, pairs or trajectories)
     return replace(plan, prompts=prompts, images=source, pairs=pairs, trajectories=trajectories, buckets=buckets)
@@ -292,11 +292,12 @@ def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | No
     if config.mode == "adapter":
         low, high = told or (1.0, 1.0)
         return RoleLayout("adapter", guide=AdapterSettings(config.kind, config.width, config.shared, low, high))
+    embedding = None if told is None else EmbeddingSettings()
     if config.mode == "full":
-        return RoleLayout("full")
+        return RoleLayout("full", guide=embedding)
     targets = family.lora_targets(config.targets) if isinstance(config.targets, str) else tuple(config.targets)
     return RoleLayout(
-        "lora", LoraSettings(config.rank, config.alpha, targets, config.rank_pattern, config.alpha_pattern)
+        "lora", LoraSettings(config.rank, config.alpha, targets, config.rank_pattern, config.alpha_pattern), embedding
     )
 
 

@@ -13,7 +13,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.errors import Refusal
 from stepdistill.models.conditioning import Conditioning, ImageSize
+from stepdistill.models.guidance import EmbeddingPlace
 from stepdistill.models.recipe import Recipe
 
 Part: TypeAlias = Literal["network", "text", "images"]
@@ -191,6 +193,24 @@ class Family(ABC):
             Refusal: the pipeline cannot sample so.
         """
         return recipe
+
+    def embedding_place(self, network: nn.Module) -> EmbeddingPlace:
+        """Where an embedded guidance scale is added, in a network that was made without one.
+
+        Raises:
+            Refusal: stock pipelines of the family have no such networks.
+        """
+        raise self._no_embedding()
+
+    def with_embedding(self, network: nn.Module, weight: Tensor) -> nn.Module:
+        """A copy of a network with the embedding inside; `weight` is cond_proj's, (channels, width). Raises as above."""
+        raise self._no_embedding()
+
+    def _no_embedding(self) -> Refusal:
+        return Refusal(
+            f"the networks of {self.name!r} have no embedding of a guidance scale that stock pipelines feed: set "
+            "method.guidance_range to null for one fixed scale, or use method agd"
+        )
 
     @abstractmethod
     def blocks(self, network: nn.Module) -> list[nn.Module]:

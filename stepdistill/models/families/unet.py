@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from stepdistill.models.families.base import CheckpointInfo
 from stepdistill.models.families.pipeline import PipelineFamily, read_schedule, vae_dtype
 from stepdistill.models.families.weights import ModelClass
 from stepdistill.models.files import read_header, read_json
+from stepdistill.models.guidance import EmbeddingPlace, guidance_embedding
 from stepdistill.models.schedulers import scheduler_class
 
 
@@ -121,17 +121,23 @@ class UNetFamily(PipelineFamily):
     def feature_stride(self, info: CheckpointInfo) -> int:
         return int(2 ** (len(info.network_config["block_out_channels"]) - 1))
 
+    def embedding_place(self, network: nn.Module) -> EmbeddingPlace:
+        if network.config.time_cond_proj_dim is not None:  # type: ignore[union-attr]
+            raise Refusal(
+                "the UNet is told a guidance scale already (its time_cond_proj_dim is set), and one can be embedded once: give the "
+                "checkpoint that it was distilled from"
+            )
+        module = network.get_submodule("time_embedding")
+        return EmbeddingPlace(module, module.linear_1.in_features)  # type: ignore[union-attr, arg-type]
+
+    def with_embedding(self, network: nn.Module, weight: Tensor) -> nn.Module:
+        # (the names of what was left at its default are in there too, and would be set back to it)
+        config = {key: value for key, value in network.config.items() if not key.startswith("_")}  # type: ignore[union-attr, operator]
+        embedded = self.network_class.from_config({**config, "time_cond_proj_dim": weight.shape[1]})
+        state = {**network.state_dict(), "time_embedding.cond_proj.weight": weight}
+        embedded.load_state_dict(state)
+        return embedded.to(weight).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         middle = [network.mid_block] if isinstance(network.mid_block, nn.Module) else []
         return [*network.down_blocks, *middle, *network.up_blocks]  # type: ignore[misc]
-
-
-def guidance_embedding(w: Tensor, width: int) -> Tensor:
-    """Sinusoidal embedding (B, width) of 1000 (w - 1), as diffusers' LCM pipeline feeds it to `time_cond_proj_dim`.
-
-    w: guidance scale, (B,), 1 = off (Meng et al. 2023, in whose convention it is w - 1).
-    """
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half, device=w.device) * (-math.log(10000.0) / (half - 1)))
-    angles = 1000 * (w.float()[:, None] - 1) * frequencies
-    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))

@@ -1,0 +1,159 @@
+"""Guidance adapters on the embedded teacher: half the network calls, against guided sampling, at several w.
+
+    stepdistill train configs/fashion_agd.yaml --output runs/fashion_agd
+    python tools/measure_agd.py runs/fashion_agd --json tools/results/measure_agd.json
+
+Both samplers walk the adapter's own recipe, guided sampling with two calls a step, by stock diffusers. The judge, which nothing
+is trained against, takes the Frechet distances. Relative errors are ||pred - target||^2 / ||target||^2 over the states of guided
+walks of the same number of steps; wall times are of alternating batches in this process, decoding included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from stepdistill import api
+from stepdistill.assets import TEACHER, resolve
+from stepdistill.data.tensors import write_atomically
+from stepdistill.diffusion.timesteps import trailing_ladder
+from stepdistill.errors import Refusal
+from stepdistill.evaluation.fashion import IMAGES, Scorer, evaluation_set
+from stepdistill.exporting.artefact import draw, load_artefact
+from stepdistill.models.conditioning import ImageSize
+from stepdistill.models.sampler import guided_walk, relative_error
+from stepdistill.training.run import open_run
+from stepdistill.training.session import Session
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One way of guidance at one w."""
+
+    network_calls: int
+    frechet: float
+    prompt_accuracy: float
+    diversity: float
+    saturation: float
+    seconds_per_image: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One w."""
+
+    w: float
+    guided: Sampled
+    adapter: Sampled
+    frechet_ratio: float
+    time_ratio: float
+    error: float
+    error_unguided: float
+
+
+def measure(folder: Path, session: Session, scales: Sequence[float], images: int, states: int) -> list[Line]:
+    """A line for each w, of the exported adapter and of the run's live one."""
+    prompts, seeds = evaluation_set(images)
+    scorer, lines = Scorer(), []
+    base, adapted = (load_artefact(resolve(TEACHER), lora, torch.float32, "cpu") for lora in (None, folder))
+    recipe = adapted.recipe
+    if recipe is None or adapted.adapter is None:
+        raise Refusal(f"{str(folder)!r} holds no guidance adapter: give a run of method agd")
+    steps = recipe.num_inference_steps
+    for w in scales:
+        guided = replace(recipe, guidance_scale=w, told_guidance=None)
+        drawn: dict[str, list[np.ndarray]] = {"guided": [], "adapter": []}
+        seconds = {"guided": 0.0, "adapter": 0.0}
+        for start in range(0, images, BATCH):
+            rows = slice(start, start + BATCH)
+            for name in drawn:
+                begun = time.perf_counter()
+                artefact = base if name == "guided" else adapted
+                drawn[name] += draw(
+                    artefact.pipeline, prompts[rows], seeds[rows], recipe=guided if name == "guided" else recipe,
+                    adapter=artefact.adapter, guidance=w if name == "adapter" else None, batch_size=BATCH,
+                )  # fmt: skip
+                seconds[name] += time.perf_counter() - begun
+        found = {}
+        for name, calls in (("guided", 2 * steps), ("adapter", steps)):
+            scores = scorer.score(np.concatenate(drawn[name]), prompts)
+            values = {
+                k: round(getattr(scores, k), 5) for k in ("frechet", "prompt_accuracy", "diversity", "saturation")
+            }
+            found[name] = Sampled(calls, **values, seconds_per_image=round(seconds[name] / images, 5))
+        error, plain = errors(session, w, steps, prompts[:states])
+        line = Line(
+            w,
+            found["guided"],
+            found["adapter"],
+            round(found["adapter"].frechet / found["guided"].frechet, 4),
+            round(seconds["adapter"] / seconds["guided"], 4),
+            error,
+            plain,
+        )
+        lines.append(line)
+        print(
+            f"w {w:g}: Frechet {line.adapter.frechet:.3f} / {line.guided.frechet:.3f} = {line.frechet_ratio:.3f}, time x "
+            f"{line.time_ratio:.2f}, error {plain:.4f} -> {error:.4f} ({plain / error:.1f} x less)",
+            flush=True,
+        )
+    return lines
+
+
+@torch.no_grad()
+def errors(session: Session, w: float, steps: int, prompts: Sequence[str]) -> tuple[float, float]:
+    """Mean relative error of the adapter and of the prompt alone, over all states of guided walks of these prompts."""
+    plan, triple = session.plan, session.triple
+    sizes = [ImageSize.plain(*plan.setting.size)] * len(prompts)
+    cond, null = session.encoder.text(list(prompts), sizes), session.encoder.null(sizes)
+    noise = torch.randn(len(prompts), *plan.setting.latent_shape, generator=torch.Generator().manual_seed(1))
+    times = [torch.full((len(prompts),), t, dtype=torch.float64) for t in trailing_ladder(triple.schedule, steps)]
+    scale, student = torch.full((len(prompts),), w), triple.denoiser(session.student)
+    found, plain = [], []
+    for state in guided_walk(triple.real_score, cond, null, noise, times, scale):
+        raw = student.estimate(state.x_t, state.t, cond.told(w)).raw
+        found.append(relative_error(raw, state.target).mean())
+        plain.append(state.plain.mean())
+    return round(float(torch.stack(found).mean()), 6), round(float(torch.stack(plain).mean()), 6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="output folder of a run of method agd on the embedded teacher")
+    parser.add_argument("--scales", type=float, nargs="*", default=[1.5, 3.0, 5.0, 7.5])
+    parser.add_argument("--images", type=int, default=IMAGES, help="a multiple of 12")
+    parser.add_argument("--states", type=int, default=64, help="walks for the relative errors")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    session, iteration = open_run(arguments.run, "cpu")
+    trained = sum(p.numel() for p in session.triple.network_parameters(session.student).values())
+    whole = sum(p.numel() for p in session.triple.base.parameters())
+    print(f"{trained:,} parameters beside {whole:,} ({trained / whole:.1%}), iteration {iteration}")
+    with TemporaryDirectory() as scratch:
+        folder = api.export(arguments.run, "guidance-adapter", Path(scratch) / "adapter", device="cpu")
+        lines = measure(folder, session, arguments.scales, arguments.images, arguments.states)
+    if arguments.json is not None:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        record = {
+            "commit": commit, "iteration": iteration, "images": arguments.images, "adapter_parameters": trained,
+            "base_parameters": whole, "threads": arguments.threads, "lines": [asdict(line) for line in lines],
+        }  # fmt: skip
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.json, (json.dumps(record, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
