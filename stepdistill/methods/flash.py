@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
@@ -28,11 +27,9 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Needs, Progress, Rollout, Setting, Stage, Terms
 from stepdistill.methods.few_step import FewStep, FewStepConfig
 from stepdistill.methods.gan import GanConfig
+from stepdistill.methods.preference import REFERENCE, chosen_of, log_ratio, pairwise_loss
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 from stepdistill.rewards import REWARD
-
-REFERENCE = "reference"
-"""The generator as it entered the joint stage."""
 
 
 class PreferenceConfig(Settings):
@@ -178,9 +175,10 @@ class Flash(FewStep[FlashConfig]):
             rewards = torch.stack([self._reward(z, s, rollout.batch, triple) for z in successors])
             best, worst = (chosen_of(successors, index) for index in (rewards.argmax(0), rewards.argmin(0)))
         alpha, sigma = self.schedule.levels(s, rollout.x0)
-        gap = log_ratio_gap(best, worst, alpha * rollout.x0, alpha * reference, sigma)
+        mean, anchor = alpha * rollout.x0, alpha * reference
+        gap = log_ratio(best, mean, anchor, sigma) - log_ratio(worst, mean, anchor, sigma)
         argument = rl.beta * gap / rollout.x0[0].numel() ** 0.5
-        loss = -F.logsigmoid(argument).mean()
+        loss = pairwise_loss(argument).mean()
         logged = {
             "preference": loss.detach(),
             "argument": argument.detach().abs().mean(),
@@ -214,18 +212,3 @@ class Flash(FewStep[FlashConfig]):
 
     def _prefers(self, progress: Progress) -> bool:
         return self._joint(progress) and self._place(progress) < 0
-
-
-def log_ratio_gap(best: Tensor, worst: Tensor, mean: Tensor, reference: Tensor, sigma: Tensor) -> Tensor:
-    """log p(best)/p_ref(best) - log p(worst)/p_ref(worst), (B,), for p = N(mean, sigma^2 I), p_ref = N(reference, sigma^2 I).
-
-    The squares of the successors cancel: (best - worst) . (mean - reference) / sigma^2.
-    """
-    return ((best - worst) * (mean - reference) / sigma.square()).flatten(1).sum(1)
-
-
-def chosen_of(candidates: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Row b of the candidate that index[b] names."""
-    stacked = torch.stack(list(candidates), 1)
-    place = index.reshape(-1, 1, *(1,) * (stacked.ndim - 2)).expand(-1, 1, *stacked.shape[2:])
-    return stacked.gather(1, place)[:, 0]
