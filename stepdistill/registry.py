@@ -30,6 +30,7 @@ METHODS: Mapping[str, str] = {
     "tscd": "stepdistill.methods.tscd:TSCD",
     "scm": "stepdistill.methods.scm:SCM",
     "tbcm": "stepdistill.methods.tbcm:TBCM",
+    "pso": "stepdistill.methods.pso:PSO",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

@@ -127,6 +127,8 @@ CASES: Mapping[str, Case] = {
             "score": {},
         },
     ),
+    "pso-offline": Case("pso", {"form": "offline", "steps": 2, "losers": "prompts", "anchor": 0.5, "kappa": 0.1}),
+    "pso": Case("pso", {"form": "online", "steps": 2, "reward": "critic:brightness"}),
     "pcm": Case("pcm", {"guidance": 2.0, "steps": 2, "phases": 2, "source": "pairs", "gan": {"weight": 0.1}}),
 }
 FULLEST: Mapping[str, str] = {

@@ -242,5 +242,5 @@ def _toy(plan: Plan) -> tuple[Method[Any], Triple, Batch]:
     triple = Triple(network, Analytic(), schedule, {role: RoleLayout("full") for role in plan.roles})
     triple.frozen = {VISION: _ToyVision(), REWARD: OwnReward(lambda images, prompts: images.mean((1, 2, 3)))}
     cond, latents = Conditioning(torch.ones(rows, 1, 1)), torch.zeros(rows, 2, 1, 1)
-    batch = Batch(cond, cond, latents, cond, latents, latents, cond)
+    batch = Batch(cond, cond, latents, cond, latents, latents, cond, losers=latents)
     return plan.method_class(plan.method_config, setting), triple, batch

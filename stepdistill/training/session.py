@@ -155,6 +155,7 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
         feature_size=_feature_size(config.data.buckets or [size], info, family),
         size=size,
         base=config.model.path,
+        initialised=config.init is not None,
     )
     data = config.data
     method_class.check(method_config, schedule, images=data.images is not None, pairs=data.pairs is not None)
