@@ -207,7 +207,10 @@ class RunConfig(Settings):
     cache: CacheConfig | None = None
     evaluation: EvaluationConfig | None = None
     output: str = "runs/run"
-    init: str | None = Field(None, description="earlier run whose trained roles this one starts from (staged training)")
+    init: str | None = Field(
+        None,
+        description="earlier run whose trained roles this one starts from (staged training), or a LoRA file for the generator alone",
+    )
 
     @property
     def method_name(self) -> str:

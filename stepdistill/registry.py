@@ -31,6 +31,7 @@ METHODS: Mapping[str, str] = {
     "scm": "stepdistill.methods.scm:SCM",
     "tbcm": "stepdistill.methods.tbcm:TBCM",
     "pso": "stepdistill.methods.pso:PSO",
+    "reward": "stepdistill.methods.reward:RewardTuning",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",

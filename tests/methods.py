@@ -129,6 +129,21 @@ CASES: Mapping[str, Case] = {
     ),
     "pso-offline": Case("pso", {"form": "offline", "steps": 2, "losers": "prompts", "anchor": 0.5, "kappa": 0.1}),
     "pso": Case("pso", {"form": "online", "steps": 2, "reward": "critic:brightness"}),
+    "reward-late": Case(
+        "reward",
+        {"form": "late", "steps": 3, "reward": "critic:brightness", "margin": 0.9, "transition": "deterministic"},
+    ),
+    "reward": Case(
+        "reward",
+        {
+            "form": "last",
+            "last": 2,
+            "steps": 3,
+            "reward": "critic:brightness",
+            "held_out": "critic:sharpness",
+            "stay": 0.1,
+        },
+    ),
     "pcm": Case("pcm", {"guidance": 2.0, "steps": 2, "phases": 2, "source": "pairs", "gan": {"weight": 0.1}}),
 }
 FULLEST: Mapping[str, str] = {

@@ -52,7 +52,7 @@ class Needs:
         images, pairs, losers: kinds of data beside prompts.
         predictions: prediction types of teachers it works with; empty for all.
         jvp: forward-mode derivatives through the network.
-        vision, reward: names of frozen models, found in `Triple.frozen` when `prepare` is called.
+        vision, reward, held_out: names of frozen models, found in `Triple.frozen` when `prepare` is called.
     """
 
     images: bool = False
@@ -62,6 +62,7 @@ class Needs:
     jvp: bool = False
     vision: str | None = None
     reward: str | None = None
+    held_out: str | None = None
 
 
 @dataclass(frozen=True)

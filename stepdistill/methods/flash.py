@@ -27,9 +27,8 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Needs, Progress, Rollout, Setting, Stage, Terms
 from stepdistill.methods.few_step import FewStep, FewStepConfig
 from stepdistill.methods.gan import GanConfig
-from stepdistill.methods.preference import REFERENCE, chosen_of, log_ratio, pairwise_loss
+from stepdistill.methods.preference import REFERENCE, chosen_of, log_ratio, pairwise_loss, rewards_of
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
-from stepdistill.rewards import REWARD
 
 
 class PreferenceConfig(Settings):
@@ -189,10 +188,7 @@ class Flash(FewStep[FlashConfig]):
 
     def _reward(self, z: Tensor, s: Tensor, batch: Batch, triple: Triple) -> Tensor:
         """Of the noisy latents z at times s: that of the teacher's estimate of the image, decoded, (B,)."""
-        if self.decode is None:
-            raise ValueError("a reward was asked for without a decoder")
-        images = self.decode(triple.real_score.x0(z, s, batch.cond))
-        return triple.frozen[REWARD](images, batch.prompts).to(z.dtype)  # type: ignore[no-any-return]
+        return rewards_of(triple.real_score.x0(z, s, batch.cond), batch.prompts, triple, self.decode)
 
     def _below(self, t: Tensor) -> Tensor:
         """The step of the ladder after each sample's own."""

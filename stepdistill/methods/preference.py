@@ -1,4 +1,4 @@
-"""What preference losses share: a frozen reference, log-likelihood ratios of a sampler's steps, and their pairwise loss."""
+"""What preference losses share: a frozen reference, log-likelihood ratios of a sampler's steps, their pairwise loss, rewards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from stepdistill.errors import Refusal
+from stepdistill.methods.base import Decode
+from stepdistill.models.triple import Triple
+from stepdistill.rewards import HELD_OUT, REWARD
 
 REFERENCE = "reference"
 """The generator as it was before preferences, frozen."""
@@ -40,3 +45,31 @@ def chosen_of(candidates: Sequence[Tensor], index: Tensor) -> Tensor:
     stacked = torch.stack(list(candidates), 1)
     place = index.reshape(-1, 1, *(1,) * (stacked.ndim - 2)).expand(-1, 1, *stacked.shape[2:])
     return stacked.gather(1, place)[:, 0]
+
+
+def rewards_of(latents: Tensor, prompts: Sequence[str], triple: Triple, decode: Decode | None) -> Tensor:
+    """The reward of every sample, (B,), with graph where the latents have one; the autoencoder is frozen."""
+    if decode is None:
+        raise ValueError("a reward was asked for without a decoder")
+    rewards: Tensor = triple.frozen[REWARD](decode(latents), prompts)
+    return rewards.to(latents.dtype)
+
+
+def reward_loss(
+    latents: Tensor, prompts: Sequence[str], triple: Triple, decode: Decode | None, margin: float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean of -r, or of max(0, margin - r) (ReFL), and what to log: the reward, and the held-out one where there is one.
+
+    Raises:
+        Refusal: the reward cannot be differentiated.
+    """
+    rewards = rewards_of(latents, prompts, triple, decode)
+    if latents.requires_grad and not rewards.requires_grad:
+        raise Refusal(
+            "the reward has no gradient and is to be climbed: name a differentiable one, or rank samples by it with method.name: pso"
+        )
+    logged = {"reward": rewards.detach().mean()}
+    if HELD_OUT in triple.frozen and decode is not None:
+        with torch.no_grad():
+            logged["held_out"] = triple.frozen[HELD_OUT](decode(latents.detach()), prompts).to(latents.dtype).mean()
+    return (-rewards if margin is None else (margin - rewards).clamp_min(0)).mean(), logged

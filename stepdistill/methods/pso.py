@@ -36,12 +36,11 @@ from stepdistill.diffusion.transitions import Gaussian, Transition, TransitionKi
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Needs, Progress, Rollout, Setting, Terms
-from stepdistill.methods.preference import log_ratio, pairwise_loss, within
+from stepdistill.methods.preference import log_ratio, pairwise_loss, rewards_of, within
 from stepdistill.methods.tuning import Tuning, TuningConfig
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.sampler import sample, walk
 from stepdistill.models.triple import Triple
-from stepdistill.rewards import REWARD
 
 BETA = {"online": 50.0, "offline": 200.0, "hinge": 5.0}
 """Published for the first and the last; between them the transitions' own weights, which are 135 to 320 for SDXL."""
@@ -170,8 +169,6 @@ class PSO(Tuning[PSOConfig]):
 
     @torch.no_grad()
     def _walks(self, batch: Batch, triple: Triple, draws: Draws) -> Walks:
-        if self.decode is None:
-            raise ValueError("a reward was asked for without a decoder")
         shape, states, ends, log_probs, rewards = self.latent_shape(batch), [], [], [], []
         for side in ("first", "second"):
             steps = list(
@@ -187,7 +184,7 @@ class PSO(Tuning[PSOConfig]):
             states.append(torch.stack([step.x_t for step in steps]))
             ends.append(steps[-1].x_s)
             log_probs.append(torch.stack([step.gaussian.log_prob(step.x_s) for step in steps[:-1]]) / math.prod(shape))
-            rewards.append(triple.frozen[REWARD](self.decode(ends[-1]), batch.prompts).to(ends[-1]))
+            rewards.append(rewards_of(ends[-1], batch.prompts, triple, self.decode))
         t = torch.full((len(batch),), self.ladder[0], dtype=torch.float64, device=ends[0].device)
         return Walks(
             batch, states[0][0], t, ends[0], None, torch.cat(states, 1), torch.cat(log_probs, 1), torch.cat(rewards)
@@ -267,7 +264,7 @@ class PSO(Tuning[PSOConfig]):
         cond, t = Conditioning.cat([image_cond, image_cond]), torch.cat([pairs.t, pairs.t])
         x_t, x0 = torch.cat([pairs.x_t, pairs.loser_x_t]), torch.cat([pairs.x0, pairs.losers])
         found = triple.generator.x0(x_t, t, cond)
-        losses = self._denoising(found, x0, t)
+        losses = self.error(found, x0, t)
         win, lose = losses.chunk(2)
         logged = {"win": win.detach().mean(), "lose": lose.detach().mean()}
         if config.loss == "hinge":
@@ -275,7 +272,7 @@ class PSO(Tuning[PSOConfig]):
         else:
             with torch.no_grad():
                 before = self.reference(triple).x0(x_t, t, cond)
-            ratios = self._denoising(before, x0, t) - losses
+            ratios = self.error(before, x0, t) - losses
             if config.weighting == "transition":
                 ratios = self._expected(x_t, x0, found, before, torch.cat([pairs.index, pairs.index]))
             for_win, for_lose = ratios.chunk(2)
@@ -286,12 +283,6 @@ class PSO(Tuning[PSOConfig]):
         total = preference.mean()
         terms = Terms(total, {"preference": total.detach(), **logged})
         return terms.plus("anchor", lose.mean(), config.anchor) if config.anchor > 0 else terms
-
-    def _denoising(self, found: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """l: each sample's mean squared error of eps, of the velocity for flow models, (B,)."""
-        alpha, sigma = self.schedule.levels(t, x0)
-        scale = 1 / sigma if self.schedule.is_flow else alpha / sigma
-        return (scale * (found - x0)).square().flatten(1).mean(1)
 
     def _expected(self, x_t: Tensor, x0: Tensor, found: Tensor, before: Tensor, index: Tensor) -> Tensor:
         """E log p/p_ref of the kernel's next state, per element, (B,), where that follows the image x0 and not an estimate."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeVar
 
 from pydantic import Field
+from torch import Tensor
 
 from stepdistill.config import Settings
 from stepdistill.diffusion.timesteps import few_step_ladder
@@ -65,6 +66,12 @@ class Tuning(Method[TuningConfigT]):
     def reference(self, triple: Triple) -> Denoiser:
         """The student before it was tuned."""
         return triple.denoiser(self.beside)
+
+    def error(self, found: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """Each sample's mean squared error of eps, of the velocity for flow models, (B,), of estimates of x0 at times (B,)."""
+        alpha, sigma = self.schedule.levels(t, x0)
+        scale = 1 / sigma if self.schedule.is_flow else alpha / sigma
+        return (scale * (found - x0)).square().flatten(1).mean(1)
 
     def updates(self, progress: Progress) -> Sequence[str]:
         return (GENERATOR,)

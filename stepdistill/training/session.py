@@ -25,17 +25,19 @@ from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family
 from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.models.lora_file import load_lora_file
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import GENERATOR, RoleLayout, Triple
 from stepdistill.models.vision import VISION, load_vision
 from stepdistill.registry import load_family, load_method
-from stepdistill.rewards import REWARD, load_reward
+from stepdistill.rewards import HELD_OUT, REWARD, load_reward
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.encoding import Encoder, Warm, make_encoder
 from stepdistill.training.options import check_model_options
 
 logger = logging.getLogger(__name__)
 EMA = "generator_ema"
+LORA_SUFFIX = ".safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -223,6 +225,8 @@ def frozen_models(needs: Needs) -> dict[str, nn.Module]:
         found[VISION] = load_vision(needs.vision)
     if needs.reward is not None:
         found[REWARD] = load_reward(needs.reward)
+    if needs.held_out is not None:
+        found[HELD_OUT] = load_reward(needs.held_out)
     return found
 
 
@@ -240,11 +244,14 @@ def settle(session: Session) -> None:
 
 
 def initial_checkpoint(run: Path) -> Path:
-    """The checkpoint that `init` names: an earlier run's newest. Raises Refusal where there is none."""
+    """What `init` names: a LoRA file, or an earlier run's newest checkpoint. Raises Refusal where there is none."""
+    if run.suffix == LORA_SUFFIX and run.is_file():
+        return run
     path = checkpoints.latest(run / "checkpoints")
     if path is None:
         raise Refusal(
-            f"init names {str(run)!r}, which holds no complete checkpoint: give the output folder of an earlier run"
+            f"init names {str(run)!r}, which holds no complete checkpoint: give the output folder of an earlier run, or a "
+            "LoRA as .safetensors"
         )
     return path
 
@@ -252,9 +259,21 @@ def initial_checkpoint(run: Path) -> Path:
 def load_initial(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:
     """Start from the roles of an earlier run's newest checkpoint: its student becomes this generator (staged training).
 
+    A LoRA file is the generator alone.
+
     Raises:
         Refusal: no checkpoint there, or one that does not fit.
     """
+    source_path = initial_checkpoint(run)
+    if source_path.suffix == LORA_SUFFIX:
+        load_lora_file(triple, GENERATOR, source_path)
+    else:
+        _load_roles(triple, run, roles)
+    for copy, source in triple.copies.items():
+        triple.copy_role(source, copy)
+
+
+def _load_roles(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:
     saved = checkpoints.read(initial_checkpoint(run)).tensors
     for role in roles:
         source = EMA if role == GENERATOR and EMA in saved else role
@@ -264,8 +283,6 @@ def load_initial(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:
             continue
         kept = {key: value for key, value in triple.state(role).items() if key.startswith("head.")}
         triple.load_state(role, {**own, **kept})
-    for copy, source in triple.copies.items():
-        triple.copy_role(source, copy)
 
 
 def layout_of(config: RoleConfig, family: Family) -> RoleLayout:
