@@ -128,6 +128,7 @@ CASES: Mapping[str, Case] = {
         },
     ),
     "pso-offline": Case("pso", {"form": "offline", "steps": 2, "losers": "prompts", "anchor": 0.5, "kappa": 0.1}),
+    "pso-pairs": Case("pso", {"form": "offline", "steps": 2, "losers": "given", "weighting": "transition"}),
     "pso": Case("pso", {"form": "online", "steps": 2, "reward": "critic:brightness"}),
     "reward-late": Case(
         "reward",
@@ -200,16 +201,18 @@ class Bench:
         prompts.write_text("\n".join(words))
         data: dict[str, Any] = {"prompts": str(prompts)}
         if case.needs.images:
-            data["images"] = str(self._images())
+            data["images"] = str(self._images("images", ("red", "green", "blue")))
+        if case.needs.losers:
+            data["losers"] = str(self._images("losers", ("gray", "black", "white")))
         if case.needs.pairs:
             data["pairs"] = str(self._pairs(case, model, prompts))
         return data
 
-    def _images(self) -> Path:
-        images = self.folder / "images"
+    def _images(self, name: str, colours: tuple[str, ...]) -> Path:
+        images = self.folder / name
         if not images.exists():
             images.mkdir()
-            for index, colour in enumerate(("red", "green", "blue")):
+            for index, colour in enumerate(colours):
                 Image.new("RGB", (80, 96), colour).save(images / f"{index}.png")
                 (images / f"{index}.txt").write_text(f"a {colour} square")
         return images
