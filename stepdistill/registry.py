@@ -43,6 +43,10 @@ FAMILIES: Mapping[str, str] = {
 REWARDS: Mapping[str, str] = {
     "critic": "stepdistill.rewards.critic:load",
     "clip": "stepdistill.rewards.clip:load",
+    "pickscore": "stepdistill.rewards.pickscore:load",
+    "hps": "stepdistill.rewards.hps:load",
+    "aesthetic": "stepdistill.rewards.aesthetic:load",
+    "imagereward": "stepdistill.rewards.imagereward:load",
 }
 """Name before the colon -> a `Factory` of `rewards/base.py`."""
 
