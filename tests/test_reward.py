@@ -13,6 +13,7 @@ from torch import Tensor
 from toys import SCHEDULES, analytic_triple, batch_of, disturb, draws, four_modes, setting
 
 from stepdistill.methods.base import Progress
+from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.reward import Graded, RewardConfig, RewardTuning
 from stepdistill.models.triple import GENERATOR, Triple
 from stepdistill.rewards.base import HELD_OUT, REWARD, OwnReward
@@ -105,6 +106,26 @@ def test_the_reward_rises_and_stay_holds_it_back() -> None:
         moved[stay] = sum(found[-3:]) - sum(found[:3])
     assert moved[0.0] > 0.5
     assert moved[30.0] < moved[0.0] / 2
+
+
+def test_beside_distribution_matching() -> None:
+    """DMD2's loss, and the reward's on the same sample."""
+    totals, schedule = [], SCHEDULES["eps"]()
+    for weight in (0.0, 0.4):
+        options = {"guidance": 2.0, "reward": {"name": "clip", "weight": weight, "margin": 9.0, "held_out": "clip"}}
+        method = DMD2(DMD2Config.model_validate(options), setting(schedule, 2))
+        needs = DMD2.needs(method.config)
+        assert (needs.reward, needs.held_out) == (("clip", "clip") if weight else (None, None))
+        triple = analytic_triple(four_modes(std=0.4), schedule, four_modes((0.4, 0.3, 0.2, 0.1), std=0.5))
+        triple.frozen = {REWARD: OwnReward(squares)}
+        method.prepare(triple, lambda latents: latents)
+        rollout = method.rollout(BATCH, triple, Progress(), draws())
+        terms = method.loss(GENERATOR, rollout, triple, Progress(), draws())
+        totals.append(terms.total)
+    torch.testing.assert_close(totals[1] - totals[0], 0.4 * torch.relu(9.0 - squares(rollout.x0, [])).mean())
+    torch.testing.assert_close(terms.parts["reward"], squares(rollout.x0.detach(), []).mean())
+    refusal(lambda: method.prepare(triple), "no autoencoder")
+    refusal(lambda: DMD2(DMD2Config.model_validate({**options, "simulate": False}), method.setting), "method.simulate")
 
 
 def test_what_cannot_work_is_refused() -> None:

@@ -92,6 +92,10 @@ class Flash(FewStep[FlashConfig]):
                 f"method.rl.steps is {config.rl.steps} and the ladder has {len(self.ladder)} steps, of which the last has no "
                 "noisy successor: give fewer"
             )
+        if config.rl is not None and config.reward.on:
+            raise Refusal(
+                "method.rl and method.reward both have a reward, and one is held in memory: remove one of the two"
+            )
         if config.rl is not None and self.transition.kind is not TransitionKind.RENOISE:
             raise Refusal(
                 f"method.transition is {config.transition!r} and method.rl ranks random successors, which it does not have: set "
@@ -100,7 +104,8 @@ class Flash(FewStep[FlashConfig]):
 
     @classmethod
     def needs(cls, config: FlashConfig) -> Needs:
-        return replace(super().needs(config), reward=config.rl.reward if config.rl is not None else None)
+        needs = super().needs(config)
+        return replace(needs, reward=config.rl.reward) if config.rl is not None else needs
 
     def stages(self) -> Sequence[Stage]:
         if self.config.rl is None:

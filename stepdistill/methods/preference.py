@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepdistill.config import Settings
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Decode
 from stepdistill.models.triple import Triple
@@ -15,6 +17,19 @@ from stepdistill.rewards import HELD_OUT, REWARD
 
 REFERENCE = "reference"
 """The generator as it was before preferences, frozen."""
+
+
+class RewardTermConfig(Settings):
+    """A reward that is climbed beside another loss."""
+
+    name: str | None = Field(None, description="'imagereward:FOLDER', 'critic:colour', or any MODULE:FUNCTION")
+    weight: float = Field(0.0, ge=0, description="0 is off")
+    margin: float | None = Field(None, description="max(0, margin - r) in place of -r")
+    held_out: str | None = Field(None, description="a further reward, logged and never optimised")
+
+    @property
+    def on(self) -> bool:
+        return self.weight > 0 and self.name is not None
 
 
 def log_ratio(x: Tensor, mean: Tensor, reference: Tensor, std: Tensor) -> Tensor:
