@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from checkpoints import refusal
 from torch import Tensor
 from toys import SCHEDULES, analytic_triple, batch_of, disturb, draws, four_modes, noise, setting
 
+from stepdistill.config import RunConfig, parse
 from stepdistill.methods.base import Batch, Progress, Rollout
 from stepdistill.methods.preference import REFERENCE, log_ratio, pairwise_loss, within
 from stepdistill.methods.pso import PSO, Pairs, PSOConfig, Walks
@@ -20,6 +22,8 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.sampler import sample
 from stepdistill.models.triple import GENERATOR, REAL_SCORE, Triple
 from stepdistill.rewards.base import REWARD, OwnReward
+from stepdistill.training.grids import Grid
+from stepdistill.training.run import open_run, train
 
 GRIDS = ["eps", "v", "flow", "flow-shift-3"]
 KERNELS: dict[str, dict[str, Any]] = {
@@ -341,3 +345,23 @@ def test_what_cannot_work_is_refused() -> None:
     refusal(lambda: pso("eps", **ONLINE, loss="hinge"), "'hinge'")
     method, triple = pso("eps", **ONLINE)
     refusal(lambda: method.prepare(triple), "no autoencoder")
+
+
+# ---------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("method", ["pso", "reward"])
+def test_pictures_of_the_embedded_teacher_grow_brighter(method: str, tmp_path: Path) -> None:
+    """A short run of each; on the grid's noise the student is brighter than it was, which is what the grid has beside it."""
+    options = {"pso": {"form": "online", "trust": 0.0, "beta": 200.0}, "reward": {"last": 1}}[method]
+    config = {
+        "model": {"path": "builtin:teacher"},
+        "method": {"name": method, "steps": 2, "reward": "critic:brightness", **options},
+        "roles": {"generator": {"rank": 8, "alpha": 8, "targets": "all"}},
+        "optimizers": {"generator": {"lr": 1e-3, "clip": 0.0}},
+        "data": {"prompts": "builtin:fashion_train"},
+        "training": {"max_steps": 8, "batch_size": 8, "device": "cpu", "log_every": 1, "grid_prompts": 4, "grid_seeds": 1},
+    }  # fmt: skip
+    train(parse(RunConfig, config, "test"), tmp_path / "run")
+    drift = Grid(open_run(tmp_path / "run")[0], tmp_path / "grids", 8, 1.0).draw(0)["signals/brightness_drift"]
+    assert drift > 0.01
