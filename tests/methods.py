@@ -201,14 +201,14 @@ class Bench:
         prompts.write_text("\n".join(words))
         data: dict[str, Any] = {"prompts": str(prompts)}
         if case.needs.images:
-            data["images"] = str(self._images("images", ("red", "green", "blue")))
+            data["images"] = str(self._images())
         if case.needs.losers:
             data["losers"] = str(self._images("losers", ("gray", "black", "white")))
         if case.needs.pairs:
             data["pairs"] = str(self._pairs(case, model, prompts))
         return data
 
-    def _images(self, name: str, colours: tuple[str, ...]) -> Path:
+    def _images(self, name: str = "images", colours: tuple[str, ...] = ("red", "green", "blue")) -> Path:
         images = self.folder / name
         if not images.exists():
             images.mkdir()

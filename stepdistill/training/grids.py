@@ -48,7 +48,8 @@ def fresh_of(draws: Draws, noise: Tensor) -> Noise:
 class Grid:
     """Draws the student for fixed prompts and noise, beside the teacher, which is drawn once.
 
-    grids/step-N.png      the teacher's row above the student's; a column is a prompt
+    grids/step-N.png      the teacher's row above the student's; a column is a prompt. A method that tunes a student has that
+                          student, as it was, in the teacher's place (`Method.beside`), here and in the signals
     grids/scores-N.png    where the method has a fake score, from top to bottom: the student's samples, then for 0.2, 0.5 and
                           0.8 of the noise axis (before a flow shift) two rows each, real_score's x0 (guided) and fake_score's
                           of the same noised samples. Healthy: the fake score's row has the student's style, the real score's
