@@ -88,6 +88,13 @@ def test_the_aesthetic_stack(clip: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found, x[:, 0], rtol=0, atol=1e-3)
 
 
+def test_outlines_of_public_clips_need_no_download() -> None:
+    """Their sizes are the published checkpoints'."""
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in load_reward(name).parameters()) for name in ("clip", "pickscore")}
+    assert counts == {"clip": 427_616_513, "pickscore": 986_109_441}
+
+
 # ---------------------------------------------------------------- ImageReward
 
 

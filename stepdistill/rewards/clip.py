@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,28 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from stepdistill.errors import Refusal
+from stepdistill.models.families.clip import tokenizer_of
+from stepdistill.models.families.single_file import CONFIGS
 from stepdistill.models.vision import CLIP_DEVIATION, CLIP_MEAN, config_of, is_outline
 from stepdistill.rewards.base import Reward
 
-DEFAULT = "openai/clip-vit-large-patch14"
+DEFAULT, PICKSCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
+
+
+def _public(width: int, text: tuple[int, int, int], vision: tuple[int, int, int]) -> CLIPConfig:
+    """Of a projection's width and both towers' (width, layers, heads), with patches of 14 pixels."""
+    towers = [
+        {"hidden_size": w, "intermediate_size": 4 * w, "num_hidden_layers": layers, "num_attention_heads": heads}
+        for w, layers, heads in (text, vision)
+    ]
+    return CLIPConfig(text_config=towers[0], vision_config={**towers[1], "patch_size": 14}, projection_dim=width)
+
+
+PUBLIC: Mapping[str, Callable[[], CLIPConfig]] = {
+    DEFAULT: lambda: _public(768, (768, 12, 12), (1024, 24, 16)),
+    PICKSCORE: lambda: _public(1024, (1024, 24, 16), (1280, 32, 16)),
+}
+"""Configs of public checkpoints, so that a plan needs no download."""
 
 
 class ClipPixels(nn.Module):
@@ -81,11 +99,13 @@ def load_clip(reward: str, name: str, padded: bool = False) -> ClipReward:
     Raises:
         Refusal: no such checkpoint, or one of another kind.
     """
-    config = config_of(name)
+    known = is_outline() and name in PUBLIC
+    config = PUBLIC[name]() if known else config_of(name)
     if not isinstance(config, CLIPConfig):
         raise Refusal(f"the reward '{reward}:{name}' is a model of type {config.model_type!r}: give a CLIP checkpoint")
     try:
-        tokenizer = CLIPTokenizerFast.from_pretrained(name)
+        # all CLIPs share one vocabulary
+        tokenizer = tokenizer_of(CONFIGS / "sd15" / "tokenizer") if known else CLIPTokenizerFast.from_pretrained(name)
         model = CLIPModel(config) if is_outline() else CLIPModel.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise Refusal(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from stepdistill.rewards.base import Reward
-from stepdistill.rewards.clip import load_clip
-
-DEFAULT = "yuvalkirstain/PickScore_v1"
+from stepdistill.rewards.clip import PICKSCORE, load_clip
 
 
 def load(option: str) -> Reward:
     """`option` is a transformers folder or hub id with its tokenizer; the published model by default."""
-    return load_clip("pickscore", option or DEFAULT)
+    return load_clip("pickscore", option or PICKSCORE)
