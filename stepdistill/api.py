@@ -26,10 +26,11 @@ from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.training.caching import Filled, fill
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.grids import as_floats, save_images, tile
+from stepdistill.training.initial import initial_checkpoint
 from stepdistill.training.options import check_training_options
 from stepdistill.training.processes import check_launcher, sharding_asked
 from stepdistill.training.run import Outcome, describe, open_run, run_config, train
-from stepdistill.training.session import DTYPES, Session, device_of, initial_checkpoint, prepare
+from stepdistill.training.session import DTYPES, Session, device_of, prepare
 from stepdistill.watching import StudentWatch
 
 __all__ = [

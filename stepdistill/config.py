@@ -108,6 +108,16 @@ class DataConfig(Settings):
     caption_column: str | None = Field(
         None, description="column or key of the captions; text, caption or prompt by default"
     )
+    losers: str | None = Field(
+        None,
+        description="images that lost against data.images, for preference pairs: a folder with the same file names, or the data "
+        "set's column that holds them",
+    )
+    preferred_column: str | None = Field(
+        None,
+        description="column with the share by which data.image_column won against data.losers: below 0.5 the two are swapped, "
+        "ties are left out (Pick-a-Pic: label_0)",
+    )
     split: str = Field("train", description="split of a data set")
     streaming: bool = Field(False, description="read a data set as it comes, without having all of it on this disk")
     buckets: list[tuple[int, int]] = Field(
@@ -221,7 +231,10 @@ class RunConfig(Settings):
     cache: CacheConfig | None = None
     evaluation: EvaluationConfig | None = None
     output: str = "runs/run"
-    init: str | None = Field(None, description="earlier run whose trained roles this one starts from (staged training)")
+    init: str | None = Field(
+        None,
+        description="earlier run whose trained roles this one starts from (staged training), or a LoRA file for the generator alone",
+    )
 
     @property
     def method_name(self) -> str:

@@ -32,6 +32,8 @@ METHODS: Mapping[str, str] = {
     "tbcm": "stepdistill.methods.tbcm:TBCM",
     "agd": "stepdistill.methods.agd:AGD",
     "guidance": "stepdistill.methods.guidance:Guidance",
+    "pso": "stepdistill.methods.pso:PSO",
+    "reward": "stepdistill.methods.reward:RewardTuning",
 }
 FAMILIES: Mapping[str, str] = {
     "sd": "stepdistill.models.families.sd:SD",
@@ -43,6 +45,10 @@ FAMILIES: Mapping[str, str] = {
 REWARDS: Mapping[str, str] = {
     "critic": "stepdistill.rewards.critic:load",
     "clip": "stepdistill.rewards.clip:load",
+    "pickscore": "stepdistill.rewards.pickscore:load",
+    "hps": "stepdistill.rewards.hps:load",
+    "aesthetic": "stepdistill.rewards.aesthetic:load",
+    "imagereward": "stepdistill.rewards.imagereward:load",
 }
 """Name before the colon -> a `Factory` of `rewards/base.py`."""
 

@@ -144,6 +144,24 @@ CASES: Mapping[str, Case] = {
     "agd": Case("agd", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "walk_steps": 2}),
     "guidance-fixed": Case("guidance", {"guidance": 3.0, "guidance_range": None, "steps": 2, "walk_steps": 2}),
     "guidance": Case("guidance", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "source": "images"}),
+    "pso-offline": Case("pso", {"form": "offline", "steps": 2, "losers": "prompts", "anchor": 0.5, "kappa": 0.1}),
+    "pso-pairs": Case("pso", {"form": "offline", "steps": 2, "losers": "given", "weighting": "transition"}),
+    "pso": Case("pso", {"form": "online", "steps": 2, "reward": "critic:brightness"}),
+    "reward-late": Case(
+        "reward",
+        {"form": "late", "steps": 3, "reward": "critic:brightness", "margin": 0.9, "transition": "deterministic"},
+    ),
+    "reward": Case(
+        "reward",
+        {
+            "form": "last",
+            "last": 2,
+            "steps": 3,
+            "reward": "critic:brightness",
+            "held_out": "critic:sharpness",
+            "stay": 0.1,
+        },
+    ),
     "pcm": Case("pcm", {"guidance": 2.0, "steps": 2, "phases": 2, "source": "pairs", "gan": {"weight": 0.1}}),
 }
 FULLEST: Mapping[str, str] = {
@@ -201,17 +219,19 @@ class Bench:
         data: dict[str, Any] = {"prompts": str(prompts)}
         if case.needs.images:
             data["images"] = str(self._images())
+        if case.needs.losers:
+            data["losers"] = str(self._images("losers", ("gray", "black", "white")))
         if case.needs.pairs:
             data["pairs"] = str(self._pairs(case, model, prompts))
         if case.needs.trajectories:
             data["trajectories"] = str(self._trajectories(case, model, prompts))
         return data
 
-    def _images(self) -> Path:
-        images = self.folder / "images"
+    def _images(self, name: str = "images", colours: tuple[str, ...] = ("red", "green", "blue")) -> Path:
+        images = self.folder / name
         if not images.exists():
             images.mkdir()
-            for index, colour in enumerate(("red", "green", "blue")):
+            for index, colour in enumerate(colours):
                 Image.new("RGB", (80, 96), colour).save(images / f"{index}.png")
                 (images / f"{index}.txt").write_text(f"a {colour} square")
         return images

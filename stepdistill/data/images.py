@@ -56,6 +56,7 @@ class ImageItem:
         crop: sizes and offset for micro-conditioning.
         name: of the image within its source.
         index: position in the source; not the one asked for where an unreadable image was replaced.
+        loser: of the same shape, the image that lost against this one; None where there is none.
     """
 
     image: Tensor
@@ -63,6 +64,7 @@ class ImageItem:
     crop: Crop
     name: str
     index: int
+    loser: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers import CLIPModel, CLIPTokenizerFast
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.features import CLIP_DEVIATION, CLIP_MEAN, as_tensor, standardised, weights_hash
 from stepdistill.evaluation.images import Picture, PixelChain
+from stepdistill.rewards.aesthetic import load_head
 
 logger = logging.getLogger(__name__)
 Values = NDArray[np.float64]
@@ -198,25 +199,8 @@ class Aesthetic:
 
     def __init__(self, clip: str, head: str, device: torch.device | str = "cpu", *, download: bool = False) -> None:
         """`head` is a .safetensors with layers.{0,2,4,6,7}.{weight,bias}, 768-1024-128-64-16-1."""
-        from safetensors.torch import load_file
-        from torch import nn
-
         self._scorer = ClipScorer(clip, device, download=download)
-        widths = (self._scorer.model.config.projection_dim, 1024, 128, 64, 16, 1)
-        stack: list[tuple[int, nn.Module]] = [
-            (index, nn.Linear(widths[i], widths[i + 1])) for i, index in enumerate((0, 2, 4, 6, 7))
-        ]
-        layers = nn.ModuleDict({str(index): layer for index, layer in stack})
-        if not Path(head).is_file():
-            raise Refusal(f"there is no aesthetic head {head!r}: give the predictor's weights as .safetensors")
-        state = {key.removeprefix("layers."): value for key, value in load_file(head).items()}
-        try:
-            layers.load_state_dict(state)
-        except RuntimeError as error:
-            raise Refusal(
-                f"{head!r} is not the aesthetic head ({' '.join(str(error).split())[:120]}): give LAION's v2"
-            ) from None
-        self._layers = nn.Sequential(*layers.values()).eval().requires_grad_(False).to(device)
+        self._layers = load_head(head, self._scorer.model.config.projection_dim).to(device)
 
     @torch.inference_mode()
     def score(self, images: Sequence[Picture], prompts: Sequence[str]) -> Values:

@@ -50,19 +50,21 @@ class Needs:
     """What a configured method cannot do without; checked before any weight is loaded.
 
     Attributes:
-        images, pairs, trajectories: kinds of data beside prompts.
+        images, pairs, trajectories, losers: kinds of data beside prompts.
         predictions: prediction types of teachers it works with; empty for all.
         jvp: forward-mode derivatives through the network.
-        vision, reward: names of frozen models, found in `Triple.frozen` when `prepare` is called.
+        vision, reward, held_out: names of frozen models, found in `Triple.frozen` when `prepare` is called.
     """
 
     images: bool = False
     pairs: bool = False
     trajectories: bool = False
+    losers: bool = False
     predictions: tuple[Prediction, ...] = ()
     jvp: bool = False
     vision: str | None = None
     reward: str | None = None
+    held_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Setting:
         feature_size: (h, w) of its output for the smallest image of the run.
         size: (height, width) in pixels.
         base: the checkpoint's name, for recipes.
+        initialised: the student starts from what `init` names, and not from the checkpoint.
     """
 
     schedule: NoiseSchedule
@@ -84,6 +87,7 @@ class Setting:
     feature_size: tuple[int, int]
     size: tuple[int, int]
     base: str
+    initialised: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Batch:
         states, states_cond: states of the guided teacher's walks, and their conditioning, which says w.
         latent_shape: (C, h, w) of this batch's rollouts, which differs by bucket; None is the setting's.
         prompts: the texts of `cond`, for rewards; empty where nobody knows them.
+        losers: scaled latents of the images that lose against `images`, told the same captions.
     """
 
     cond: Conditioning
@@ -110,6 +115,7 @@ class Batch:
     states_cond: Conditioning | None = None
     latent_shape: tuple[int, ...] | None = None
     prompts: tuple[str, ...] = ()
+    losers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.cond)
@@ -216,6 +222,11 @@ class Method(ABC, Generic[ConfigT]):
     def latent_shape(self, batch: Batch) -> tuple[int, ...]:
         """(C, h, w) of the samples that are rolled out for a batch."""
         return batch.latent_shape or self.setting.latent_shape
+
+    @property
+    def beside(self) -> str | None:
+        """Role that grids draw beside the student, in the student's steps; None is the guided teacher in many."""
+        return None
 
     @classmethod
     def roles(cls, config: ConfigT) -> Mapping[str, RoleKind]:

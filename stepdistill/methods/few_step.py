@@ -24,6 +24,7 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Method, Needs, Progress, Rollout, Setting, Terms
 from stepdistill.methods.divergence import DivergenceName, RatioWeights
 from stepdistill.methods.gan import GanConfig, attach_gan, gan_critic_loss, gan_generator_loss, logits_at
+from stepdistill.methods.preference import RewardTermConfig, reward_loss
 from stepdistill.models.blending import blend_role
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.recipe import Recipe
@@ -73,6 +74,9 @@ class FewStepConfig(LadderConfig):
         description="that matching descends; another than DMD's reverse KL reads density ratios off the GAN",
     )
     moments: MomentConfig = MomentConfig()
+    reward: RewardTermConfig = Field(
+        RewardTermConfig(), description="climbed by the generator's sample, with distribution matching as what holds it"
+    )
     simulate: bool = Field(True, description="train on the student's own rollouts; false noises real images")
     transition: Literal["renoise", "deterministic"] = "renoise"
 
@@ -126,6 +130,11 @@ class FewStep(OnLadder[FewStepConfigT]):
                 "method.exit_odds is set and method.simulate is false, where every image is noised to an even draw of the "
                 "ladder: remove one of the two"
             )
+        if config.reward.on and not config.simulate:
+            raise Refusal(
+                "method.reward is set and method.simulate is false, where samples are told captions that a reward does not see: "
+                "remove one of the two"
+            )
         self.decode: Decode | None = None
         self.ratios = RatioWeights(config.divergence) if config.divergence != "reverse_kl" else None
         if self.ratios is not None and (config.gan.weight == 0 or config.gan.loss != "logistic"):
@@ -137,10 +146,14 @@ class FewStep(OnLadder[FewStepConfigT]):
     @classmethod
     def needs(cls, config: FewStepConfigT) -> Needs:
         gan = config.gan.needs()
-        return replace(gan, images=gan.images or not config.simulate)
+        reward = config.reward if config.reward.on else RewardTermConfig()
+        images = gan.images or not config.simulate
+        return replace(gan, images=images, reward=reward.name, held_out=reward.held_out)
 
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         self.decode = decode
+        if self.config.reward.on and decode is None:
+            raise Refusal("method.reward is set and the checkpoint has no autoencoder to decode with: remove it")
         if self.config.gan.weight > 0:
             attach_gan(triple, self.config.gan, self.setting, decode)
 
@@ -175,6 +188,10 @@ class FewStep(OnLadder[FewStepConfigT]):
             x = self.contested(rollout)
             adversarial = gan_generator_loss(triple, gan, x, rollout.batch.cond, draws, self.decode)
             terms = terms.plus("gan", adversarial, gan.weight)
+        if self.config.reward.on:
+            reward, x = self.config.reward, self.contested(rollout)
+            climbed, logged = reward_loss(x, rollout.batch.prompts, triple, self.decode, reward.margin)
+            terms = replace(terms, total=terms.total + reward.weight * climbed, parts={**terms.parts, **logged})
         return terms
 
     def contested(self, rollout: Rollout) -> Tensor:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
@@ -28,11 +27,8 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Needs, Progress, Rollout, Setting, Stage, Terms
 from stepdistill.methods.few_step import FewStep, FewStepConfig
 from stepdistill.methods.gan import GanConfig
+from stepdistill.methods.preference import REFERENCE, chosen_of, log_ratio, pairwise_loss, rewards_of
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
-from stepdistill.rewards import REWARD
-
-REFERENCE = "reference"
-"""The generator as it entered the joint stage."""
 
 
 class PreferenceConfig(Settings):
@@ -96,6 +92,10 @@ class Flash(FewStep[FlashConfig]):
                 f"method.rl.steps is {config.rl.steps} and the ladder has {len(self.ladder)} steps, of which the last has no "
                 "noisy successor: give fewer"
             )
+        if config.rl is not None and config.reward.on:
+            raise Refusal(
+                "method.rl and method.reward both have a reward, and one is held in memory: remove one of the two"
+            )
         if config.rl is not None and self.transition.kind is not TransitionKind.RENOISE:
             raise Refusal(
                 f"method.transition is {config.transition!r} and method.rl ranks random successors, which it does not have: set "
@@ -104,7 +104,8 @@ class Flash(FewStep[FlashConfig]):
 
     @classmethod
     def needs(cls, config: FlashConfig) -> Needs:
-        return replace(super().needs(config), reward=config.rl.reward if config.rl is not None else None)
+        needs = super().needs(config)
+        return replace(needs, reward=config.rl.reward) if config.rl is not None else needs
 
     def stages(self) -> Sequence[Stage]:
         if self.config.rl is None:
@@ -178,9 +179,10 @@ class Flash(FewStep[FlashConfig]):
             rewards = torch.stack([self._reward(z, s, rollout.batch, triple) for z in successors])
             best, worst = (chosen_of(successors, index) for index in (rewards.argmax(0), rewards.argmin(0)))
         alpha, sigma = self.schedule.levels(s, rollout.x0)
-        gap = log_ratio_gap(best, worst, alpha * rollout.x0, alpha * reference, sigma)
+        mean, anchor = alpha * rollout.x0, alpha * reference
+        gap = log_ratio(best, mean, anchor, sigma) - log_ratio(worst, mean, anchor, sigma)
         argument = rl.beta * gap / rollout.x0[0].numel() ** 0.5
-        loss = -F.logsigmoid(argument).mean()
+        loss = pairwise_loss(argument).mean()
         logged = {
             "preference": loss.detach(),
             "argument": argument.detach().abs().mean(),
@@ -191,10 +193,7 @@ class Flash(FewStep[FlashConfig]):
 
     def _reward(self, z: Tensor, s: Tensor, batch: Batch, triple: Triple) -> Tensor:
         """Of the noisy latents z at times s: that of the teacher's estimate of the image, decoded, (B,)."""
-        if self.decode is None:
-            raise ValueError("a reward was asked for without a decoder")
-        images = self.decode(triple.real_score.x0(z, s, batch.cond))
-        return triple.frozen[REWARD](images, batch.prompts).to(z.dtype)  # type: ignore[no-any-return]
+        return rewards_of(triple.real_score.x0(z, s, batch.cond), batch.prompts, triple, self.decode)
 
     def _below(self, t: Tensor) -> Tensor:
         """The step of the ladder after each sample's own."""
@@ -214,18 +213,3 @@ class Flash(FewStep[FlashConfig]):
 
     def _prefers(self, progress: Progress) -> bool:
         return self._joint(progress) and self._place(progress) < 0
-
-
-def log_ratio_gap(best: Tensor, worst: Tensor, mean: Tensor, reference: Tensor, sigma: Tensor) -> Tensor:
-    """log p(best)/p_ref(best) - log p(worst)/p_ref(worst), (B,), for p = N(mean, sigma^2 I), p_ref = N(reference, sigma^2 I).
-
-    The squares of the successors cancel: (best - worst) . (mean - reference) / sigma^2.
-    """
-    return ((best - worst) * (mean - reference) / sigma.square()).flatten(1).sum(1)
-
-
-def chosen_of(candidates: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Row b of the candidate that index[b] names."""
-    stacked = torch.stack(list(candidates), 1)
-    place = index.reshape(-1, 1, *(1,) * (stacked.ndim - 2)).expand(-1, 1, *stacked.shape[2:])
-    return stacked.gather(1, place)[:, 0]

@@ -21,7 +21,7 @@ from stepdistill.models.sampler import GuidedState
 from stepdistill.models.triple import REAL_SCORE, RoleLayout, Triple
 from stepdistill.models.vision import VISION, VisionEncoder
 from stepdistill.planning.meter import Flops
-from stepdistill.rewards.base import REWARD, OwnReward
+from stepdistill.rewards.base import HELD_OUT, REWARD, OwnReward
 from stepdistill.training.batches import sample_numbers
 from stepdistill.training.session import Plan
 
@@ -241,8 +241,9 @@ def _toy(plan: Plan) -> tuple[Method[Any], Triple, Batch]:
     network = MixtureNetwork(gaussian, schedule, width=8)
     setting = replace(plan.setting, latent_shape=(2, 1, 1), feature_channels=8, feature_size=(1, 1))
     triple = Triple(network, Analytic(), schedule, {role: RoleLayout("full") for role in plan.roles})
-    triple.frozen = {VISION: _ToyVision(), REWARD: OwnReward(lambda images, prompts: images.mean((1, 2, 3)))}
+    mean = OwnReward(lambda images, prompts: images.mean((1, 2, 3)))
+    triple.frozen = {VISION: _ToyVision(), REWARD: mean, HELD_OUT: mean}
     cond, latents = Conditioning(torch.ones(rows, 1, 1)), torch.zeros(rows, 2, 1, 1)
     states = GuidedState(latents, torch.full((rows,), 1e-3, dtype=torch.float64), latents, torch.zeros(rows))
-    batch = Batch(cond, cond, latents, cond, latents, latents, cond, states, cond.told(1.0))
+    batch = Batch(cond, cond, latents, cond, latents, latents, cond, states, cond.told(1.0), losers=latents)
     return plan.method_class(plan.method_config, setting), triple, batch

@@ -180,7 +180,7 @@ class _Tracer:
             images = torch.zeros(rows, 3, *plan.setting.size, device=self.session.device)
             with self._watched(IMAGES):
                 encoded = plan.family.encode_images(checkpoint, images, latents).to(self.session.dtype)
-            batch = replace(batch, images=encoded, image_cond=again)
+            batch = replace(batch, images=encoded, image_cond=again, losers=encoded if needs.losers else None)
         if needs.pairs:
             batch = replace(batch, pair_noise=latents, pair_latents=latents, pair_cond=again)
         if needs.trajectories and again is not None:

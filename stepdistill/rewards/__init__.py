@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from stepdistill.rewards.base import REWARD, Reward, load_reward
+from stepdistill.rewards.base import HELD_OUT, REWARD, Reward, load_reward
 
-__all__ = ["REWARD", "Reward", "load_reward"]
+__all__ = ["HELD_OUT", "REWARD", "Reward", "load_reward"]

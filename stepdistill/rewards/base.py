@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from stepdistill.errors import Refusal
 from stepdistill.registry import REWARDS, nearest
 
-REWARD = "reward"
-"""In `Triple.frozen`."""
+REWARD, HELD_OUT = "reward", "held_out_reward"
+"""In `Triple.frozen`: the one that is optimised, and one that is looked at."""
 
 
 class Reward(nn.Module, ABC):

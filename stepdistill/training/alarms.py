@@ -217,7 +217,8 @@ ALARMS: tuple[Alarm, ...] = (
     ),
     Alarm(
         "diversity", "signals/diversity_ratio", Level, "the student's samples of one prompt grow alike",
-        f"lower method.guidance, {BOUND}, train the first steps more (method.exit_odds), or stop early and use the EMA",
+        f"lower method.guidance, {BOUND}, train the first steps more (method.exit_odds), raise method.stay or method.beta where a "
+        "reward is climbed or ranks, or stop early and use the EMA",
         healthy=1.0, below=True, patience=FEW, drawn=True,
     ),
     Alarm(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from stepdistill.data.buckets import BucketOrder, BucketSamples
+from stepdistill.data.images import ImageItem
 from stepdistill.data.indexed import IndexedImages
 from stepdistill.data.loader import Indexed, IndexStream, InOrder, Prefetcher, Samples
 from stepdistill.data.trajectories import TrajectoryFolder
@@ -97,7 +98,13 @@ class BatchSource:
         noise = draws.normal("posterior", plan.info.latent_shape(images[0].crop.target))
         latents = session.encoder.latents(images, noise)
         cond = session.encoder.text([item.caption for item in images], [size_of(item.crop) for item in images])
-        return replace(batch, images=latents.to(session.dtype), image_cond=cond)
+        batch = replace(batch, images=latents.to(session.dtype), image_cond=cond)
+        losers = [
+            replace(item, image=item.loser) for item in images if isinstance(item, ImageItem) and item.loser is not None
+        ]
+        if losers:  # with their winners' noise, so that two equal images have equal latents
+            batch = replace(batch, losers=session.encoder.latents(losers, noise).to(session.dtype))
+        return batch
 
     def _with_pairs(self, batch: Batch, samples: Sequence[int], sizes: Sequence[ImageSize]) -> Batch:
         session, plan = self.session, self.session.plan

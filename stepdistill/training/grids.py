@@ -18,7 +18,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import NoiseLevels
 from stepdistill.methods.parts import latent_statistics, score_gap
 from stepdistill.models.conditioning import Conditioning, ImageSize
-from stepdistill.models.sampler import student_sample, teacher_sample
+from stepdistill.models.sampler import Noise, student_sample, teacher_sample
 from stepdistill.models.triple import FAKE_SCORE
 from stepdistill.training.folder import GRID, SCORES, grid_path
 from stepdistill.training.session import Session
@@ -36,14 +36,20 @@ def student_latents(session: Session, role: str, cond: Conditioning, noise: Tens
         session.recipe,
         cond,
         noise,
-        lambda index: draws.normal(f"fresh{index}", noise.shape[1:]),
+        fresh_of(draws, noise),
     )
+
+
+def fresh_of(draws: Draws, noise: Tensor) -> Noise:
+    """Fresh noise for the steps of a walk from `noise`."""
+    return lambda index: draws.normal(f"fresh{index}", noise.shape[1:])
 
 
 class Grid:
     """Draws the student for fixed prompts and noise, beside the teacher, which is drawn once.
 
-    grids/step-N.png      the teacher's row above the student's; a column is a prompt
+    grids/step-N.png      the teacher's row above the student's; a column is a prompt. A method that tunes a student has that
+                          student, as it was, in the teacher's place (`Method.beside`), here and in the signals
     grids/scores-N.png    where the method has a fake score, from top to bottom: the student's samples, then for 0.2, 0.5 and
                           0.8 of the noise axis (before a flow shift) two rows each, real_score's x0 (guided) and fake_score's
                           of the same noised samples. Healthy: the fake score's row has the student's style, the real score's
@@ -84,9 +90,16 @@ class Grid:
 
     @cached_property
     def teacher(self) -> list[Tensor]:
-        """The teacher's latents for every noise; drawn when they are first wanted, by all processes that have a grid."""
-        real = self.session.triple.real_score
+        """The teacher's latents for every noise, or those of the role that the method names (`Method.beside`); drawn when
+        they are first wanted, by all processes that have a grid."""
+        session, real = self.session, self.session.triple.real_score
+        beside = session.method.beside
         with torch.no_grad():
+            if beside is not None:
+                return [
+                    student_sample(session.triple, (beside,), session.recipe, self.cond, noise, fresh_of(draws, noise))
+                    for noise, draws in zip(self.noises, self.draws, strict=True)
+                ]
             return [
                 teacher_sample(real, self.cond, self.null, noise, self.teacher_steps, self.guidance)
                 for noise in self.noises

@@ -17,6 +17,7 @@ from stepdistill.data.buckets import Buckets, sort_images
 from stepdistill.data.images import ImageSource
 from stepdistill.data.indexed import IndexedImages
 from stepdistill.data.prompts import PromptList, read_prompts
+from stepdistill.data.ranked import RankedImages, open_ranked
 from stepdistill.data.sources import open_images
 from stepdistill.data.tensors import TensorFolder
 from stepdistill.data.trajectories import TrajectoryFolder
@@ -32,10 +33,10 @@ from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import GENERATOR, RoleLayout, Triple
 from stepdistill.models.vision import VISION, load_vision
 from stepdistill.registry import load_family, load_method
-from stepdistill.rewards import REWARD, load_reward
-from stepdistill.training import checkpoint as checkpoints
+from stepdistill.rewards import HELD_OUT, REWARD, load_reward
 from stepdistill.training.collected import check_pairs, check_trajectories
 from stepdistill.training.encoding import Encoder, Warm, make_encoder
+from stepdistill.training.initial import load_initial
 from stepdistill.training.options import check_model_options, check_modes
 
 logger = logging.getLogger(__name__)
@@ -131,8 +132,14 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     source = pairs = trajectories = buckets = None
     if data.images is not None and not needs.images:
         logger.warning("data.images is set, and the method as it is configured looks at no image: they are not read")
+    if data.losers is not None and not needs.losers:
+        logger.warning(
+            "data.losers is set, and the method as it is configured has other losers or none: they are not read"
+        )
     if images and needs.images and data.images is not None:
         source = open_images(data, size, config.training.seed)
+        if needs.losers:
+            source = open_ranked(data, source)
         _check_cache(config, source)
     if images and needs.pairs and data.pairs is not None:
         pairs = TensorFolder(data.pairs)
@@ -168,6 +175,7 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
         feature_size=_feature_size(config.data.buckets or [size], info, family),
         size=size,
         base=config.model.path,
+        initialised=config.init is not None,
     )
     data = config.data
     method_class.check(
@@ -177,6 +185,11 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
         pairs=data.pairs is not None,
         trajectories=data.trajectories is not None,
     )
+    if method_class.needs(method_config).losers and data.losers is None:
+        raise Refusal(
+            "the method as it is configured needs images that lose and data.losers is not set: give a folder or a column, or let "
+            "the model draw them (method.losers: captions)"
+        )
     family.stock_recipe(info, method_class(method_config, setting).recipe())
     if data.prompts is None:
         raise Refusal("data.prompts is not set: give a .txt, .jsonl, .csv or .parquet file, or 'builtin:general'")
@@ -198,7 +211,7 @@ def open_session(plan: Plan, device: torch.device | str | None = None, warm: War
     lay_out(checkpoint.network, config.model.attention, config.model.channels_last)
     session = assemble(plan, checkpoint, where, warm)
     if config.init is not None:
-        load_initial(session.triple, Path(config.init), tuple(plan.roles))
+        load_initial(session.triple, Path(config.init), tuple(plan.roles), EMA)
     return session
 
 
@@ -242,6 +255,8 @@ def frozen_models(needs: Needs) -> dict[str, nn.Module]:
         found[VISION] = load_vision(needs.vision)
     if needs.reward is not None:
         found[REWARD] = load_reward(needs.reward)
+    if needs.held_out is not None:
+        found[HELD_OUT] = load_reward(needs.held_out)
     return found
 
 
@@ -256,35 +271,6 @@ def settle(session: Session) -> None:
     if config.model.compile:
         for network in (triple.base, *triple.networks.values()):
             compile_blocks(network)
-
-
-def initial_checkpoint(run: Path) -> Path:
-    """The checkpoint that `init` names: an earlier run's newest. Raises Refusal where there is none."""
-    path = checkpoints.latest(run / "checkpoints")
-    if path is None:
-        raise Refusal(
-            f"init names {str(run)!r}, which holds no complete checkpoint: give the output folder of an earlier run"
-        )
-    return path
-
-
-def load_initial(triple: Triple, run: Path, roles: tuple[str, ...]) -> None:
-    """Start from the roles of an earlier run's newest checkpoint: its student becomes this generator (staged training).
-
-    Raises:
-        Refusal: no checkpoint there, or one that does not fit.
-    """
-    saved = checkpoints.read(initial_checkpoint(run)).tensors
-    for role in roles:
-        source = EMA if role == GENERATOR and EMA in saved else role
-        own = {key: value for key, value in saved.get(source, {}).items() if not key.startswith("head.")}
-        if role != GENERATOR and own.keys() != triple.network_parameters(role).keys():
-            logger.info("%s is laid out differently in %s: it starts from the teacher", role, run)
-            continue
-        kept = {key: value for key, value in triple.state(role).items() if key.startswith("head.")}
-        triple.load_state(role, {**own, **kept})
-    for copy, source in triple.copies.items():
-        triple.copy_role(source, copy)
 
 
 def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | None = None) -> RoleLayout:
@@ -365,6 +351,10 @@ def _check_cache(config: RunConfig, images: ImageSource) -> None:
         raise Refusal(
             "a cache encodes all images and captions before the first is needed, and a stream cannot tell which they are: set "
             "data.streaming to false, or remove the cache section"
+        )
+    if cache.latents and isinstance(images, RankedImages):
+        raise Refusal(
+            "cache.latents keeps the images of data.images and data.losers would have no place there: set cache.latents to false"
         )
     if cache.latents and config.data.crop == "random":
         raise Refusal(

@@ -1,0 +1,108 @@
+"""ImageReward v1.0 (Xu et al., NeurIPS 2023, arXiv 2304.05977): BLIP's text encoder looks at the image, a head reads its first token.
+
+About N(0, 1) over the images that it was trained on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertTokenizerFast, BlipConfig
+from transformers.models.blip.modeling_blip import BlipVisionModel
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+from stepdistill.errors import Refusal
+from stepdistill.models.vision import config_of, is_outline
+from stepdistill.rewards.base import Reward
+from stepdistill.rewards.clip import ClipPixels
+from stepdistill.rewards.stack import linear_stack
+
+WEIGHTS = "ImageReward.safetensors"
+LENGTH = 35
+"""Tokens of a prompt."""
+MEAN, DEVIATION = 0.16717862830807486, 1.0333394966054072
+"""Of the head's answers over the training images."""
+RENAMED = (
+    (r"^visual_encoder\.cls_token$", "embeddings.class_embedding"),
+    (r"^visual_encoder\.pos_embed$", "embeddings.position_embedding"),
+    (r"^visual_encoder\.patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^visual_encoder\.norm\.", "post_layernorm."),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.", r"encoder.layers.\1.self_attn."),
+    (r"^visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"^visual_encoder\.blocks\.(\d+)\.", r"encoder.layers.\1."),
+)
+"""BLIP's names of its vision tower -> those of transformers; the text encoder's are the same in both."""
+
+
+class ImageReward(Reward):
+    """Of images and prompts of at most 35 tokens, beyond which they are cut."""
+
+    def __init__(self, vision: BlipVisionModel, text: BlipTextModel, head: nn.Sequential, tokenizer: object) -> None:
+        super().__init__()
+        self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
+        self.pixels = ClipPixels(int(vision.config.image_size))
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen = self.vision(pixel_values=self.pixels(images)).last_hidden_state
+        tokens = self.tokenizer(  # type: ignore[operator]
+            list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+        ).to(images.device)
+        read = self.text(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=images.device),
+        ).last_hidden_state
+        return (self.head(read[:, 0])[:, 0] - MEAN) / DEVIATION  # type: ignore[no-any-return]
+
+
+def load(option: str) -> Reward:
+    """`option` is a folder: ImageReward.safetensors, BLIP's config.json and BERT's tokenizer; published is a pickle alone."""
+    if not option:
+        raise Refusal(
+            f"the reward 'imagereward' names no weights, and ImageReward is published as a pickle: give imagereward:FOLDER with its "
+            f"tensors as {WEIGHTS}, BLIP's config.json and the tokenizer"
+        )
+    config, folder = config_of(option), Path(option)
+    if not isinstance(config, BlipConfig):
+        raise Refusal(
+            f"the reward 'imagereward:{option}' is of type {config.model_type!r}: give a folder with BLIP's config"
+        )
+    vision, text = BlipVisionModel(config.vision_config), BlipTextModel(config.text_config, add_pooling_layer=False)
+    head = linear_stack(int(config.text_config.hidden_size))
+    try:
+        tokenizer = BertTokenizerFast.from_pretrained(option)
+        if not is_outline():
+            _fill(load_file(folder / WEIGHTS), vision, text, head)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise Refusal(
+            f"ImageReward cannot be loaded from {option!r} ({' '.join(str(error).split())[:120]}): give a folder that holds its "
+            f"tensors as {WEIGHTS} and BERT's tokenizer"
+        ) from None
+    return ImageReward(vision, text, nn.Sequential(*head.values()), tokenizer)
+
+
+def _fill(tensors: Mapping[str, Tensor], vision: nn.Module, text: nn.Module, head: nn.Module) -> None:
+    """Load the published names."""
+    parts: dict[str, dict[str, Tensor]] = {"visual_encoder": {}, "text_encoder": {}, "mlp": {}}
+    for key, value in tensors.items():
+        name = key.removeprefix("blip.")
+        kind = name.partition(".")[0]
+        for pattern, replacement in RENAMED:
+            renamed = re.sub(pattern, replacement, name)
+            if renamed != name:
+                name = renamed
+                break
+        # counts of positions, which buffers of ours know
+        if kind in parts and not name.endswith("position_ids"):
+            parts[kind][name.removeprefix("text_encoder.").removeprefix("mlp.layers.")] = value
+    vision.load_state_dict(parts["visual_encoder"])
+    text.load_state_dict(parts["text_encoder"])
+    head.load_state_dict(parts["mlp"])
