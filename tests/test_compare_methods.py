@@ -86,3 +86,12 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert lines[3].startswith("| short | 1 | 1.000 | - | - | 0.900 | 0.500 |")
     comparetables.picture(cells, ["one", "short"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_the_readme_shows_the_tables() -> None:
+    """Of the kept cells, as the tool prints them."""
+    text = (TOOLS.parent / "README.md").read_text()
+    teacher = json.loads(compare.TEACHER_ROW.read_text())["1.5"]["diversity"]
+    cells = comparetables.read_cells(compare.RESULTS)
+    for entries in COMPARISON.tables.values():
+        assert comparetables.table(cells, entries, teacher) in text
