@@ -65,6 +65,24 @@ def phases(forecast: Forecast) -> dict[str, int]:
     return {phase.name: phase.bytes for phase in forecast.memory.phases}
 
 
+@pytest.mark.parametrize("name", ["agd", "guidance"])
+def test_roles_beside_the_base_are_told_apart_from_it(tiny: Callable[..., Path], name: str) -> None:
+    """Half of a walk's rows are the teacher's two branches each, and what the guides have of parameters is counted."""
+    mode = "adapter" if name == "agd" else "lora"
+    method = {"name": name, "guidance": 3.0, "walk_steps": 2}
+    sections = {
+        "model": {"path": str(tiny("sd"))}, "method": method, "data": {"prompts": "builtin:general"},
+        "roles": {"generator": {"mode": mode, "rank": 4, "width": 8}},
+        "training": {"max_steps": 2, "batch_size": 2, "device": "cpu", "grid_prompts": 1, "gradient_checkpointing": True},
+    }  # fmt: skip
+    run = parse(RunConfig, sections, "test")
+    forecast = plan(run)
+    rows = {(call.phase, call.network): call.rows for call in forecast.calls}
+    assert rows == {("rollout", REAL_SCORE): 12, (GENERATOR, GENERATOR): 6}
+    own = session_of(run).triple.network_parameters(GENERATOR)
+    assert parts(forecast)["generator weights"] == size_of(own.values())
+
+
 def session_of(config: RunConfig) -> Session:
     return open_session(prepare(config), "cpu")
 

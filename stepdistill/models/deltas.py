@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from stepdistill.models.fitting import check_fit
 from stepdistill.models.sharding import laid_out_like, norm
-from stepdistill.models.triple import Triple, check_fit
+from stepdistill.models.triple import Triple
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, TypeAlias
@@ -20,11 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from stepdistill.diffusion.draws import derive_seed
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
 from stepdistill.models.adapters import AdapterBank, LoraSettings
 from stepdistill.models.checkpointing import checkpointed
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.base import Family
+from stepdistill.models.fitting import check_fit
 from stepdistill.models.guidance import (
     Guide,
     GuideSettings,
@@ -68,6 +68,7 @@ class Triple:
 
     Attributes:
         guides: role -> what tells its network the guidance scale.
+        playing: the role that is asked, while one is.
         frozen: models that losses ask beside the networks, by their use; nothing here trains, shards or saves them.
     """
 
@@ -95,6 +96,7 @@ class Triple:
         self.copies: dict[str, str] = {}
         self.frozen: dict[str, nn.Module] = {}
         self._parked: dict[str, ParkedParameters] = {}
+        self.playing = REAL_SCORE
         self.sharded = False
         self._checkpointing = False
         # full copies are taken from the base before adapters are injected into it
@@ -127,11 +129,13 @@ class Triple:
     @contextmanager
     def _playing(self, role: str) -> Iterator[None]:
         """Inside, the role's network is this role."""
-        with ExitStack() as stack:
-            stack.enter_context(self.at_hand(role))
-            if role not in self.networks:
-                stack.enter_context(self.bank.role(role if role in self.bank.settings else None))
-            yield
+        before, self.playing = self.playing, role
+        adapter = role if role in self.bank.settings else None
+        try:
+            with self.at_hand(role), nullcontext() if role in self.networks else self.bank.role(adapter):
+                yield
+        finally:
+            self.playing = before
 
     def add_role(self, name: str, layout: RoleLayout, *, trainable: bool = True) -> None:
         """Add a role equal to the base.
@@ -344,22 +348,3 @@ class Triple:
             for key, value in self.base.state_dict().items()
             if ".lora_" not in key
         }
-
-
-def check_fit(role: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not, name by name and shape by shape, those of a role."""
-    faults = {
-        "missing": own.keys() - tensors.keys(),
-        "unexpected": tensors.keys() - own.keys(),
-        "differently shaped": [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape],
-    }
-    if any(faults.values()):
-        told = "; ".join(f"{len(keys)} {what} ({_some(sorted(keys))})" for what, keys in faults.items() if keys)
-        raise Refusal(
-            f"the saved {role} does not fit this one, with tensors {told}: use the rank, targets and base it was trained with"
-        )
-
-
-def _some(names: list[str], count: int = 5) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

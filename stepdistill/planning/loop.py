@@ -117,7 +117,7 @@ class CallCounter:
             before.append(self._read())
 
         def end(_module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            asked = role if network is not self.triple.base else self.triple.bank.active or REAL_SCORE
+            asked = role if network is not self.triple.base else self.triple.playing
             # a forward that the denoiser leaves for its features ends without an output
             call = Call(self.phase, asked, output is None, torch.is_grad_enabled())
             self.found[call] += Counted(1, len(args[0]))
