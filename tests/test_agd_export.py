@@ -130,6 +130,14 @@ def size_of(session: stepdistill.training.session.Session) -> object:
     return ImageSize.plain(*session.plan.setting.size)
 
 
+def test_adapters_of_a_quantised_base_are_proved_on_the_whole_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    config = Bench(tiny, tmp_path).config(CASES["agd"], 2, dtype="float32", ema=0.0, batch_size=2)
+    held = config.model.model_copy(update={"quantization": "int8"})
+    train(config.model_copy(update={"model": held}), tmp_path / "run")
+    folder = stepdistill.export(tmp_path / "run", "guidance-adapter", tmp_path / "export")
+    assert "trained on a base in int8" in (folder / "README.md").read_text()
+
+
 def test_the_module_is_the_package_s_own(run: Callable[..., Path], tmp_path: Path) -> None:
     """And the file loads onto a pipeline that has a LoRA, with one w a row."""
     folder = stepdistill.export(run(), "guidance-adapter", tmp_path / "export", half=True)
