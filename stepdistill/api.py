@@ -23,6 +23,7 @@ from stepdistill.exporting.card import push_to_hub as push
 from stepdistill.exporting.proof import QuantizedStudent, final_latents
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.rewards import load_reward
 from stepdistill.training.caching import Filled, fill
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.grids import as_floats, save_images, tile
@@ -67,6 +68,15 @@ def dry_run(config: RunConfig) -> list[str]:
     plan = prepare(config)
     if config.init is not None:
         initial_checkpoint(Path(config.init))
+    with torch.device("meta"):  # outlines: their names and options are what a dry run can check
+        for reward in (plan.needs.reward, plan.needs.held_out):
+            if reward is not None:
+                load_reward(reward)
+    adapter = config.model.guidance_adapter
+    if adapter is not None and not Path(adapter).exists():
+        raise Refusal(
+            f"model.guidance_adapter is {adapter!r}, and there is no such file: give an exported adapter or its folder"
+        )
     device = device_of(config.training.device)
     check_training_options(config, plan.roles, plan.needs, device, sharded=sharding_asked(config.training))
     return describe(plan)

@@ -313,6 +313,8 @@ def _sentence(section: type[Settings], error: ValidationError, where: str) -> st
         return f"{where} has the unknown key {path!r}: {hint}"
     if first["type"] == "missing":
         return f"{where} lacks the key {path!r}: add it"
+    if not path:  # a check of several keys together
+        return f"{where} contradicts itself: {first['msg'].removeprefix('Value error, ')}, so change one of the two"
     return f"{where} has {path!r} = {json.dumps(first['input'], default=str)}, but {first['msg'][0].lower()}{first['msg'][1:]}: change it"
 
 
