@@ -1,4 +1,4 @@
-"""Conversions among prediction types: closed loops, the sheet's identities, guidance."""
+"""Conversions among prediction types: closed loops, known identities, guidance."""
 
 from __future__ import annotations
 
