@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from tqdm import tqdm
 from stepdistill.assets import resolve
 from stepdistill.config import ModelConfig, Settings
 from stepdistill.data.index import Fingerprint, Kind, StoredDtype
-from stepdistill.data.prompts import read_prompts
+from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.data.tensors import ShardWriter, noise_for
 from stepdistill.data.trajectories import TrajectoryWriter
 from stepdistill.diffusion.draws import Draws, derive_seed, generator
@@ -78,28 +80,11 @@ def collect(kind: Kind, config: CollectConfig, output: str | Path, resume: bool 
         return _collect_trajectories(config, folder)
     prompts = read_prompts(config.prompts, config.prompt_column)
     source = _Teacher(config) if config.model is not None else _Student(config)
-    fingerprint = Fingerprint(
-        model=source.name,
-        guidance=config.guidance,
-        steps=config.steps,
-        seed=config.seed,
-        prompts_sha256=prompts.sha256,
-        resolution=source.size,
-        sampler=source.sampler,
-        precision=source.precision,
-        command=" ".join(sys.argv),
-    )
+    fingerprint = _fingerprint(config, source, prompts)
     with ShardWriter(folder, kind, fingerprint, config.shard_size) as writer:
         done = writer.completed
-        bar = tqdm(total=config.count, initial=done, unit="latent", dynamic_ncols=True)
-        for start in range(done, config.count, config.batch_size):
-            rows = range(start, min(start + config.batch_size, config.count))
-            seeds = [derive_seed(config.seed, "collect", row) for row in rows]
-            indices = [row % len(prompts) for row in rows]
-            latents = source.draw([prompts[index] for index in indices], seeds)
-            writer.write(torch.tensor(seeds), latents, torch.tensor(indices))
-            bar.update(len(rows))
-        bar.close()
+        for texts, seeds, indices in _batches(config, prompts, done, "latent"):
+            writer.write(torch.tensor(seeds), source.draw(texts, seeds), torch.tensor(indices))
     return max(done, config.count)
 
 
@@ -115,31 +100,40 @@ def _collect_trajectories(config: CollectConfig, folder: Path) -> int:
     prompts, teacher = read_prompts(config.prompts, config.prompt_column), _Teacher(config)
     if teacher.denoiser.guide is not None:
         raise Refusal("trajectories are of a teacher that is guided by two calls: remove model.guidance_adapter")
-    fingerprint = Fingerprint(
-        model=teacher.name,
-        guidance=0.0,
+    fingerprint = replace(_fingerprint(config, teacher, prompts), guidance=0.0, guidance_range=(low, high), keep=keep)
+    with TrajectoryWriter(folder, fingerprint, min(config.shard_size, 16), config.dtype) as writer:
+        done = writer.completed
+        for texts, seeds, indices in _batches(config, prompts, done, "trajectory"):
+            walks = teacher.walks(texts, seeds, keep)
+            writer.write_walks({"seed": torch.tensor(seeds), "prompt": torch.tensor(indices), **walks})
+    return max(done, config.count)
+
+
+def _fingerprint(config: CollectConfig, source: _Teacher | _Student, prompts: PromptList) -> Fingerprint:
+    return Fingerprint(
+        model=source.name,
+        guidance=config.guidance,
         steps=config.steps,
         seed=config.seed,
         prompts_sha256=prompts.sha256,
-        resolution=teacher.size,
-        sampler=teacher.sampler,
-        precision=teacher.precision,
+        resolution=source.size,
+        sampler=source.sampler,
+        precision=source.precision,
         command=" ".join(sys.argv),
-        guidance_range=(low, high),
-        keep=keep,
     )
-    with TrajectoryWriter(folder, fingerprint, min(config.shard_size, 16), config.dtype) as writer:
-        done = writer.completed
-        bar = tqdm(total=config.count, initial=done, unit="trajectory", dynamic_ncols=True)
+
+
+def _batches(
+    config: CollectConfig, prompts: PromptList, done: int, unit: str
+) -> Iterator[tuple[list[str], list[int], list[int]]]:
+    """(texts, seeds, prompt indices) of what is still to be drawn, batch by batch, with progress."""
+    with tqdm(total=config.count, initial=done, unit=unit, dynamic_ncols=True) as bar:
         for start in range(done, config.count, config.batch_size):
             rows = range(start, min(start + config.batch_size, config.count))
-            seeds = [derive_seed(config.seed, "collect", row) for row in rows]
             indices = [row % len(prompts) for row in rows]
-            walks = teacher.walks([prompts[index] for index in indices], seeds, keep)
-            writer.write_walks({"seed": torch.tensor(seeds), "prompt": torch.tensor(indices), **walks})
+            seeds = [derive_seed(config.seed, "collect", row) for row in rows]
+            yield [prompts[index] for index in indices], seeds, indices
             bar.update(len(rows))
-        bar.close()
-    return max(done, config.count)
 
 
 class _Teacher:

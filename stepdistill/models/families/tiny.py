@@ -114,12 +114,7 @@ def unet(channels: tuple[int, int], **changes: Any) -> UNet2DConditionModel:
         norm_num_groups=8,
         **changes,
     )
-    # an untrained network hardly heeds its prompt: louder values of the cross-attention make guidance matter
-    with torch.no_grad():
-        network.conv_out.weight.mul_(4)
-        for name, parameter in network.named_parameters():
-            if "attn2.to_v" in name:
-                parameter.mul_(8)
+    _make_heedful(network, network.conv_out.weight)
     return network
 
 
@@ -196,13 +191,17 @@ def sana_transformer(caption_channels: int, **changes: Any) -> SanaTransformer2D
         sample_size=8,
         **changes,
     )
-    # as in the UNet: untrained, it would hardly heed its prompt
-    with torch.no_grad():
-        network.proj_out.weight.mul_(4)
-        for name, parameter in network.named_parameters():
-            if "attn2.to_v" in name:
-                parameter.mul_(8)
+    _make_heedful(network, network.proj_out.weight)
     return network
+
+
+@torch.no_grad()
+def _make_heedful(network: torch.nn.Module, last: torch.Tensor) -> None:
+    """An untrained network hardly heeds its prompt: louder values of the cross-attention make guidance matter."""
+    last.mul_(4)
+    for name, parameter in network.named_parameters():
+        if "attn2.to_v" in name:
+            parameter.mul_(8)
 
 
 def scheduler(config: Config) -> PNDMScheduler | DDIMScheduler | EulerDiscreteScheduler:
