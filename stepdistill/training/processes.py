@@ -125,6 +125,11 @@ class Processes:
             stacked /= self.count
         return dict(zip(values, stacked.tolist(), strict=True))
 
+    def wait(self) -> None:
+        """Until every process is here: what one of them looks for in a shared folder, no other may be changing yet."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
     def any(self, flag: bool) -> bool:
         """True on every process if it is on one of them."""
         if self.count == 1:

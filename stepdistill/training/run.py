@@ -99,6 +99,7 @@ def train(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     processes = Processes(accelerator, config.training)
+    processes.wait()  # the folder has been looked at by all before one writes to it
     check_training_options(config, plan.roles, plan.needs, processes.device, sharded=processes.sharded)
     session = open_session(plan, processes.device, warm(plan, processes.device))
     trainer = Trainer(session, folder, processes, watcher(session, folder) if watcher is not None else None)

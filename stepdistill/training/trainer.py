@@ -122,6 +122,7 @@ class Trainer:
         from_elsewhere = (
             self._origin is not None and self._origin.resolve() != checkpoints.path_of(place, iteration).resolve()
         )
+        self.processes.wait()  # a slower one may still be reading the checkpoint that is set aside here
         if self.processes.main:
             cut_back(self.folder, iteration)
             checkpoints.set_aside(place, iteration, itself=from_elsewhere)

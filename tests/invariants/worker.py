@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +33,10 @@ WHEN = 2
 
 @contextmanager
 def fault(kind: str | None, output: Path) -> Iterator[None]:
-    """nan: a loss that is not a number; stop: a SIGTERM; record: none, but what is drawn is written to RANK.jsonl."""
+    """nan: a loss that is not a number; stop: a SIGTERM; late: it comes two seconds after the first process; record: none, but
+    what is drawn is written to RANK.jsonl."""
+    if kind == "late" and RANK == 1:
+        time.sleep(2.0)
     loss, rollout, iteration = DMD2.loss, DMD2.rollout, Trainer.iteration
 
     def poisoned(self: DMD2, role: str, rolled: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:

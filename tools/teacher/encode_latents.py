@@ -1,24 +1,39 @@
 """Encodes several renderings of each training photograph: latents.safetensors and latents.json in the runs folder.
 
 PYTHONPATH=. python tools/teacher/encode_latents.py --data fashion-mnist.npz --runs runs
+
+The autoencoder is that of the runs folder, or the embedded teacher's where there is none.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import common
 import networks
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 
+def load_autoencoder(runs: Path) -> AutoencoderKL:
+    """The one trained in `runs`, or the embedded teacher's."""
+    checkpoint = runs / "autoencoder_both_ema.safetensors"
+    if not checkpoint.exists():
+        return AutoencoderKL.from_pretrained(common.ASSETS / "teacher", subfolder="vae", torch_dtype=torch.float32)
+    autoencoder = networks.build_autoencoder()
+    common.load_checkpoint(checkpoint, {"autoencoder": autoencoder}, {})
+    return autoencoder
+
+
+@torch.no_grad()
 def main() -> None:
     parser = common.arguments(__doc__, seed=404)
     parser.add_argument("--renderings", type=int, default=2)
     options = parser.parse_args()
     common.begin(options)
     photographs = common.load_photographs(options.data, common.TRAINING)
-    autoencoder = networks.build_autoencoder().eval().requires_grad_(False)
-    common.load_checkpoint(options.runs / "autoencoder_both_ema.safetensors", {"autoencoder": autoencoder}, {})
+    autoencoder = load_autoencoder(options.runs).eval()
     means, stds, attributes = [], [], []
     for rendering in range(options.renderings):
         for first in range(0, len(photographs), 500):
