@@ -601,6 +601,17 @@ def test_recipes_of_four_steps() -> None:
         parts.few_step_recipe(setting(vp()), "x", (999, 499), Transition(TransitionKind.ANCESTRAL), 1.0)
 
 
+def test_a_walk_without_noise_from_zero_snr_is_exported_for_tcd_s_scheduler() -> None:
+    """Euler's first sigma is 4096 there: what is left of the sample in float32 would not be the one that was trained."""
+    deterministic = DMD2Config(guidance=3.0, transition="deterministic")
+    schedule = vp(Prediction.V, rescale_betas_zero_snr=True)
+    recipe = DMD2(deterministic, setting(schedule)).recipe()
+    assert (recipe.scheduler_class, recipe.scheduler_config["original_inference_steps"]) == ("TCDScheduler", 1000)
+    assert recipe.transition() == Transition(TransitionKind.TCD, 0.0)
+    assert DMD2(deterministic, setting(vp())).recipe().scheduler_class == "EulerDiscreteScheduler"
+    assert DMD2(deterministic, setting(flow(3.0))).recipe().scheduler_class == "FlowMatchEulerDiscreteScheduler"
+
+
 HOSTILE = {"use_karras_sigmas": True, "timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": False}
 HOSTILE_FLOW = {"use_dynamic_shifting": True, "shift_terminal": 0.02, "shift": 7.0, "use_karras_sigmas": True}
 

@@ -298,10 +298,15 @@ def few_step_recipe(
 ) -> Recipe:
     """The stock scheduler that walks this ladder with this transition.
 
+    A deterministic walk from zero SNR is TCD's without noise, which differs by its end alone: timestep 0, not the clean image.
+
     Raises:
         Refusal: no stock scheduler does.
     """
     schedule = setting.schedule
+    if transition.kind is TransitionKind.DETERMINISTIC and schedule.zero_terminal_snr and not schedule.is_flow:
+        # stock Euler starts a zero-SNR ladder at sigma 4096 and takes the noise off again, in float32; TCD's at eta 0 is DDIM
+        transition = Transition(TransitionKind.TCD, 0.0)
     name = SCHEDULERS.get((transition.kind, schedule.is_flow))
     if name is None:
         raise Refusal(
@@ -315,6 +320,8 @@ def few_step_recipe(
     elif transition.kind is TransitionKind.DETERMINISTIC:
         # with "leading" the first call sees noise of std 1, as in training; with "trailing" of std sigma (0.9977 for SD)
         config |= {"timestep_spacing": "leading", "final_sigmas_type": "zero", **as_given}
+    elif transition.kind is TransitionKind.TCD:
+        config["original_inference_steps"] = schedule.train_steps  # any whole timestep may stand in a ladder
     return Recipe(
         scheduler_class=name,
         scheduler_config=config,

@@ -28,7 +28,10 @@ def build_text_encoders(
     left = first.text_model.load_state_dict(own, strict=False)
     if left.unexpected_keys or any(f"layers.{LAST}." not in key for key in left.missing_keys):
         raise RuntimeError(f"the encoder does not fit: {left}")
-    for layer in (first.text_model.encoder.layers[LAST].self_attn.out_proj, first.text_model.encoder.layers[LAST].mlp.fc2):
+    for layer in (
+        first.text_model.encoder.layers[LAST].self_attn.out_proj,
+        first.text_model.encoder.layers[LAST].mlp.fc2,
+    ):
         layer.weight.zero_()
         layer.bias.zero_()
     first.text_projection.weight.copy_(torch.eye(networks.TEXT_WIDTH))

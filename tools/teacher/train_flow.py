@@ -59,7 +59,9 @@ class Captions:
         rows = torch.tensor([self.rows[tuple(row)] for row in ids.tolist()])
         text = self.said.text[rows]
         zero = torch.zeros(len(text), T5_TOKENS, text.shape[2])
-        return Said(self.said.unet[rows], without_repeats(torch.cat([text, zero], dim=1), T5_TOKENS), self.said.pooled[rows])
+        return Said(
+            self.said.unet[rows], without_repeats(torch.cat([text, zero], dim=1), T5_TOKENS), self.said.pooled[rows]
+        )
 
 
 class Target:
