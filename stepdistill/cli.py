@@ -118,9 +118,12 @@ def plan(
 ) -> None:
     """Say what a run will take in memory, work and time; downloads nothing and loads no weight."""
     from stepdistill.config import load_config
+    from stepdistill.data.tensors import check_file
     from stepdistill.planning import lines
     from stepdistill.planning import plan as run
 
+    if json is not None:
+        check_file(json)
     forecast = run(load_config(config, overrides), gpu, processes, memory)
     if json is not None:
         forecast.save(json)

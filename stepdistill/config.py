@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from stepdistill.errors import Refusal
 from stepdistill.presets import with_preset
 
 S = TypeVar("S", bound="Settings")
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"it is not a regular expression ({error})") from None
+    return pattern
+
+
+RegularExpression = Annotated[str, AfterValidator(_compiles)]
 
 
 class Settings(BaseModel):
@@ -58,8 +70,12 @@ class RoleConfig(Settings):
     rank: int = Field(64, gt=0, description="LoRA rank")
     alpha: float = Field(64.0, gt=0, description="LoRA alpha; the delta is scaled by alpha / rank")
     targets: str | list[str] = Field("all", description="preset 'all' or 'attention', or module-name suffixes")
-    rank_pattern: dict[str, int] = Field(default_factory=dict, description="regular expression -> rank, as in peft")
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="regular expression -> alpha, as in peft")
+    rank_pattern: dict[RegularExpression, PositiveInt] = Field(
+        default_factory=dict, description="regular expression -> rank, as in peft"
+    )
+    alpha_pattern: dict[RegularExpression, PositiveFloat] = Field(
+        default_factory=dict, description="regular expression -> alpha, as in peft"
+    )
     kind: Literal["cross", "offset"] = Field(
         "cross",
         description="of guidance adapters: attention over tokens of w, t and prompt, or a shift that they decide",
@@ -299,7 +315,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise Refusal(f"the override {override!r} goes through {parent!r}, which is not a section: check the key")
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise Refusal(
+            f"the value in the override {override!r} is not valid YAML: close its brackets and quotes, as in "
+            "'method.exit_odds=[4, 3, 2, 1]'"
+        ) from None
 
 
 def _sentence(section: type[Settings], error: ValidationError, where: str) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from stepdistill.api import dtype_of, export
 from stepdistill.assets import resolve
 from stepdistill.config import load_config
+from stepdistill.data.tensors import check_file, check_place
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.drawing import Sampler, describe
 from stepdistill.evaluation.features import load_extractor, weights_hash
@@ -84,6 +85,9 @@ def evaluate(
     Raises:
         Refusal: missing prompts, reference or weights, or an output folder that holds something else.
     """
+    check_place(Path(output))
+    if teacher_guidance is not None and teacher_steps is None:
+        raise Refusal("--teacher-guidance is the scale of a teacher that is not drawn: give --teacher-steps too")
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise Refusal(f"the scheduler {scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
     plan = _changed(load_protocol(protocol), features, resize, metrics)
@@ -193,8 +197,8 @@ def evaluate_images(
         Refusal: no images, wrong weights, an output folder that holds something.
     """
     check_output(Path(output))
-    if save_statistics is not None and not Path(save_statistics).absolute().parent.is_dir():
-        raise Refusal(f"there is no folder for {str(save_statistics)!r}: make it first")
+    if save_statistics is not None:
+        check_file(Path(save_statistics))
     plan = Protocol(
         description="two sets of images",
         prompts=PromptConfig(),

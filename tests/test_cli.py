@@ -26,6 +26,7 @@ def config(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
             "method": {"name": "dmd2", "guidance": 2.0},
             "data": {"prompts": "builtin:general"},
             "training": {"max_steps": 1, "device": "cpu"},
+            "roles": {},
         }
         for key, value in changes.items():
             section, _, name = key.partition("__")
@@ -81,6 +82,9 @@ def test_help_is_fast() -> None:
         ({"method__timesteps": [100, 200]}, "falls strictly"),
         ({"model__size": [33, 32]}, "multiples"),
         ({"method__name": "dmd"}, "collect pairs"),
+        ({"method__guidance": 0.0}, "greater than or equal to 1"),
+        ({"roles__generator": {"rank_pattern": {"to_q": 0}}}, "greater than 0"),
+        ({"roles__generator": {"alpha_pattern": {"*.to_q": 4}}}, "not a regular expression"),
     ],
 )
 def test_bad_configs(
@@ -116,7 +120,33 @@ def test_bad_files(
     assert "section.key=value" in refused(
         monkeypatch, capsys, "train", config(), "--set", "training.max_steps", "--output", output
     )
+    assert "not valid YAML" in refused(
+        monkeypatch, capsys, "train", config(), "--set", "method.exit_odds=[4, 3", "--output", output
+    )
     assert not output.exists()
+
+
+def test_outputs_that_cannot_be_made(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file where a folder should be, and a folder where a file should be: said first, and both left as they were."""
+    file = tmp_path / "thesis.txt"
+    file.write_text("mine")
+    pairs = tmp_path / "pairs.yaml"
+    pairs.write_text("model: {path: builtin:teacher}\nprompts: builtin:fashion_train\ncount: 4\n")
+    for output in (file, file / "deeper" / "run"):
+        for command in (
+            ["train", config()],
+            ["export", tmp_path],
+            ["sample", "builtin:teacher", "--prompt", "a bag"],
+            ["evaluate", "builtin:teacher", "--prompts", "builtin:fashion", "--reference", tmp_path],
+            ["collect", "pairs", pairs],
+            ["quickstart"],
+        ):
+            assert f"{str(file)!r} is a file" in refused(monkeypatch, capsys, *command, "--output", output)
+    assert "is a folder" in refused(monkeypatch, capsys, "plan", config(), "--json", tmp_path)
+    assert "does not exist" in refused(monkeypatch, capsys, "plan", config(), "--json", tmp_path / "no" / "plan.json")
+    assert file.read_text() == "mine"
 
 
 def test_a_folder_with_another_run_is_left_alone(

@@ -19,7 +19,8 @@ import stepdistill
 from stepdistill.config import RunConfig, parse
 from stepdistill.errors import Refusal
 from stepdistill.exporting import export_student
-from stepdistill.exporting.artefact import SCHEDULERS, draw, load_artefact, seeded_steps
+from stepdistill.exporting.artefact import SCHEDULERS, draw, load_artefact
+from stepdistill.exporting.calls import seeded_steps
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.schedulers import scheduler_class
 from stepdistill.training.run import open_run, train
@@ -193,6 +194,20 @@ def test_one_scheduler_leaves_no_trace_in_the_next(tiny: Callable[..., Path]) ->
     for name in ("euler", "lcm", "dpm++2m"):
         other = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu").pipeline
         assert (drawn(other, name) == fresh[name]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_what_full_precision_draws(tiny: Callable[..., Path], dtype: torch.dtype) -> None:
+    """The autoencoder stays in float32, where stock pipelines would hand it half-precision latents."""
+    half, whole = (
+        np.concatenate(
+            list(
+                draw(load_artefact(str(tiny("sd")), None, kind, "cpu").pipeline, ["a cat"], [3], steps=2, guidance=1.0)
+            )
+        ).astype(float)
+        for kind in (dtype, torch.float32)
+    )
+    assert float(np.abs(half - whole).mean()) < 4 < float(whole.std())
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

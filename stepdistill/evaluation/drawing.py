@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from stepdistill.data.tensors import write_atomically
+from stepdistill.data.tensors import check_place, write_atomically
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.images import Picture, read_all, shard
 from stepdistill.evaluation.protocols import PromptSet
@@ -111,6 +111,7 @@ def claim(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str,
 
     What earlier calls drew stays on record: a name may never come to mean another model.
     """
+    check_place(output)
     state = PartialState()
     file = output / "evaluation.json"
     known = dict(samplers)
@@ -126,7 +127,7 @@ def claim(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str,
                 f"the output folder {str(output)!r} holds an evaluation with different {changed or 'models'}: choose another --output"
             )
         known = drawn | known
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and any(output.iterdir()):
         raise Refusal(f"the output {str(output)!r} holds something else: choose another --output")
     state.wait_for_everyone()
     if state.is_main_process:

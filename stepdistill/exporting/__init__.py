@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from stepdistill.assets import resolve
+from stepdistill.data.tensors import check_place
 from stepdistill.errors import Refusal
 from stepdistill.exporting import experts as loader
 from stepdistill.exporting.adapter import adapter_of, write_guidance_adapter
@@ -47,8 +48,9 @@ FILES: dict[ExportFormat, str] = {
 
 
 def check_output(folder: Path) -> None:
-    """Refuse a folder that holds anything."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Refuse a folder that holds anything, or cannot be made."""
+    check_place(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise Refusal(f"the output folder {str(folder)!r} is not empty: choose another --output")
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from safetensors import safe_open
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
+from stepdistill.exporting.calls import seeded_steps, widened_decoding
 from stepdistill.exporting.experts import Experts, adapter_experts, load_experts
 from stepdistill.exporting.lora import DIFFUSERS_FILE, KOHYA_FILE, expert_files, recipe_of
 from stepdistill.models.guidance_adapter import FILE as ADAPTER_FILE
@@ -207,7 +206,7 @@ def draw(
             if experts is not None:
                 experts.start()
             try:
-                with seeded_steps(pipeline, generators):
+                with seeded_steps(pipeline, generators), widened_decoding(pipeline):
                     images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
             except ValueError as error:
                 first = " ".join(str(error).split())[:200]
@@ -220,26 +219,6 @@ def draw(
 def compares_prompts(pipeline: DiffusionPipeline) -> bool:
     """Whether its guidance is a second call of the network, with the negative prompt; else the network is told w."""
     return "negative_prompt" in signature(pipeline.__call__).parameters
-
-
-@contextmanager
-def seeded_steps(pipeline: DiffusionPipeline, generators: Sequence[torch.Generator]) -> Iterator[None]:
-    """Inside, a scheduler that draws noise draws it from these generators, one a sample.
-
-    The pipeline of SD3 does not hand on the generators that it was called with, and leaves its scheduler to the global one.
-    """
-    step = pipeline.scheduler.step
-    given = {"generator": generators} if "generator" in signature(step).parameters else {}
-
-    @wraps(step)  # pipelines look at its parameters
-    def seeded(*args: Any, **more: Any) -> Any:
-        return step(*args, **{**given, **more})
-
-    vars(pipeline.scheduler)["step"] = seeded
-    try:
-        yield
-    finally:
-        del vars(pipeline.scheduler)["step"]
 
 
 def _arguments(

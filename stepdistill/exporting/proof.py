@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.errors import Refusal
-from stepdistill.exporting.artefact import seeded_steps
+from stepdistill.exporting.calls import seeded_steps
 from stepdistill.exporting.experts import Experts
 from stepdistill.models.conditioning import ImageSize
 from stepdistill.models.families.base import Checkpoint

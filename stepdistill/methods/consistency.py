@@ -59,7 +59,7 @@ class ConsistencyConfig(Settings):
     steps: int = Field(4, ge=1, description="network calls of the student")
     timesteps: list[float] | None = Field(None, description="ladder by hand, native times; from the grid by default")
     guidance: float = Field(
-        description="teacher guidance scale w that the student absorbs; 1 is off (LCM's w is w - 1)"
+        ge=1, description="teacher guidance scale w that the student absorbs; 1 is off (LCM's w is w - 1)"
     )
     guidance_range: tuple[float, float] | None = Field(
         None,

@@ -75,7 +75,7 @@ class ContinuousConfig(Settings):
     angles: list[float] | None = Field(
         None, description="ladder by hand, angles from the noisiest down; the first is moved to the network's noisiest"
     )
-    guidance: float = Field(description="teacher guidance scale w that the student absorbs; 1 is off")
+    guidance: float = Field(ge=1, description="teacher guidance scale w that the student absorbs; 1 is off")
     sigma_data: float = Field(0.5, gt=0, description="sigma_d of TrigFlow")
     mean: float = Field(0.0, description="P_mean: angles are drawn as arctan(exp(tau) / sigma_d), tau ~ N(mean, std^2)")
     std: float = Field(1.6, gt=0, description="P_std")

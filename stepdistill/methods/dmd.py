@@ -26,7 +26,7 @@ from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
 
 class DMDConfig(Settings):
-    guidance: float = Field(description="teacher guidance scale w; the pairs must have been made with the same")
+    guidance: float = Field(ge=1, description="teacher guidance scale w; the pairs must have been made with the same")
     regression: float = Field(
         0.25, ge=0, description="weight of the regression on pairs (lambda_reg); 0 needs no pairs"
     )

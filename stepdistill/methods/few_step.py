@@ -45,7 +45,7 @@ class LadderConfig(Settings):
         None,
         description="ladder by hand, native times; [399] for one-step SDXL: the student sees pure noise and is told 399",
     )
-    guidance: float = Field(description="teacher guidance scale w that the student absorbs; 1 is off")
+    guidance: float = Field(ge=1, description="teacher guidance scale w that the student absorbs; 1 is off")
     ratio: int = Field(5, ge=1, description="fake-score updates per generator update")
     fake_blend: float = Field(
         0.0,

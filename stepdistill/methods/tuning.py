@@ -28,7 +28,7 @@ class TuningConfig(Settings):
     timesteps: list[float] | None = Field(None, description="its ladder by hand, native times, noisiest first")
     transition: Literal["renoise", "deterministic", "tcd"] = Field("renoise", description="of the student's sampler")
     gamma: float = Field(0.3, ge=0, le=1, description="of the tcd transition, TCDScheduler's eta")
-    guidance: float = Field(1.0, description="scale w that the student has absorbed, for its recipe; 1 is off")
+    guidance: float = Field(1.0, ge=1, description="scale w that the student has absorbed, for its recipe; 1 is off")
 
 
 TuningConfigT = TypeVar("TuningConfigT", bound=TuningConfig)

