@@ -1,6 +1,7 @@
-"""Writes the teacher as a Stable Diffusion folder from the runs' checkpoints (EMA weights).
+"""Writes the teacher as a Stable Diffusion folder from the runs' checkpoints (EMA weights), or its flow-matching twin.
 
-PYTHONPATH=. python tools/teacher/assemble.py --runs runs --out stepdistill/assets/teacher
+PYTHONPATH=. python tools/teacher/assemble.py --runs runs
+PYTHONPATH=. python tools/teacher/assemble.py --runs runs --flow
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import tempfile
 from pathlib import Path
 
 import common
+import flow_networks
 import networks
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 
-def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
+def export(pipeline: DiffusionPipeline, out: Path) -> None:
     """Saves ``pipeline`` beside ``out`` and swaps the folders, so that a reader never meets half a teacher."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=".teacher-"))
     pipeline.save_pretrained(temporary, safe_serialization=True)
-    add_slow_tokenizer_files(temporary / "tokenizer")
+    for tokenizer in temporary.glob("tokenizer*"):
+        add_slow_tokenizer_files(tokenizer)
     for config in temporary.rglob("*.json"):
         remove_local_path(config)
     for path in temporary.rglob("*"):
@@ -80,15 +83,41 @@ def build_pipeline(runs: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
+def build_flow_pipeline(runs: Path) -> StableDiffusion3Pipeline:
+    """SD3's pipeline of the runs' EMA transformer and the embedded teacher's autoencoder and text encoder, without T5."""
+    teacher = StableDiffusionPipeline.from_pretrained(common.ASSETS / "teacher", safety_checker=None)
+    transformer = flow_networks.build_transformer()
+    common.load_checkpoint(runs / "flow_ema.safetensors", {"transformer": transformer}, {})
+    first, second = flow_networks.build_text_encoders(teacher)
+    vae: AutoencoderKL = teacher.vae
+    vae.register_to_config(shift_factor=0.0)
+    pipeline = StableDiffusion3Pipeline(
+        vae=vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        text_encoder_3=None,
+        tokenizer=teacher.tokenizer,
+        tokenizer_2=networks.build_tokenizer(),
+        tokenizer_3=None,
+        transformer=transformer,
+        scheduler=flow_networks.build_scheduler(),
+    )
+    pipeline.transformer.half()
+    pipeline.vae.half()
+    return pipeline
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=common.ASSETS / "teacher")
+    parser.add_argument("--flow", action="store_true", help="the flow-matching twin")
+    parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
+    out = options.out or common.ASSETS / ("flow_teacher" if options.flow else "teacher")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    export(build_pipeline(options.runs), options.out)
-    size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
-    common.log.info("%s: %.1f MB", options.out, size / 1e6)
+    export(build_flow_pipeline(options.runs) if options.flow else build_pipeline(options.runs), out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    common.log.info("%s: %.1f MB", out, size / 1e6)
 
 
 if __name__ == "__main__":

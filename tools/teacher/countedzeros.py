@@ -8,6 +8,7 @@ Exact to rounding; for training and comparing on few cores. What is exported, an
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,14 @@ def without_repeats(text: Tensor, zeros: int) -> Tensor:
 
 
 def count_zeros(network: SD3Transformer2DModel, zeros: int) -> None:
-    """Make every joint attention count the last text token `zeros` times, in place."""
+    """In place: calls leave all but one of the text's last `zeros` tokens out, and every joint attention counts it for all."""
     for block in network.transformer_blocks:
         block.attn.set_processor(_Counted(zeros))
+
+    def shortened(_: object, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, given | {"encoder_hidden_states": without_repeats(given["encoder_hidden_states"], zeros)}
+
+    network.register_forward_pre_hook(shortened, with_kwargs=True)
 
 
 class _Counted:

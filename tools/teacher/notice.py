@@ -19,6 +19,8 @@ MADE_BY = {
     "prompts/fashion.txt": "measure.py",
     "prompts/fashion_train.txt": "measure.py",
     "teacher": "train_autoencoder.py, encode_latents.py, train_unet.py, assemble.py",
+    "flow_teacher_row.json": "teacher_row.py --flow",
+    "flow_teacher": "encode_latents.py, train_flow.py, assemble.py --flow",
 }
 
 HEADER = """# Notice

@@ -20,7 +20,7 @@ import common
 import flow_networks
 import numpy as np
 import torch
-from countedzeros import count_zeros, without_repeats
+from countedzeros import count_zeros
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from train_unet import Latents, build_caption_table, learning_rate, load_latents
@@ -30,7 +30,7 @@ from stepdistill.models.families.sd3 import T5_TOKENS
 
 @dataclass(frozen=True)
 class Said:
-    """What the two networks hear of a caption: (B, 16, 128) for the UNet, (B, 17, 160) and (B, 160) for the transformer."""
+    """What the two networks hear of a caption: (B, 16, 128) for the UNet, (B, 272, 160) and (B, 160) for the transformer."""
 
     unet: Tensor
     text: Tensor
@@ -58,10 +58,8 @@ class Captions:
         ids = self.table.batch(attributes, rng, dropout=0.1)
         rows = torch.tensor([self.rows[tuple(row)] for row in ids.tolist()])
         text = self.said.text[rows]
-        zero = torch.zeros(len(text), T5_TOKENS, text.shape[2])
-        return Said(
-            self.said.unet[rows], without_repeats(torch.cat([text, zero], dim=1), T5_TOKENS), self.said.pooled[rows]
-        )
+        zeros = text.new_zeros(len(text), T5_TOKENS, text.shape[2])
+        return Said(self.said.unet[rows], torch.cat([text, zeros], dim=1), self.said.pooled[rows])
 
 
 class Target:
@@ -128,7 +126,13 @@ def main() -> None:
         x0, eps, t = draw(latents, rows, noise)
         wanted = target.velocity(x0, eps, t, said.unet)
         wide = t.view(-1, 1, 1, 1)
-        found = network((1.0 - wide) * x0 + wide * eps, said.text, said.pooled, 1000.0 * t, return_dict=False)[0]
+        found = network(
+            (1.0 - wide) * x0 + wide * eps,
+            encoder_hidden_states=said.text,
+            pooled_projections=said.pooled,
+            timestep=1000.0 * t,
+            return_dict=False,
+        )[0]
         loss = (found - wanted).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
