@@ -26,13 +26,14 @@ from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.rewards import load_reward
 from stepdistill.training.caching import Filled, fill
 from stepdistill.training.collect import CollectConfig, collect
+from stepdistill.training.description import describe
 from stepdistill.training.grids import as_floats, save_images, tile
 from stepdistill.training.initial import initial_checkpoint
 from stepdistill.training.options import check_training_options
 from stepdistill.training.processes import check_launcher, sharding_asked
-from stepdistill.training.run import Outcome, describe, open_run, run_config, train
+from stepdistill.training.run import Outcome, find_start, open_run, run_config, train
 from stepdistill.training.session import DTYPES, Session, device_of, prepare
-from stepdistill.watching import StudentWatch
+from stepdistill.watching import Goal, StudentWatch
 
 __all__ = [
     "CollectConfig", "cache", "collect", "distill", "dry_run", "export", "leave_processes", "load_teacher", "sample",
@@ -62,9 +63,14 @@ def leave_processes() -> None:
     PartialState().destroy_process_group()
 
 
-def dry_run(config: RunConfig) -> list[str]:
-    """Check a config as training would, without loading a weight; lines that describe the run. Raises Refusal."""
+def dry_run(config: RunConfig, output: str | Path | None = None, resume: str | None = None) -> list[str]:
+    """Check a config as training with the same arguments would, without loading a weight; lines that describe the run.
+
+    Raises:
+        Refusal: whatever training would refuse before it loads a weight.
+    """
     check_launcher(config.training)
+    find_start(config, Path(output or config.output), resume)
     plan = prepare(config)
     if config.init is not None:
         initial_checkpoint(Path(config.init))
@@ -72,6 +78,8 @@ def dry_run(config: RunConfig) -> list[str]:
         for reward in (plan.needs.reward, plan.needs.held_out):
             if reward is not None:
                 load_reward(reward)
+    if config.evaluation is not None:
+        Goal.of(config.evaluation)
     adapter = config.model.guidance_adapter
     if adapter is not None and not Path(adapter).exists():
         raise Refusal(

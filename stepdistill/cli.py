@@ -75,7 +75,7 @@ def train(
 
     run_config = load_config(config, overrides)
     if dry_run:
-        typer.echo("\n".join(api.dry_run(run_config)))
+        typer.echo("\n".join(api.dry_run(run_config, output, resume)))
         return
     outcome = api.distill(run_config, output, resume)
     api.leave_processes()

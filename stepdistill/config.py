@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from stepdistill.errors import Refusal
 from stepdistill.presets import with_preset
@@ -35,6 +44,20 @@ class Settings(BaseModel):
     """Base of every configuration section: frozen, and no key that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Switch(Settings):
+    """Base of a term that a weight turns on: options without one are of a term that stays off, and nobody means that."""
+
+    weight: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _is_weighed(self) -> Switch:
+        if self.model_fields_set and "weight" not in self.model_fields_set:
+            raise ValueError(
+                "it has no weight, which leaves it off whatever else it says; give it a weight, or 0 on purpose"
+            )
+        return self
 
 
 class ModelConfig(Settings):
@@ -96,6 +119,15 @@ class OptimizerConfig(Settings):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     decay_updates: int = Field(0, ge=0, description="updates over which linear or cosine falls to 0")
     clip: float = Field(10.0, ge=0, description="gradient norm; 0 is off")
+
+    @model_validator(mode="after")
+    def _falls_over_updates(self) -> OptimizerConfig:
+        if self.schedule != "constant" and self.decay_updates == 0:
+            raise ValueError(
+                f"the schedule is {self.schedule} and decay_updates is 0, so the rate would never fall; give the updates that its "
+                "fall takes"
+            )
+        return self
 
 
 class RoleConfigs(Settings):
@@ -337,7 +369,10 @@ def _sentence(section: type[Settings], error: ValidationError, where: str) -> st
         return f"{where} lacks the key {path!r}: add it"
     if not path:  # a check of several keys together
         return f"{where} contradicts itself: {first['msg'].removeprefix('Value error, ')}, so change one of the two"
-    return f"{where} has {path!r} = {json.dumps(first['input'], default=str)}, but {first['msg'][0].lower()}{first['msg'][1:]}: change it"
+    said = first["msg"].removeprefix("Value error, ")
+    return (
+        f"{where} has {path!r} = {json.dumps(first['input'], default=str)}, but {said[0].lower()}{said[1:]}: change it"
+    )
 
 
 def _keys_at(section: type[Settings], loc: tuple[int | str, ...]) -> list[str]:

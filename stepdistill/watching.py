@@ -7,6 +7,7 @@ RUN/evaluation.jsonl     one line per evaluation
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from stepdistill.evaluation.measure import (
     merge,
     read_reference,
 )
-from stepdistill.evaluation.protocols import expand, load_protocol, prompt_set, qualified
+from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, expand, load_protocol, prompt_set, qualified
 from stepdistill.evaluation.report import LOWER_IS_BETTER
 from stepdistill.models.conditioning import ImageSize
 from stepdistill.models.triple import GENERATOR
@@ -42,6 +43,40 @@ from stepdistill.training.watch import Seen
 BATCH = 16
 DECISIVE = ("fid", "fd_infinity", "kid", "cmmd", "precision", "recall", "density", "coverage", "diversity")
 """Metrics with a better side."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an `evaluation` section asks for, before anything is loaded.
+
+    Attributes:
+        place: of the reference: a folder of images, or statistics.
+    """
+
+    protocol: Protocol
+    metrics: tuple[Metric, ...]
+    prompts: PromptSet
+    place: Path
+
+    @classmethod
+    def of(cls, config: EvaluationConfig) -> Goal:
+        """Raises Refusal: unknown protocol or metric, no prompts or no reference."""
+        protocol = load_protocol(config.protocol)
+        metrics = tuple(m for m in expand(config.metrics) if m != "prompt_accuracy")
+        if config.best not in metrics or config.best not in DECISIVE:
+            raise Refusal(
+                f"evaluation.best is {config.best!r}, and one of evaluation.metrics with a better side is wanted: use one of "
+                f"{', '.join(m for m in metrics if m in DECISIVE) or 'fid'}"
+            )
+        prompts = prompt_set(protocol, config.prompts, config.images)
+        place = config.reference or (FOLDER / protocol.reference.builtin if protocol.reference.builtin else None)
+        if place is None:
+            raise Refusal("evaluation.reference is not set: give a folder of images, or statistics")
+        if not Path(place).exists():
+            raise Refusal(
+                f"evaluation.reference is {str(place)!r}, and nothing is there: give a folder of images, or statistics"
+            )
+        return cls(protocol, metrics, prompts, Path(place))
 
 
 class StudentWatch:
@@ -59,24 +94,15 @@ class StudentWatch:
     def __init__(self, session: Session, folder: Path, config: EvaluationConfig) -> None:
         self.session, self.folder, self.every, self.decides = session, folder, config.every, config.best
         self.log = LineFile(folder / EVALUATION)
-        protocol = load_protocol(config.protocol)
-        self.metrics = [m for m in expand(config.metrics) if m != "prompt_accuracy"]
-        if config.best not in self.metrics or config.best not in DECISIVE:
-            raise Refusal(
-                f"evaluation.best is {config.best!r}, and one of evaluation.metrics with a better side is wanted: use one of "
-                f"{', '.join(m for m in self.metrics if m in DECISIVE) or 'fid'}"
-            )
-        self.prompts = prompt_set(protocol, config.prompts, config.images)
+        goal = Goal.of(config)
+        protocol, self.metrics, self.prompts = goal.protocol, goal.metrics, goal.prompts
         self.extractor = load_extractor(
             config.features or protocol.features, resize=protocol.resize, device=session.device
         )
         self.protocol, self.chain = protocol, protocol.chain.chain()
-        place = config.reference or (FOLDER / protocol.reference.builtin if protocol.reference.builtin else None)
-        if place is None:
-            raise Refusal("evaluation.reference is not set: give a folder of images, or statistics")
         self.keep = bool(KEEP_FEATURES & set(self.metrics))
         self.reference = read_reference(
-            place, self.extractor, keep=self.keep, chain=self.chain, lossy=protocol.reference.lossy
+            goal.place, self.extractor, keep=self.keep, chain=self.chain, lossy=protocol.reference.lossy
         )
         check_metrics(self.metrics, self.reference, len(self.prompts))
 

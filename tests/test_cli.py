@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
+import stepdistill
 from stepdistill import cli
 from stepdistill.registry import METHODS
 
@@ -21,7 +23,7 @@ def config(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """Writes a YAML config on tiny SD; `changes` are section.key=value pairs, None removes a key."""
 
     def write(**changes: object) -> Path:
-        data: dict[str, dict[str, object]] = {
+        data: dict[str, Any] = {
             "model": {"path": str(tiny("sd", "default"))},
             "method": {"name": "dmd2", "guidance": 2.0},
             "data": {"prompts": "builtin:general"},
@@ -30,7 +32,7 @@ def config(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
         }
         for key, value in changes.items():
             section, _, name = key.partition("__")
-            data[section][name] = value
+            data[section] = {**data[section], name: value} if name else value
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(data))
         return path
@@ -83,6 +85,11 @@ def test_help_is_fast() -> None:
         ({"model__size": [33, 32]}, "multiples"),
         ({"method__name": "dmd"}, "collect pairs"),
         ({"method__guidance": 0.0}, "greater than or equal to 1"),
+        ({"method__gan": {"features": "real_score"}}, "it has no weight, which leaves it off"),
+        ({"method__moments": {"std": 0.9}}, "it has no weight, which leaves it off"),
+        ({"method__reward": {"name": "critic:colour"}}, "it has no weight, which leaves it off"),
+        ({"method__reward": {"weight": 0.1}}, "a weight and no name"),
+        ({"optimizers": {"generator": {"lr": 1e-4, "schedule": "cosine"}}}, "the updates that its fall takes"),
         ({"roles__generator": {"rank_pattern": {"to_q": 0}}}, "greater than 0"),
         ({"roles__generator": {"alpha_pattern": {"*.to_q": 4}}}, "not a regular expression"),
     ],
@@ -147,6 +154,46 @@ def test_outputs_that_cannot_be_made(
     assert "is a folder" in refused(monkeypatch, capsys, "plan", config(), "--json", tmp_path)
     assert "does not exist" in refused(monkeypatch, capsys, "plan", config(), "--json", tmp_path / "no" / "plan.json")
     assert file.read_text() == "mine"
+
+
+def test_a_dry_run_refuses_what_the_run_would(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder, the checkpoint to go on from, and the measuring section too."""
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("mine")
+    dry = ["train", config(), "--dry-run", "--output"]
+    assert "not empty" in refused(monkeypatch, capsys, *dry, taken)
+    assert "holds no run" in refused(monkeypatch, capsys, *dry, taken, "--resume", "latest")
+    assert "no checkpoint at" in refused(monkeypatch, capsys, *dry, tmp_path / "new", "--resume", "step-5")
+    for section, said in (
+        ({"every": 5}, "prompts"),
+        ({"every": 5, "prompts": "builtin:fashion"}, "evaluation.reference is not set"),
+        ({"every": 5, "prompts": "builtin:fashion", "reference": "/no/images"}, "nothing is there"),
+        ({"every": 5, "protocol": "coco"}, "coco"),
+        ({"every": 5, "protocol": "fashion", "best": "speed"}, "evaluation.best"),
+    ):
+        assert said in refused(
+            monkeypatch, capsys, "train", config(evaluation=section), "--dry-run", "--output", tmp_path / "new"
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_says_which_stages_are_never_reached(config: Callable[..., Path]) -> None:
+    method = {"name": "phased", "guidance": 2.0, "steps": 2, "phases": 2, "phase_iterations": 10}
+    found = {
+        steps: next(
+            line
+            for line in stepdistill.dry_run(
+                stepdistill.load_config(config(method=method), [f"training.max_steps={steps}"])
+            )
+            if line.startswith("stages")
+        )
+        for steps in (10, 20)
+    }
+    assert found[10].endswith("phase_1 from 0, phase_2 from 10 (never: training.max_steps ends before)")
+    assert found[20].endswith("phase_1 from 0, phase_2 from 10")
 
 
 def test_a_folder_with_another_run_is_left_alone(

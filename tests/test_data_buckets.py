@@ -24,7 +24,8 @@ from stepdistill.data.sources import open_images
 from stepdistill.methods.base import Batch
 from stepdistill.models.heads import FeatureHead
 from stepdistill.training.batches import BatchSource, sample_numbers
-from stepdistill.training.run import describe, train
+from stepdistill.training.description import describe
+from stepdistill.training.run import train
 from stepdistill.training.session import open_session, prepare
 
 SIZES = [(16, 16), (16, 24), (32, 16)]

@@ -22,7 +22,8 @@ from stepdistill.data.prompts import read_prompts
 from stepdistill.data.sources import open_images
 from stepdistill.data.stream import BLOCK, ImageStream, Lane
 from stepdistill.diffusion.draws import generator
-from stepdistill.training.run import describe, open_run, train
+from stepdistill.training.description import describe
+from stepdistill.training.run import open_run, train
 from stepdistill.training.session import prepare
 
 WHOLE = Framing((20, 30))

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings
+from stepdistill.config import Settings, Switch
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast
 from stepdistill.diffusion.timesteps import spread, uniform_grid
@@ -39,7 +39,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 """(x_t, t) -> x0."""
 
 
-class AdversaryConfig(Settings):
+class AdversaryConfig(Switch):
     """A discriminator between f and its target, both noised to one level (PCM, section 3.3).
 
     It is updated in every iteration, after the generator, with the rates of optimizers.fake_score.

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings
+from stepdistill.config import Settings, Switch
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
@@ -31,7 +31,7 @@ from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
 
-class MomentConfig(Settings):
+class MomentConfig(Switch):
     """Shield by moments (Decoupled DMD's mean-variance KL): each sample's own mean and variance against real latents'."""
 
     weight: float = Field(0.0, ge=0, description="0 is off; 0.1 beside matching is a safety net")

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings
+from stepdistill.config import Switch
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Decode, Needs, Setting
@@ -20,7 +20,7 @@ from stepdistill.models.vision import CRITIC, VISION, VisionEncoder
 HEAD = "discriminator"
 
 
-class GanConfig(Settings):
+class GanConfig(Switch):
     """Adversarial term on features of noised samples (DMD2, section 4.3), or of decoded images (SenseFlow, Flash-DMD)."""
 
     weight: float = Field(0.0, ge=0, description="in the generator's loss; 0 turns the GAN off")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepdistill.config import Settings
+from stepdistill.config import Switch
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Decode
 from stepdistill.models.triple import Triple
@@ -19,13 +19,19 @@ REFERENCE = "reference"
 """The generator as it was before preferences, frozen."""
 
 
-class RewardTermConfig(Settings):
+class RewardTermConfig(Switch):
     """A reward that is climbed beside another loss."""
 
     name: str | None = Field(None, description="'imagereward:FOLDER', 'critic:colour', or any MODULE:FUNCTION")
     weight: float = Field(0.0, ge=0, description="0 is off")
     margin: float | None = Field(None, description="max(0, margin - r) in place of -r")
     held_out: str | None = Field(None, description="a further reward, logged and never optimised")
+
+    @model_validator(mode="after")
+    def _is_named(self) -> RewardTermConfig:
+        if self.weight > 0 and self.name is None:
+            raise ValueError("it has a weight and no name; say which reward is climbed")
+        return self
 
     @property
     def on(self) -> bool:

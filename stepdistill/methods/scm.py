@@ -26,7 +26,7 @@ from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
 class SCMConfig(ContinuousConfig):
     steps: int = Field(2, ge=1, description="network calls of the student")
-    gan: GanConfig = GanConfig(loss="hinge")
+    gan: GanConfig = GanConfig(weight=0.0, loss="hinge")
     pure_noise: float = Field(0.5, ge=0, le=1, description="share of the GAN's samples that start from pure noise")
 
 

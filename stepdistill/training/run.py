@@ -15,15 +15,14 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from stepdistill.config import ModelConfig, RunConfig, load_config
 from stepdistill.data.tensors import check_place
 from stepdistill.errors import Refusal
-from stepdistill.models.guidance_adapter import AdapterSettings
-from stepdistill.models.triple import RoleLayout
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.caching import warm
+from stepdistill.training.description import describe
 from stepdistill.training.environment import RECORDED
 from stepdistill.training.folder import CONFIG, write_config
-from stepdistill.training.options import check_training_options, describe_options, products
+from stepdistill.training.options import check_training_options, products
 from stepdistill.training.processes import Processes, check_launcher
-from stepdistill.training.session import Plan, Session, device_of, open_session, prepare
+from stepdistill.training.session import Session, device_of, open_session, prepare
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.watch import Watch
 
@@ -88,8 +87,7 @@ def train(
     config = config.model_copy(update={"output": str(folder)})  # what is written there must say where it belongs
     check_launcher(config.training)
     device_of(config.training.device)
-    _check_folder(folder, config, resume)
-    checkpoint = _checkpoint(folder, resume)
+    checkpoint = find_start(config, folder, resume)
     plan = prepare(config)
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
@@ -172,60 +170,21 @@ def run_config(folder: str | Path) -> RunConfig:
     return load_config(file)
 
 
-def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> list[str]:
-    """What a run is, line by line: the dry run prints it, training logs it."""
-    config, setting = plan.config, plan.setting
-    training = config.training
-    recipe = plan.family.stock_recipe(plan.info, plan.method_class(plan.method_config, setting).recipe())
-    options = ", ".join(f"{key}={value}" for key, value in plan.method_config.model_dump(exclude_unset=True).items())
-    ladder = ", ".join(f"{time:g}" for time in recipe.timesteps or recipe.sigmas or recipe.angles)
-    shares = f", by {len(recipe.experts)} experts ({' + '.join(map(str, recipe.experts))})" if recipe.experts else ""
-    extra = []
-    if plan.images is not None:
-        extra.append("a stream of images" if plan.images.count is None else f"{plan.images.count:,} images")
-    if plan.pairs is not None:
-        extra.append(f"{len(plan.pairs):,} pairs")
-    if plan.trajectories is not None:
-        extra.append(f"{len(plan.trajectories):,} states of guided trajectories")
-    if plan.buckets is not None:
-        counts = zip(plan.buckets.sizes, plan.buckets.weights, strict=True)
-        extra.append("buckets " + ", ".join(f"{size[0]}x{size[1]} (weight {weight:,})" for size, weight in counts))
-    lines = [
-        f"teacher     {config.model.path}: family {plan.info.family}, {setting.schedule.prediction.value} prediction, "
-        f"latents {'x'.join(map(str, setting.latent_shape))}, base in {config.model.dtype}",
-        f"method      {config.method_name}: {options}",
-        f"student     {recipe.num_inference_steps} network calls with {recipe.scheduler_class} at {ladder}, "
-        + ("guidance off" if recipe.w == 1 else f"told a guidance scale of {recipe.w:g}")
-        + shares,
-        f"data        {', '.join([f'{len(plan.prompts):,} prompts from {plan.prompts.source}', *extra])}",
-        f"training    {training.max_steps:,} iterations of {training.batch_size} x {training.accumulation} samples on "
-        f"{'one process' if processes == 1 else f'each of {processes} processes'}",
-    ]
-    if chosen := describe_options(config):
-        lines.append(f"options     {', '.join(chosen)}")
-    for role, layout in plan.layouts.items():
-        held = _held(layout)
-        trained = ""
-        if session is not None:
-            trained = f", {sum(p.numel() for p in session.triple.parameters(role).values()):,} trained parameters"
-        lines.append(f"{role:<11} {held}{trained}")
-    return lines
-
-
-def _held(layout: RoleLayout) -> str:
-    guide = layout.guide
-    if isinstance(guide, AdapterSettings):
-        return f"guidance adapters ({guide.kind}, width {guide.width}, w in [{guide.w_low:g}, {guide.w_high:g}])"
-    lora = layout.lora
-    held = "full network" if lora is None else f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"
-    return held if guide is None else f"{held}, with an embedding of w"
-
-
 def _in_full_precision(model: ModelConfig) -> ModelConfig:
     exact: dict[str, object] = {"quantization": "none", "compile": False}
     if model.dtype in ("bfloat16", "float16"):
         exact["dtype"] = "float32"
     return model.model_copy(update=exact)
+
+
+def find_start(config: RunConfig, folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint that a run in this folder goes on from; None where it starts afresh.
+
+    Raises:
+        Refusal: a folder that holds something else, or that cannot be made; a checkpoint that is not there or not of this run.
+    """
+    _check_folder(folder, config, resume)
+    return _checkpoint(folder, resume)
 
 
 def _checkpoint(folder: Path, resume: str | None) -> Path | None:
