@@ -145,6 +145,11 @@ def test_an_adapted_teacher_is_guided_in_one_call(tmp_path: Path) -> None:
         own = triple.generator.x0(noise(2, 4, 8, 8), T, text().told(5.0))
     assert calls == [2]
     assert torch.allclose(guided, own, atol=1e-12)
+    with torch.no_grad():
+        plain, gain = adapted.real_score.gain(noise(2, 4, 8, 8), T, text(), text(seed=6), 5.0)
+    # what guidance adds is what the adapters say, whatever the empty prompt is
+    assert torch.allclose(plain + gain, own, atol=1e-12)
+    assert torch.equal(plain, adapted.real_score.x0(noise(2, 4, 8, 8), T, text()))
     assert torch.equal(ask(adapted, GENERATOR, None), ask(adapted, REAL_SCORE, None))
     with pytest.raises(Refusal, match=r"model\.guidance_adapter cannot be used: .*nowhere"):
         Triple(unet(), ToyUNet(), vp(), layouts("lora", "lora"), teacher_adapter=str(tmp_path / "nowhere"))  # type: ignore[arg-type]

@@ -114,6 +114,23 @@ def test_augmentation_stays_below_the_generators_level(name: str, step: int) -> 
     assert len(t.unique()) > 100
 
 
+def test_the_first_step_s_level_is_pure_noise_whatever_it_is_told() -> None:
+    """One-step SDXL is told 399: below that alone, augmentation would see nearly clean samples, where it collapses."""
+    schedule = SCHEDULES["eps"]()
+    method = decoupled(schedule, timesteps=[399.0, 199.0])
+    bound = method._ca_bound(torch.tensor([399.0, 199.0], dtype=torch.float64))
+    assert bound.tolist() == [1.0, pytest.approx(float(schedule.fraction_at(torch.tensor(199.0))))]
+    restricted = decoupled(schedule, timesteps=[399.0, 199.0], schedule="restricted")
+    t = restricted._dm_times(torch.full((4,), 399.0, dtype=torch.float64), draws())
+    assert float(t.max()) <= 980
+
+
+def test_augmentation_needs_room_below_the_last_step() -> None:
+    with pytest.raises(Refusal, match=r"lower ca_low, or take fewer steps"):
+        decoupled(SCHEDULES["eps"](), timesteps=[999.0, 10.0])
+    decoupled(SCHEDULES["eps"](), timesteps=[999.0, 10.0], schedule="independent")
+
+
 def test_levels_stay_within_the_schedule() -> None:
     schedule = SCHEDULES["eps"]()
     t = parts.times_below(schedule, torch.tensor([0.0, 1 - 1e-12], dtype=torch.float64), 0.02, torch.ones(2).double())

@@ -34,6 +34,7 @@ from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Progress, Rollout, Terms
 from stepdistill.methods.disback import TARGET, DisBack, DisBackConfig
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
+from stepdistill.methods.gan import GanConfig
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.deltas import changes, load_changes
 from stepdistill.models.families.analytic import Mixture
@@ -106,6 +107,19 @@ def apart(schedule: NoiseSchedule, target: Mixture, **options: Any) -> tuple[Tri
 
 
 # ---------------------------------------------------------------- the gradient
+
+
+def test_the_record_is_denoising_alone() -> None:
+    """With a GAN as well: its loss would move the recorded scores, and its head would learn a student at rest."""
+    schedule = SCHEDULES["eps"]()
+    triple = analytic_triple(four_modes(std=0.4), schedule, four_modes((0.4, 0.3, 0.2, 0.1), std=0.5))
+    plain = method_on(triple, 2)
+    adversarial = DisBack(
+        plain.config.model_copy(update={"gan": GanConfig(weight=0.1, critic_weight=1.0)}), plain.setting
+    )
+    terms = [method.loss(FAKE_SCORE, rolled(), triple, Progress(stage=0), draws()) for method in (plain, adversarial)]
+    assert torch.equal(terms[0].total, terms[1].total)
+    assert set(terms[1].parts) == {"denoising"}
 
 
 @pytest.mark.parametrize("name", GRIDS)

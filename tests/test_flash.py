@@ -71,6 +71,23 @@ def matched_and_last(schedule: NoiseSchedule, method: Flash) -> FlashRollout:
 # ---------------------------------------------------------------- the split
 
 
+def test_what_the_last_step_s_gan_cannot_serve_is_refused() -> None:
+    options = {"divergence": "jeffreys", "gan": {"weight": 0.1, "features": "real_score"}}
+    refusal(lambda: flash("eps", **options), "sees the last step alone", "reverse_kl")
+
+
+def test_a_reward_is_climbed_where_the_sample_is_matched() -> None:
+    """At high noise; the last step is the GAN's."""
+    (method, triple), (rewarded, other) = flash("flow"), flash("flow", reward={"name": "x:y", "weight": 0.5})
+    found = []
+    for own, its in ((method, triple), (rewarded, other)):
+        rollout = matched_and_last(own.schedule, own)
+        total = own.loss(GENERATOR, rollout, its, Progress(), draws()).total
+        found.append(torch.autograd.grad(total, [rollout.x0, rollout.last]))  # type: ignore[list-item]
+    assert float((found[0][0] - found[1][0]).abs().max()) > 1e-6
+    assert torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_matching_moves_the_first_steps_and_the_gan_the_last(name: str) -> None:
     """Each gradient is that of its loss alone: DMD2's on the one sample, the GAN's on the other."""

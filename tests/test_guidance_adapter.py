@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -185,6 +190,85 @@ def test_guiding_twice_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> 
         pipe("a cat", num_inference_steps=1, guidance_scale=7.5)
     adapter.w = None
     pipe("a cat", num_inference_steps=1, guidance_scale=7.5, output_type="latent")
+
+
+def test_another_pipeline_on_the_network_is_watched_instead(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """As of `from_pipe`: the first one's guidance scale, which may be years old, decides nothing any more."""
+    first = StableDiffusionPipeline.from_pretrained(tiny("sd"))
+    file = written(GuidanceAdapter(first.unet, AdapterSettings(width=16)), tmp_path)
+    adapter = load_guidance_adapter(first, file, w=5.0)
+    with torch.no_grad():
+        first.unet(**inputs(first), timestep=500)  # a pipeline that was never called guides nothing
+    with pytest.raises(ValueError, match="and the pipeline guides as well"):
+        first("a cat", num_inference_steps=1, guidance_scale=7.5)
+    second = StableDiffusionImg2ImgPipeline.from_pipe(first)
+    adapter.watch(second)
+    image = torch.rand(1, 3, 16, 16)
+    second("a cat", image=image, num_inference_steps=2, guidance_scale=1.0, output_type="latent")
+    with pytest.raises(ValueError, match="and the pipeline guides as well"):
+        second("a cat", image=image, num_inference_steps=2, guidance_scale=7.5)
+
+
+def test_adapters_are_never_there_twice(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """A cell of a notebook that is run again loads them in the place of the first; attaching twice is refused."""
+    pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
+    file = written(grown(GuidanceAdapter(pipe.unet, AdapterSettings(width=16))), tmp_path)
+
+    @torch.no_grad()
+    def ask() -> Tensor:
+        return pipe.unet(**inputs(pipe), timestep=500).sample  # type: ignore[no-any-return]
+
+    plain = ask()
+    adapter = load_guidance_adapter(pipe, file, w=5.0)
+    once = ask()
+    with pytest.raises(ValueError, match="would be added twice"):
+        adapter.attach(pipe.unet)
+    again = load_guidance_adapter(pipe, file, w=5.0)
+    assert torch.equal(ask(), once)
+    again.detach()
+    assert torch.equal(ask(), plain)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    load_guidance_adapter(pipe, file, w=5.0)
+    assert torch.allclose(ask(), once, atol=1e-5)
+
+
+def test_one_w_a_prompt(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Of several images a prompt each hears its prompt's; numbers that fit no way are refused."""
+    pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
+    pipe.set_progress_bar_config(disable=True)
+    adapter = load_guidance_adapter(
+        pipe, written(grown(GuidanceAdapter(pipe.unet, AdapterSettings(width=16))), tmp_path)
+    )
+
+    def draw(prompts: list[str], seeds: list[int], w: list[float], images: int) -> Tensor:
+        adapter.w = torch.tensor(w)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        call = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
+        return torch.as_tensor(pipe(prompts, generator=generators, num_images_per_prompt=images, **call).images)
+
+    rows = draw(["a cat", "a cat", "a dog", "a dog"], [0, 1, 2, 3], [2.0, 2.0, 8.0, 8.0], 1)
+    assert torch.allclose(draw(["a cat", "a dog"], [0, 1, 2, 3], [2.0, 8.0], 2), rows, atol=1e-6)
+    with pytest.raises(ValueError, match="2 values of w and the network 3 rows"):
+        draw(["a", "b", "c"], [0, 1, 2], [2.0, 8.0], 1)
+
+
+def test_what_a_mask_hides_says_nothing(tiny: Callable[..., Path]) -> None:
+    """Sana's pipeline hands over the encoder's padding with its mask; in training it is zeros."""
+    network = DiffusionPipeline.from_pretrained(tiny("sana")).transformer
+    adapter = grown(GuidanceAdapter(network, AdapterSettings(width=16))).attach(network)
+    adapter.w = 4.0
+    stream = torch.Generator().manual_seed(0)
+    text = torch.randn(2, 6, network.config.caption_channels, generator=stream)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+    given = {"hidden_states": torch.randn(2, 4, 8, 8, generator=stream), "timestep": torch.tensor([500.0, 500.0])}
+
+    @torch.no_grad()
+    def ask(states: Tensor) -> Tensor:
+        return network(**given, encoder_hidden_states=states, encoder_attention_mask=mask).sample  # type: ignore[no-any-return]
+
+    hidden = torch.where(mask[..., None] == 0, 9.0, text)
+    assert torch.allclose(ask(hidden), ask(text), atol=1e-5)
+    assert float((ask(text + 0.1) - ask(text)).abs().max()) > 1e-4
 
 
 def test_w_outside_of_the_range_warns_once(pipeline: DiffusionPipeline) -> None:

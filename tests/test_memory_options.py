@@ -228,6 +228,15 @@ def test_kernels_without_a_forward_mode(config: Callable[..., RunConfig], change
     check_training_options(run, {}, Needs(), torch.device("cpu"), sharded=False)
 
 
+def test_compiled_blocks_have_no_forward_mode_and_float16_no_small_gradients(config: Callable[..., RunConfig]) -> None:
+    compiled = config(model__compile=True)
+    with pytest.raises(Refusal, match=r"^model\.compile is set and the method takes derivatives in forward mode"):
+        check_training_options(compiled, {}, Needs(jvp=True), torch.device("cpu"), sharded=False)
+    check_training_options(compiled, {}, Needs(), torch.device("cpu"), sharded=False)
+    with pytest.raises(Refusal, match=r"^model\.dtype is 'float16', in which gradients"):
+        check_training_options(config(model__dtype="float16"), {}, Needs(), torch.device("cpu"), sharded=False)
+
+
 # ---------------------------------------------------------------- the parked role
 
 

@@ -263,6 +263,21 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
         phased(SCHEDULES["eps"](), **options)
 
 
+def test_the_latents_statistics_are_logged_in_every_phase() -> None:
+    """The alarms of contrast and brightness read them."""
+    schedule = SCHEDULES["eps"]()
+    method = phased(schedule)
+    terms = method.loss(GENERATOR, rolled(schedule, method), trained_apart(schedule), Progress(), draws())
+    assert {"latent_mean", "latent_std", "score_gap"} <= set(terms.parts)
+
+
+def test_a_time_that_is_the_phase_s_end_divides_by_nothing() -> None:
+    found = interval_targets(
+        SCHEDULES["eps"](), noise(2, 2, 1, 1), noise(2, 2, 1, 1, seed=1), 499.0, torch.tensor([499.0, 700.0])
+    )
+    assert all(bool(tensor.isfinite().all()) for tensor in found)
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_a_phase_starts_where_the_experts_before_it_end(name: str) -> None:
     """Every later expert's first input is the frozen ones' walk, at the draws of phase 1; gradients reach none of them."""

@@ -12,9 +12,10 @@ import pytest
 import torch
 from checkpoints import refusal
 from torch import Tensor
-from toys import SCHEDULES, analytic_triple, batch_of, disturb, draws, four_modes, noise, setting
+from toys import SCHEDULES, analytic_triple, batch_of, disturb, draws, four_modes, noise, setting, vp
 
 from stepdistill.config import RunConfig, parse
+from stepdistill.diffusion.prediction import Prediction
 from stepdistill.methods.base import Batch, Progress, Rollout
 from stepdistill.methods.preference import REFERENCE, log_ratio, pairwise_loss, within
 from stepdistill.methods.pso import PSO, Pairs, PSOConfig, Walks
@@ -177,7 +178,7 @@ def test_rewards_rise() -> None:
 
 
 def reference_errors(method: PSO, triple: Triple, pairs: Pairs, role: str) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of eps, or of the velocity, on winners and losers."""
+    """Mean squared errors of eps, or of what a network of velocities predicts, on winners and losers."""
     assert pairs.losers is not None
     assert pairs.loser_x_t is not None
     cond, found = pairs.batch.image_cond, []
@@ -186,10 +187,21 @@ def reference_errors(method: PSO, triple: Triple, pairs: Pairs, role: str) -> tu
         eps = draws().for_role("rollout").normal("eps", SHAPE)
         torch.testing.assert_close(x_t, method.schedule.add_noise(x0, eps, pairs.t))
         estimate = triple.denoiser(role).estimate(x_t, pairs.t, cond)
-        velocity = estimate.eps - estimate.x0
-        error = velocity - (eps - x0) if method.schedule.is_flow else estimate.eps - eps
+        alpha, sigma = method.schedule.levels(pairs.t, x0)
+        wanted = {
+            Prediction.EPSILON: eps, Prediction.V: alpha * eps - sigma * x0, Prediction.FLOW: eps - x0
+        }[method.schedule.prediction]  # fmt: skip
+        error = estimate.raw - wanted
         found.append(error.square().flatten(1).mean(1))
     return found[0], found[1]
+
+
+def test_the_noisiest_step_of_a_zero_snr_schedule_counts() -> None:
+    """eps is known exactly there, whatever the image: of eps alone its loss would be 0."""
+    schedule = vp(Prediction.V, rescale_betas_zero_snr=True)
+    method = PSO(PSOConfig.model_validate({**OFFLINE, "beta": 3.0}), setting(schedule, 2))
+    x0, t = noise(3, *SHAPE), torch.full((3,), 999.0, dtype=torch.float64)
+    assert torch.allclose(method.error(x0 + 0.5, x0, t), torch.full((3,), 0.25, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("options", [{}, {"kappa": 0.3, "anchor": 0.7}, {"loss": "hinge", "kappa": 0.3, "anchor": 0.7}])

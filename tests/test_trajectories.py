@@ -134,7 +134,7 @@ def test_pairs_are_no_trajectories_and_students_make_none(wanted: Callable[..., 
         collect("trajectories", wanted(model=None, run="runs/x"), tmp_path / "t")
 
 
-@pytest.mark.parametrize("fault", ["range", "prompts", "teacher", "kind"])
+@pytest.mark.parametrize("fault", ["range", "prompts", "teacher", "kind", "negative"])
 def test_a_run_takes_its_own_teacher_s_trajectories_alone(
     tiny: Callable[..., Path], tmp_path: Path, fault: str
 ) -> None:
@@ -147,12 +147,15 @@ def test_a_run_takes_its_own_teacher_s_trajectories_alone(
         data = data.model_copy(update={"prompts": str(tmp_path / "others.txt")})
     if fault == "teacher":
         model = model.model_copy(update={"path": str(tiny("sd", "v"))})
+    if fault == "negative":
+        model = model.model_copy(update={"negative_prompt": "blurry"})
     if fault == "kind":
         made = {"model": {"path": model.path}, "prompts": data.prompts, "count": 1, "steps": 2, "device": "cpu"}
         collect("pairs", CollectConfig.model_validate(made), tmp_path / "pairs")
         data = data.model_copy(update={"trajectories": str(tmp_path / "pairs")})
     words = {
         "range": "must agree, so change one or collect again", "prompts": "another prompt list",
+        "negative": "made with the negative prompt '' and",
         "teacher": "collect them with that teacher", "kind": "holds pairs, not trajectories",
     }[fault]  # fmt: skip
     with pytest.raises(Refusal, match=words):

@@ -41,6 +41,7 @@ class Fingerprint:
         sampler: scheduler and transition.
         precision: dtype of the network.
         command: the command that was run; for people, not compared.
+        negative_prompt: of the unconditional branch; None where it is empty.
         guidance_range, keep: of trajectories: where w is drawn from for each, and the states that are kept of it.
     """
 
@@ -53,6 +54,7 @@ class Fingerprint:
     sampler: str = ""
     precision: str = ""
     command: str = field(default="", compare=False)
+    negative_prompt: str | None = None
     guidance_range: tuple[float, float] | None = None
     keep: int | None = None
 

@@ -21,7 +21,6 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.prediction import guide
 from stepdistill.diffusion.schedule import broadcast
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
@@ -56,6 +55,13 @@ class Decoupled(FewStep[DecoupledConfig]):
                 "CFG augmentation: turn one of the three on"
             )
 
+        last = float(self.schedule.fraction_at(torch.tensor(self.ladder[-1], dtype=torch.float64)))
+        if config.schedule in ("hybrid", "restricted") and last <= config.ca_low:
+            raise Refusal(
+                f"the last step of the ladder is at {last:.3g} of the noise axis and method.ca_low is {config.ca_low:g}, so CFG "
+                "augmentation would be asked for more noise than the sample had: lower ca_low, or take fewer steps"
+            )
+
     def generator_loss(self, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         """L_G = 1/2 mean(x - sg(x + (w - 1) dCA/n_CA))^2 + 1/2 mean(x - sg(x + dDM/n_DM))^2 + shields."""
         x, w = rollout.x0, self._guidance(progress)
@@ -79,15 +85,15 @@ class Decoupled(FewStep[DecoupledConfig]):
             x_dm = self.schedule.add_noise(x, draws.normal("dm.eps", x.shape[1:]), t_dm)
             h = broadcast(self.weights(rollout, x_dm, t_dm, triple, statistics), x)
             if self.config.schedule == "coupled":
-                uncond, real = triple.real_score.both(x_dm, t_dm, cond, null)
+                real, gain = triple.real_score.gain(x_dm, t_dm, cond, null, w)
                 fake = triple.fake_score.x0(x_dm, t_dm, cond)
-                guided = guide(uncond, real, w)
-                norm = parts.normaliser(x, guided, self.config.floor)
-                return (1 - w) * (real - uncond) / norm, h * (fake - real) / norm, parts.score_gap(x, guided, fake)
+                norm = parts.normaliser(x, real + gain, self.config.floor)
+                # both terms by the divergence's weight, as DMD2 weighs their sum
+                return -h * gain / norm, h * (fake - real) / norm, parts.score_gap(x, real + gain, fake)
             t_ca = parts.times_below(self.schedule, draws.uniform("ca.t"), self.config.ca_low, self._ca_bound(t_gen))
             x_ca = self.schedule.add_noise(x, draws.normal("ca.eps", x.shape[1:]), t_ca)
-            uncond, conditional = triple.real_score.both(x_ca, t_ca, cond, null)
-            augmentation = (1 - w) * (conditional - uncond) / parts.normaliser(x, conditional, self.config.floor)
+            conditional, gain = triple.real_score.gain(x_ca, t_ca, cond, null, w)
+            augmentation = -gain / parts.normaliser(x, conditional, self.config.floor)
             if not self.config.matching:
                 return augmentation, torch.zeros_like(augmentation), x.new_zeros(())
             real, fake = triple.real_score.x0(x_dm, t_dm, cond), triple.fake_score.x0(x_dm, t_dm, cond)
@@ -96,15 +102,20 @@ class Decoupled(FewStep[DecoupledConfig]):
 
     def _dm_times(self, t_gen: Tensor, draws: Draws) -> Tensor:
         if self.config.schedule == "restricted":
-            low = self.config.dm_levels.low
-            return parts.times_below(self.schedule, draws.uniform("dm.t"), low, self.schedule.fraction_at(t_gen))
+            levels = self.config.dm_levels
+            high = self._own_level(t_gen).clamp_max(levels.high)
+            return parts.times_below(self.schedule, draws.uniform("dm.t"), levels.low, high)
         return self.config.dm_levels.levels().times(self.schedule, draws.uniform("dm.t"))
 
     def _ca_bound(self, t_gen: Tensor) -> Tensor:
         """Noisiest level of CA, before the shift: the generator's own, or that of DM where they are independent."""
         if self.config.schedule == "independent":
             return torch.full_like(t_gen, self.config.dm_levels.high)
-        return self.schedule.fraction_at(t_gen)
+        return self._own_level(t_gen)
+
+    def _own_level(self, t_gen: Tensor) -> Tensor:
+        """Fraction of the noise axis that the generator's input was at: all of it at the first step, whatever it is told there."""
+        return torch.where(t_gen == self.ladder[0], torch.ones_like(t_gen), self.schedule.fraction_at(t_gen))
 
     def _guidance(self, progress: Progress) -> float:
         return parts.ramped(self.config.guidance, progress.updates.get(GENERATOR, 0), self.config.ramp)

@@ -120,6 +120,12 @@ class DisBack(FewStep[DisBackConfig]):
             )
         self._held = index
 
+    def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
+        """The record is denoising alone: a GAN would move the fake score's features off the path, and learn a student at rest."""
+        if self._recording(progress):
+            return self.denoising_loss(rollout, triple, draws)
+        return super().loss(role, rollout, triple, progress, draws)
+
     def generator_loss(self, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         """L_DM with s'_i in the teacher's place and w = 1, then with the teacher and its w   (section 3.3)."""
         index, guidance = self.target(progress), 1.0

@@ -189,8 +189,8 @@ class FewStep(OnLadder[FewStepConfigT]):
             adversarial = gan_generator_loss(triple, gan, x, rollout.batch.cond, draws, self.decode)
             terms = terms.plus("gan", adversarial, gan.weight)
         if self.config.reward.on:
-            reward, x = self.config.reward, self.contested(rollout)
-            climbed, logged = reward_loss(x, rollout.batch.prompts, triple, self.decode, reward.margin)
+            reward = self.config.reward
+            climbed, logged = reward_loss(rollout.x0, rollout.batch.prompts, triple, self.decode, reward.margin)
             terms = replace(terms, total=terms.total + reward.weight * climbed, parts={**terms.parts, **logged})
         return terms
 
@@ -205,23 +205,23 @@ class FewStep(OnLadder[FewStepConfigT]):
         The batch's `cond` and `null` are those of the generated samples.
         """
 
-    def _critic_loss(self, rollout: Rollout, triple: Triple, draws: Draws) -> Terms:
-        """L_F = ||pred(x_t) - target||^2, plus w_cls L_D on real and generated samples."""
-        x, batch = rollout.x0, rollout.batch
+    def denoising_loss(self, rollout: Rollout, triple: Triple, draws: Draws) -> Terms:
+        """L_F = ||pred(x_t) - target||^2."""
+        x, cond = rollout.x0, rollout.batch.cond
         t = self.config.fake_levels.levels().times(self.schedule, draws.uniform("fake.t"))
         eps = draws.normal("fake.eps", x.shape[1:])
-        denoising = parts.fake_score_loss(triple.fake_score, x, t, eps, batch.cond, self.config.fake_space)
-        if self.config.gan.weight == 0:
-            return Terms(denoising, {"denoising": denoising.detach()})
+        denoising = parts.fake_score_loss(triple.fake_score, x, t, eps, cond, self.config.fake_space)
+        return Terms(denoising, {"denoising": denoising.detach()})
+
+    def _critic_loss(self, rollout: Rollout, triple: Triple, draws: Draws) -> Terms:
+        """L_F, plus w_cls L_D on real and generated samples."""
+        terms, batch, gan = self.denoising_loss(rollout, triple, draws), rollout.batch, self.config.gan
+        if gan.weight == 0:
+            return terms
         contested = self.contested(rollout)
-        critic, real, fake = gan_critic_loss(triple, self.config.gan, contested, batch, batch.cond, draws, self.decode)
-        logged = {
-            "denoising": denoising.detach(),
-            "critic": critic.detach(),
-            "d_real": real.mean(),
-            "d_fake": fake.mean(),
-        }
-        return Terms(denoising + self.config.gan.critic_weight * critic, logged)
+        critic, real, fake = gan_critic_loss(triple, gan, contested, batch, batch.cond, draws, self.decode)
+        logged = {**terms.parts, "critic": critic.detach(), "d_real": real.mean(), "d_fake": fake.mean()}
+        return Terms(terms.total + gan.critic_weight * critic, logged)
 
     def after_update(self, role: str, statistics: Mapping[str, float], triple: Triple, progress: Progress) -> None:
         super().after_update(role, statistics, triple, progress)

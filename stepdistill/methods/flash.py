@@ -87,6 +87,11 @@ class Flash(FewStep[FlashConfig]):
             )
         if not config.simulate:
             raise Refusal("method.simulate is false, and flash trains on the student's own rollouts: remove the key")
+        if self.ratios is not None:
+            raise Refusal(
+                f"method.divergence is {config.divergence!r}, which reads density ratios off the GAN, and flash's sees the last step "
+                "alone, where nothing is matched: set it to reverse_kl"
+            )
         if config.rl is not None and not 1 <= self._ranked_steps(config.rl) < len(self.ladder):
             raise Refusal(
                 f"method.rl.steps is {config.rl.steps} and the ladder has {len(self.ladder)} steps, of which the last has no "

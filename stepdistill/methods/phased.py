@@ -52,7 +52,7 @@ class PhasedConfig(LadderConfig):
     dm_levels: parts.LevelConfig = parts.LevelConfig()
     fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
     margin: float = Field(
-        0.02, ge=0, lt=1, description="least distance of t from a noisy s, on the fraction axis before the shift"
+        0.02, gt=0, lt=1, description="least distance of t from a noisy s, on the fraction axis before the shift"
     )
 
 
@@ -178,6 +178,7 @@ class Phased(OnLadder[PhasedConfig]):
             weight=self.config.dm_weight,
             anchor=(x_s, phase.s),
         )
+        logged |= parts.sample_statistics(rollout)
         if self.config.dm_weight == "code":
             return Terms(parts.surrogate(rollout.x0, direction), logged)
         alpha_s, _ = self.schedule.levels(phase.s, x_s)
@@ -236,7 +237,8 @@ def interval_targets(
     """
     alpha_s, sigma_s = schedule.levels(s, x_s)
     alpha, sigma = schedule.levels(t, x_s)
-    spread = broadcast(schedule.kernel(s, t)[1], x_s)
+    # whole timesteps may round a small margin away: what is divided by is never 0
+    spread = broadcast(schedule.kernel(s, t)[1], x_s).clamp_min(1e-8)
     eps = full(eps)
     x0 = full(x_s) / alpha_s - alpha * sigma_s.square() / (alpha_s.square() * spread) * eps
     return schedule.add_noise(x_s, eps, t, s), x0, sigma / spread * eps

@@ -66,7 +66,7 @@ class TSCDConfig(ConsistencyConfig):
     )
     distance: parts.Distance = "l2"
     target: Literal["student", "ema"] = "ema"
-    gan: AdversaryConfig = AdversaryConfig(features="fake_score")
+    gan: AdversaryConfig = AdversaryConfig(weight=0.0, features="fake_score")
     score: ScoreConfig | None = None
     eta: float | None = Field(None, ge=0, le=1, description="of the sampler; 1 by default, as for the unified LoRA")
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.config import Settings
+from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.methods import parts
@@ -68,9 +69,11 @@ class Tuning(Method[TuningConfigT]):
         return triple.denoiser(self.beside)
 
     def error(self, found: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """Each sample's mean squared error of eps, of the velocity for flow models, (B,), of estimates of x0 at times (B,)."""
+        """Each sample's mean squared error of eps, (B,), of estimates of x0 at times (B,); of the velocity for networks that
+        predict one, since eps says nothing of x0 at zero SNR."""
         alpha, sigma = self.schedule.levels(t, x0)
-        scale = 1 / sigma if self.schedule.is_flow else alpha / sigma
+        velocity = self.schedule.is_flow or self.schedule.prediction is Prediction.V
+        scale = 1 / sigma if velocity else alpha / sigma
         return (scale * (found - x0)).square().flatten(1).mean(1)
 
     def updates(self, progress: Progress) -> Sequence[str]:

@@ -118,6 +118,14 @@ class Denoiser:
             w = w.to(uncond).reshape(-1, *(1,) * (uncond.ndim - 1))
         return guide(uncond, conditional, w)
 
+    def gain(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning, w: float) -> tuple[Tensor, Tensor]:
+        """(x0, what guidance w adds to it). Of a network that is told its guidance: the difference of what it is told."""
+        if self.guide is None and cond.guidance is None:
+            uncond, conditional = self.both(x_t, t, cond, null)
+            return conditional, (w - 1) * (conditional - uncond)
+        plain = self.x0(x_t, t, replace(cond, guidance=None) if self.guide is not None else cond.told(1.0))
+        return plain, self.x0(x_t, t, cond.told(w)) - plain
+
     def both(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning) -> tuple[Tensor, Tensor]:
         """(unconditional x0, conditional x0) from one batched call of 2B rows."""
         uncond, conditional = self.branches(x_t, t, cond, null)

@@ -8,6 +8,7 @@ an export ships it as it is:
     adapter = load_guidance_adapter(pipe, "guidance_adapter.safetensors", w=7.5)
     image = pipe("a photo", guidance_scale=1.0).images[0]          # half the network calls of guidance_scale=7.5
     adapter.w = 5.0                                                 # or one w a row; None turns it off
+    adapter.watch(other)                                            # another pipeline on the same network, as of from_pipe
 
 The network keeps its parameter names: adapters live in hooks, so that LoRAs load before and after, and attention processors,
 `torch.compile` and CPU offload are none of their business.
@@ -125,7 +126,7 @@ class CrossAdapter(nn.Module):
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """hidden (B, N, C), tokens (B, S, d) -> (B, N, C)."""
-        tokens = tokens + positions(tokens.shape[1], tokens.shape[2]).to(tokens)
+        tokens = tokens + positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens)
         query, key = self.query(hidden), self.key(tokens)
         scores = query @ key.transpose(1, 2) / math.sqrt(key.shape[-1])
         weights = scores.float().softmax(-1).to(scores) if scores.dtype.itemsize < 4 else scores.softmax(-1)
@@ -182,6 +183,7 @@ class GuidanceAdapter(nn.Module):
         self._told: Told | None = None
         self._warned = False
         self._handles: list[RemovableHandle] = []
+        self._pipeline: Any = None
 
     # ---------------------------------------------------------------- what a user says
 
@@ -193,16 +195,20 @@ class GuidanceAdapter(nn.Module):
     @w.setter
     def w(self, value: Tensor | float | None) -> None:
         if value is not None:
-            low, high = float(torch.as_tensor(value).min()), float(torch.as_tensor(value).max())
-            settings = self.settings
-            if not self._warned and (low < settings.w_low or high > settings.w_high):
-                self._warned = True
-                warnings.warn(
-                    f"guidance w = {low if low < settings.w_low else high:g} is outside of the trained range "
-                    f"[{settings.w_low:g}, {settings.w_high:g}]: the adapter extrapolates",
-                    stacklevel=2,
-                )
+            self.warn_outside(value)
         self._w = value
+
+    def warn_outside(self, value: Tensor | float) -> None:
+        """Warn, once, where a w is not one that was trained."""
+        low, high = float(torch.as_tensor(value).min()), float(torch.as_tensor(value).max())
+        settings = self.settings
+        if not self._warned and (low < settings.w_low or high > settings.w_high):
+            self._warned = True
+            warnings.warn(
+                f"guidance w = {low if low < settings.w_low else high:g} is outside of the trained range "
+                f"[{settings.w_low:g}, {settings.w_high:g}]: the adapter extrapolates",
+                stacklevel=3,
+            )
 
     @contextmanager
     def told(self, w: Tensor | float | None) -> Iterator[None]:
@@ -240,31 +246,20 @@ class GuidanceAdapter(nn.Module):
         """Stand beside a network. With a pipeline, guidance by two calls at the same time is refused.
 
         Raises:
-            ValueError: the network's attention modules are not those that the adapters were made for.
+            ValueError: the network's attention modules are not those that the adapters were made for, or they stand beside a
+                network already.
         """
+        if self._handles:
+            raise ValueError(
+                "the adapters stand beside a network already, and would be added twice: detach() them first"
+            )
+        self._pipeline = pipeline
         found = adapted_modules(network)
         if {_key(name) for name in found} != set(self.adapters):
             raise ValueError(
                 f"the adapters were made for {len(self.adapters)} attention modules and {type(network).__name__} has "
                 f"{len(found)}, not the same: load them on the base that they were trained on"
             )
-        signature = inspect.signature(type(network).forward)
-
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._told = None
-            if self._w is None:
-                return
-            if pipeline is not None and pipeline.do_classifier_free_guidance:
-                raise ValueError(
-                    f"the guidance adapter is on (w = {self._w}) and the pipeline guides as well: call it with "
-                    "guidance_scale=1.0, or set adapter.w = None"
-                )
-            given = signature.bind(module, *args, **kwargs).arguments
-            text = given["encoder_hidden_states"]
-            w = torch.as_tensor(self._w, dtype=torch.float32, device=text.device).expand(len(text))
-            if next(self.parameters()).device != text.device:
-                self.to(text.device)
-            self._told = Told(w, text)
 
         def timed(_module: nn.Module, _args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             told = self._told
@@ -277,7 +272,7 @@ class GuidanceAdapter(nn.Module):
                     told.tokens = self.encoders["all"](told)
 
         self._handles = [
-            network.register_forward_pre_hook(begin, with_kwargs=True),
+            network.register_forward_pre_hook(_Begin(self, type(network)), with_kwargs=True),
             _time_module(network).register_forward_hook(timed),
         ]
         for name, (module, _) in found.items():
@@ -288,7 +283,42 @@ class GuidanceAdapter(nn.Module):
         """Leave the network as it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._pipeline = [], None
+
+    def watch(self, pipeline: Any) -> None:
+        """Refuse guidance by two calls of this pipeline from now on, which shares the network with the one before."""
+        self._pipeline = pipeline
+
+    def begin(self, given: dict[str, Any]) -> None:
+        """A pass begins, of a network that was given these arguments.
+
+        Raises:
+            ValueError: the pipeline guides as well, or there are neither one w, nor one a row, nor one a prompt.
+        """
+        self._told = None
+        if self._w is None:
+            return
+        # a pipeline that was never called does not know yet whether it guides
+        called = self._pipeline is not None and "_guidance_scale" in vars(self._pipeline)
+        if called and self._pipeline.do_classifier_free_guidance:
+            raise ValueError(
+                f"the guidance adapter is on (w = {self._w}) and the pipeline guides as well: call it with "
+                "guidance_scale=1.0, or set adapter.w = None"
+            )
+        text, mask = given["encoder_hidden_states"], given.get("encoder_attention_mask")
+        if mask is not None and mask.ndim == 2:
+            # as in training: what the network's own attention does not look at says nothing here either
+            text = text.masked_fill(mask[..., None] == 0, 0)
+        w = torch.as_tensor(self._w, dtype=torch.float32, device=text.device)
+        if w.ndim and len(w) > 1 and len(text) != len(w):
+            if len(text) % len(w):
+                raise ValueError(
+                    f"the guidance adapter was told {len(w)} values of w and the network {len(text)} rows: give one, or one a prompt"
+                )
+            w = w.repeat_interleave(len(text) // len(w))  # num_images_per_prompt repeats each prompt in place
+        if next(self.parameters()).device != text.device:
+            self.to(text.device)
+        self._told = Told(w.expand(len(text)), text)
 
     def _beside(self, name: str) -> Any:
         adapter = self.adapters[name]
@@ -314,8 +344,18 @@ class GuidanceAdapter(nn.Module):
         return next(self.parameters()).dtype
 
 
+class _Begin:
+    """The hook before a network's pass."""
+
+    def __init__(self, adapter: GuidanceAdapter, network: type[nn.Module]) -> None:
+        self.adapter, self.signature = adapter, inspect.signature(network.forward)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.adapter.begin(self.signature.bind(module, *args, **kwargs).arguments)
+
+
 def load_guidance_adapter(pipeline: Any, path: str | Path, w: Tensor | float | None = None) -> GuidanceAdapter:
-    """Load adapters onto a pipeline's network.
+    """Load adapters onto a pipeline's network, in the place of those that were loaded before.
 
     Args:
         pipeline: a stock diffusers pipeline; called with guidance_scale=1.0 from now on.
@@ -326,7 +366,11 @@ def load_guidance_adapter(pipeline: Any, path: str | Path, w: Tensor | float | N
         ValueError: not a guidance adapter, or one of another base; the first missing or unexpected key is named.
     """
     network = pipeline.unet if "unet" in pipeline.components else pipeline.transformer
+    network = dict(network.named_children()).get("_orig_mod", network)  # within torch.compile's
     adapter = read_guidance_adapter(network, path)
+    for hook in list(network._forward_pre_hooks.values()):
+        if isinstance(hook, _Begin):
+            hook.adapter.detach()
     adapter.attach(network, pipeline)
     adapter.w = w
     return adapter
@@ -382,10 +426,11 @@ def adapted_modules(network: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
-def positions(count: int, width: int) -> Tensor:
+def positions(count: int, width: int, device: torch.device | None = None) -> Tensor:
     """Sinusoidal code of places 0 .. count - 1, (count, width): sines, then cosines."""
     half = (width + 1) // 2
-    angles = torch.arange(count)[:, None] * torch.exp(-math.log(10000.0) * torch.arange(half) / half)
+    places, rates = torch.arange(count, device=device), torch.arange(half, device=device)
+    angles = places[:, None] * torch.exp(-math.log(10000.0) * rates / half)
     return torch.cat([angles.sin(), angles.cos()], 1)[:, :width]
 
 

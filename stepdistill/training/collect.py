@@ -121,6 +121,7 @@ def _fingerprint(config: CollectConfig, source: _Teacher | _Student, prompts: Pr
         sampler=source.sampler,
         precision=source.precision,
         command=" ".join(sys.argv),
+        negative_prompt=(config.model.negative_prompt or None) if config.model is not None else None,
     )
 
 

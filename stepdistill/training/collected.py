@@ -10,7 +10,11 @@ from stepdistill.errors import Refusal
 
 
 def check_pairs(
-    pairs: TensorFolder, plan_prompts: PromptList, method_config: Settings, latent_shape: tuple[int, ...]
+    pairs: TensorFolder,
+    plan_prompts: PromptList,
+    method_config: Settings,
+    latent_shape: tuple[int, ...],
+    negative_prompt: str,
 ) -> None:
     """Raises Refusal where pairs are of another size, guidance or prompt list than the run's."""
     made = pairs.fingerprint
@@ -27,6 +31,7 @@ def check_pairs(
             f"the pairs were made with guidance {made.guidance} and method.guidance is {guidance}: "
             "the two must agree, so change one or collect again"
         )
+    _check_negative("pairs", made.negative_prompt, negative_prompt)
     if made.prompts_sha256 != plan_prompts.sha256:
         raise Refusal(
             "the pairs were made with another prompt list than data.prompts: name the list they were collected with"
@@ -39,6 +44,7 @@ def check_trajectories(
     model: str,
     method_config: Settings,
     latent_shape: tuple[int, ...],
+    negative_prompt: str,
 ) -> None:
     """Raises Refusal where trajectories are of another teacher, size, range of w or prompt list than the run's."""
     made, options = trajectories.fingerprint, dict(method_config)
@@ -53,6 +59,7 @@ def check_trajectories(
             f"the trajectories were made with guidance_range {made.guidance_range} and method.guidance_range is {told}: the two "
             "must agree, so change one or collect again"
         )
+    _check_negative("trajectories", made.negative_prompt, negative_prompt)
     if made.prompts_sha256 != prompts.sha256:
         raise Refusal(
             "the trajectories were made with another prompt list than data.prompts: name the list they were collected with"
@@ -60,4 +67,13 @@ def check_trajectories(
     if made.model != model:
         raise Refusal(
             f"the trajectories are of {made.model!r} and model.path is {model!r}: collect them with that teacher"
+        )
+
+
+def _check_negative(kind: str, made: str | None, wanted: str) -> None:
+    """What a guided teacher draws depends on the prompt that it is guided away from."""
+    if (made or "") != wanted:
+        raise Refusal(
+            f"the {kind} were made with the negative prompt {made or ''!r} and model.negative_prompt is {wanted!r}: the two must "
+            "agree, so change one or collect again"
         )

@@ -131,6 +131,16 @@ def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], needs: 
             "false, or optimizers.*.kind to adamw"
         )
     _check_quantized_roles(config, roles)
+    if config.model.dtype == "float16":
+        raise Refusal(
+            "model.dtype is 'float16', in which gradients as small as these methods' vanish without a word: set it to bfloat16, or "
+            "to float32 on a card without it"
+        )
+    if needs.jvp and config.model.compile:
+        raise Refusal(
+            "model.compile is set and the method takes derivatives in forward mode, which compiled blocks do not have: set "
+            "method.tangent.kind to semi_discrete, or model.compile to false"
+        )
     if needs.jvp and (config.model.quantization == "int4" or config.model.attention == "xformers"):
         key = "quantization" if config.model.quantization == "int4" else "attention"
         raise Refusal(

@@ -26,11 +26,11 @@ from stepdistill.methods.base import Method, Needs, RoleKind, Setting
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family
 from stepdistill.models.guidance import EmbeddingSettings
-from stepdistill.models.guidance_adapter import AdapterSettings
+from stepdistill.models.guidance_adapter import AdapterSettings, GuidanceAdapter
 from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.recipe import Recipe
-from stepdistill.models.triple import GENERATOR, RoleLayout, Triple
+from stepdistill.models.triple import GENERATOR, REAL_SCORE, RoleLayout, Triple
 from stepdistill.models.vision import VISION, load_vision
 from stepdistill.registry import load_family, load_method
 from stepdistill.rewards import HELD_OUT, REWARD, load_reward
@@ -143,10 +143,17 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
         _check_cache(config, source)
     if images and needs.pairs and data.pairs is not None:
         pairs = TensorFolder(data.pairs)
-        check_pairs(pairs, prompts, plan.method_config, plan.setting.latent_shape)
+        check_pairs(pairs, prompts, plan.method_config, plan.setting.latent_shape, config.model.negative_prompt)
     if images and needs.trajectories and data.trajectories is not None:
         trajectories = TrajectoryFolder(data.trajectories)
-        check_trajectories(trajectories, prompts, config.model.path, plan.method_config, plan.setting.latent_shape)
+        check_trajectories(
+            trajectories,
+            prompts,
+            config.model.path,
+            plan.method_config,
+            plan.setting.latent_shape,
+            config.model.negative_prompt,
+        )
     if images and data.buckets:
         buckets = _buckets(config, info, source, pairs or trajectories)
     return replace(plan, prompts=prompts, images=source, pairs=pairs, trajectories=trajectories, buckets=buckets)
@@ -230,6 +237,10 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
     )
     with torch.device("cpu"):  # its ladders and levels are numbers even where weights are outlines
         method = plan.method_class(plan.method_config, plan.setting)
+    teacher = triple.guides.get(REAL_SCORE)
+    guidance = dict(plan.method_config).get("guidance")
+    if isinstance(teacher, GuidanceAdapter) and guidance is not None:
+        teacher.warn_outside(float(guidance))
     pipeline = checkpoint.pipeline
     triple.frozen = frozen_models(plan.method_class.needs(plan.method_config))
     decode = None if pipeline is None else lambda latents: plan.family.decode(checkpoint, latents)
