@@ -270,6 +270,19 @@ def test_a_rollout_by_hand(schedule: str) -> None:
     assert not leap.target.requires_grad
 
 
+@pytest.mark.parametrize("name", ["lcm", "tcd", "pcm", "tscd", "cm"])
+def test_the_noisiest_state_is_what_sampling_starts_from(name: str) -> None:
+    """SD's schedule has signal left at its end, and the first call of a sampler sees none."""
+    method = on_modes(name, vp(), points=8)
+    triple, stream = analytic_triple(four_modes(), method.schedule), draws(range(16)).for_role("rollout")
+    leap = method.rollout(modes(), triple, FIRST, draws(range(16)))
+    top = leap.t == method.grid(FIRST)[-1]
+    assert 0 < int(top.sum()) < 16
+    eps = stream.normal("noise", (2, 1, 1))
+    assert torch.equal(leap.x_t[top], eps[top])
+    assert not bool((leap.x_t[~top] == eps[~top]).any())
+
+
 def test_only_the_generator_learns() -> None:
     method = on_modes("lcm", vp())
     triple = analytic_triple(four_modes(), vp())

@@ -272,6 +272,28 @@ def test_recipes() -> None:
     assert MAKERS["tcd"](vp(), points=40).recipe().scheduler_config["original_inference_steps"] == 40
 
 
+def test_a_range_of_guidance_is_recorded_as_its_mean() -> None:
+    assert MAKERS["lcm"](vp(), guidance_range=(3.0, 15.0)).recipe().baked_guidance == 9.0
+    for bad in ((0.0, 8.0), (9.0, 8.0)):
+        with pytest.raises(ValueError, match="w rises in it from 1 or more"):
+            MAKERS["lcm"](vp(), guidance_range=bad)
+
+
+def test_the_one_step_sample_is_told_what_sampling_tells_it() -> None:
+    """The score stage of a one-step student that is told 800."""
+    score = {"iterations": None, "weight": 1.0}
+    stages = [{"segments": 1, "iterations": 1}]
+    method = on_modes("tscd", vp(), steps=1, timesteps=[800.0], stages=stages, score=score)
+    triple = analytic_triple(four_modes(), vp())
+    method.prepare(triple)
+    batch = modes(4)
+    leap = method.rollout(batch, triple, Progress(stage=1), draws(range(4)))
+    assert isinstance(leap, Scored)
+    noise_ = draws(range(4)).for_role("rollout").normal("one", leap.x_t.shape[1:])
+    close(leap.sample.detach(), triple.generator.x0(noise_, 800.0, leap.batch.cond).detach())
+    assert method.recipe().timesteps == (800,)
+
+
 def test_a_recipe_of_before_is_read() -> None:
     """One that was written without further arguments."""
     import json

@@ -39,6 +39,7 @@ from stepdistill.errors import Refusal
 from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.methods.base import Setting
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
+from stepdistill.methods.scm import SCM, SCMConfig
 from stepdistill.models.adapters import AdapterBank, LoraSettings, suffixes_present
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.denoiser import Denoiser
@@ -416,6 +417,21 @@ def test_latents_are_scaled_as_the_pipeline_expects(tiny: Tiny) -> None:
 def recipe_of(info: Any, **config: Any) -> Recipe:
     setting = Setting(info.schedule, (4, 8, 8), 32, (8, 8), (32, 32), "base")
     return SANA.stock_recipe(info, DMD2(DMD2Config(guidance=4.5, **config), setting).recipe())
+
+
+def test_continuous_students_of_sprint_walk_evenly(tiny: Tiny) -> None:
+    """Its pipeline has no other way but in two steps; elsewhere the published angles stand."""
+    plain, sprint = (loaded(tiny("sana", variant)).info for variant in VARIANTS)
+
+    def ladder(info: Any, steps: int) -> tuple[float, ...]:
+        setting = Setting(info.schedule, (4, 8, 8), 32, (8, 8), (32, 32), "base")
+        method = SCM(SCMConfig(guidance=4.5, steps=steps), setting)
+        SANA.stock_recipe(info, method.recipe())
+        return tuple(info.schedule.angle(torch.tensor(method.ladder, dtype=torch.float64)).tolist())
+
+    assert ladder(sprint, 4) == pytest.approx([math.pi / 2 * p for p in (1, 0.75, 0.5, 0.25)])
+    assert ladder(sprint, 2)[1] == pytest.approx(1.3)
+    assert ladder(plain, 4)[1:] == pytest.approx((1.3, 1.1, 0.6))
 
 
 def test_recipes_are_in_the_words_of_the_pipeline(tiny: Tiny) -> None:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 import stepdistill
 from stepdistill.config import RunConfig
+from stepdistill.errors import Refusal
 from stepdistill.registry import family_names, load_family, method_names
 from stepdistill.training.run import train
 
@@ -74,4 +75,9 @@ def test_every_family_with_dmd2(bench: Bench, tmp_path: Path, family: str, varia
 @pytest.mark.parametrize(("family", "variant"), FAMILIES)
 @pytest.mark.parametrize("method", method_names())
 def test_the_whole_matrix(bench: Bench, tmp_path: Path, method: str, family: str, variant: str, layout: str) -> None:
-    through(bench, tmp_path, method, family, variant, layout)
+    try:
+        through(bench, tmp_path, method, family, variant, layout)
+    except Refusal as refusal:
+        # Sana-Sprint's pipeline has one way to sample, which a student that walks without noise does not go
+        assert (variant, "re-noises after every step" in str(refusal)) == ("sprint", True), refusal  # noqa: PT017
+        assert not (tmp_path / "whole").exists()

@@ -76,7 +76,7 @@ class CM(Consistency[CMConfig]):
         if config.curriculum == "root":
             return math.ceil(math.sqrt(k / config.curriculum_iterations * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
         if config.curriculum == "doubling":
-            every = max(1, config.curriculum_iterations // (int(math.log2(s1 // s0)) + 1))
+            every = max(1, int(config.curriculum_iterations / (math.log2(s1 // s0) + 1)))
             return min(s0 * 2 ** (k // every), s1) + 1
         return config.points
 
@@ -123,7 +123,7 @@ class CM(Consistency[CMConfig]):
 
     def recipe(self) -> Recipe:
         # the grid is not LCMScheduler's, which therefore gets no number of points
-        return parts.few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.guidance)
+        return parts.few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
 
     def _ratio(self, t: Tensor) -> Tensor:
         """s~ = sigma / alpha, infinite where there is no signal."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.config import Settings, Switch
@@ -77,6 +77,19 @@ class ConsistencyConfig(Settings):
         "student", description="network of the target: the student itself without gradient, or an EMA of it"
     )
     target_decay: float = Field(0.95, ge=0, lt=1, description="of that EMA, per update")
+
+    @model_validator(mode="after")
+    def _range_rises_from_one(self) -> ConsistencyConfig:
+        if self.guidance_range is not None and not 1 <= self.guidance_range[0] <= self.guidance_range[1]:
+            raise ValueError(
+                f"guidance_range is {list(self.guidance_range)}, and w rises in it from 1 or more; mend it"
+            )
+        return self
+
+    @property
+    def absorbed(self) -> float:
+        """w that the student learns: the mean of the range where there is one."""
+        return self.guidance if self.guidance_range is None else sum(self.guidance_range) / 2
 
 
 ConfigT = TypeVar("ConfigT", bound=ConsistencyConfig)
@@ -200,7 +213,9 @@ class Consistency(Method[ConfigT]):
         start = self.start(draws.uniform("start"), grid)
         end = self.end(start, draws.uniform("end"), progress)
         s, e, r = grid[start], grid[start - 1], grid[end]
-        x_s = self.schedule.add_noise(x0, draws.normal("noise", x0.shape[1:]), s)
+        noise = draws.normal("noise", x0.shape[1:])
+        # sampling starts from pure noise, which the noisiest state of a schedule with signal left at its end is not
+        x_s = torch.where(broadcast(start == len(grid) - 1, x0).bool(), noise, self.schedule.add_noise(x0, noise, s))
         with torch.no_grad():
             x_e = self.solve(self.teacher(triple, batch, x0, draws), x_s, s, e)
             target = self.function(x_e, self._target_network(triple, x_e, e, batch), e, r)
@@ -244,7 +259,7 @@ class Consistency(Method[ConfigT]):
         return self.config.target_decay
 
     def recipe(self) -> Recipe:
-        recipe = parts.few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.guidance)
+        recipe = parts.few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
         if recipe.scheduler_class not in ("LCMScheduler", "TCDScheduler"):
             return recipe
         # with any other number of steps these two choose among the points that were trained

@@ -217,6 +217,9 @@ class Continuous(Method[ContinuousConfigT]):
 
     def _ladder(self) -> tuple[float, ...]:
         after = self.config.angles[1:] if self.config.angles is not None else LADDERS.get(self.config.steps)
+        if self.config.angles is None and self.schedule.by_angle and self.config.steps > 2:
+            # the pipelines of such networks walk evenly, but in two steps
+            after = torch.linspace(self.bridge.max_angle, 0, self.config.steps + 1, dtype=torch.float64)[1:-1].tolist()
         if after is None:
             raise Refusal(
                 f"method.steps is {self.config.steps} and published ladders have {', '.join(map(str, LADDERS))} steps: "

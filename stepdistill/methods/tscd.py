@@ -134,7 +134,7 @@ class TSCD(Consistency[TSCDConfig]):
         if self._score(progress) is None:
             return leap
         noise = draws.for_role("rollout").normal("one", leap.x_t.shape[1:])
-        return Scored(**vars(leap), sample=triple.generator.x0(noise, self.schedule.terminal_time, leap.batch.cond))
+        return Scored(**vars(leap), sample=triple.generator.x0(noise, self.ladder[0], leap.batch.cond))
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         score = self._score(progress)

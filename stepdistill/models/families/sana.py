@@ -178,8 +178,8 @@ class Sana(TransformerFamily):
             return replace(recipe, call=call)
         if recipe.transition().kind is not TransitionKind.RENOISE:
             raise Refusal(
-                f"Sana-Sprint's pipeline re-noises after every step, and the student is to be sampled by {recipe.scheduler_class}: "
-                "set method.transition to renoise, or distil a Sana checkpoint"
+                f"Sana-Sprint's pipeline re-noises after every step, and the student is to be sampled by {recipe.scheduler_class}: let "
+                "it re-noise (method.transition: renoise, method.eta: 1 for tcd), or distil a Sana checkpoint"
             )
         angles = info.schedule.angle(torch.tensor(recipe.ladder(info.schedule), dtype=torch.float64))
         even = torch.linspace(float(angles[0]), 0, len(angles) + 1, dtype=torch.float64)[:-1]
@@ -187,8 +187,8 @@ class Sana(TransformerFamily):
         if len(angles) != 2 and not torch.allclose(angles, even, atol=1e-3, rtol=0):
             ladder = [round(t, 4) for t in info.schedule.time_at_angle(even).tolist()]
             raise Refusal(
-                f"Sana-Sprint's pipeline walks {len(angles)} steps at even angles only, and method.timesteps has others: "
-                f"remove it, or set it to {ladder}"
+                f"Sana-Sprint's pipeline walks {len(angles)} steps at even angles only, and the student's ladder has others: remove "
+                f"method.timesteps or method.angles, or set the former to {ladder}"
             )
         walked = angles if len(angles) == 2 else even
         return replace(
