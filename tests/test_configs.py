@@ -66,9 +66,9 @@ def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path
         overrides.append(f"data.losers={tmp_path / 'images'}")
     if raw.get("init"):  # the run that it starts from is another config's
         with pytest.raises(Refusal, match="init names"):
-            stepdistill.dry_run(stepdistill.load_config(CONFIGS / name, overrides))
+            stepdistill.dry_run(stepdistill.load_config(CONFIGS / name, overrides), tmp_path / "run")
         overrides.append("init=null")
-    lines = stepdistill.dry_run(stepdistill.load_config(CONFIGS / name, overrides))
+    lines = stepdistill.dry_run(stepdistill.load_config(CONFIGS / name, overrides), tmp_path / "run")
     assert any(line.startswith("student") for line in lines)
 
 
