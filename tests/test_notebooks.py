@@ -10,7 +10,15 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SHORT = ["training.max_steps=2", "training.batch_size=4", "training.grid_prompts=2", "training.threads=1"]
-PARAMETERS = {"quickstart.ipynb": {"OVERRIDES": SHORT, "IMAGES": 12}}
+PARAMETERS = {
+    "quickstart.ipynb": {"OVERRIDES": SHORT, "IMAGES": 12},
+    "guidance_adapter.ipynb": {"OVERRIDES": [*SHORT, "training.log_every=1", "training.grid_every=0"], "IMAGES": 4},
+    "pso_style.ipynb": {
+        "DISTIL": [*SHORT, "training.grid_every=0"],
+        "TUNE": ["training.max_steps=2", "training.batch_size=4", "training.threads=1", "training.log_every=1"],
+        "IMAGES": 8,
+    },
+}
 
 
 def test_every_notebook_has_its_short_parameters() -> None:
@@ -26,4 +34,4 @@ def test_a_notebook_runs_and_shows_its_pictures(name: str, tmp_path: Path) -> No
     parameters.source = "\n".join(f"{key} = {value!r}" for key, value in values.items())
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     shown = [kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})]
-    assert shown.count("image/png") == 2  # the grid and the losses
+    assert shown.count("image/png") == 2  # pictures and losses

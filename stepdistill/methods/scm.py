@@ -1,9 +1,10 @@
 """sCM: Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models (Lu & Song, ICLR 2025, arXiv 2410.11081).
 
 Consistency distillation on noised real latents: x_T = sigma_d (cos(T) x0 + sin(T) eps), dx/dT the guided teacher's (sCD).
-With the latent adversarial term it is SANA-Sprint (Chen et al. 2025, arXiv 2503.09641): L = L_sCM + 0.5 L_adv on samples of
-the student drawn from noisy latents, half of them from pure noise; the discriminator is the role `fake_score`, there
-only then, with a head on its features.
+The latent adversarial term is SANA-Sprint's (Chen et al. 2025, arXiv 2503.09641): L = L_sCM + 0.5 L_adv on samples of the
+student drawn from noisy latents, half of them from pure noise. The discriminator is the role `fake_score`, there only then,
+with a head on one block of its features; theirs has heads on four blocks of the frozen teacher (`gan.features: real_score`
+is nearer to it), and a noise of its own.
 """
 
 from __future__ import annotations
