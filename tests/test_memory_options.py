@@ -30,7 +30,7 @@ from stepdistill.training import optimizers
 from stepdistill.training.optimizers import RoleOptimizer, check_adamw8bit
 from stepdistill.training.options import check_training_options, products
 from stepdistill.training.run import train
-from stepdistill.training.session import EMA, prepare
+from stepdistill.training.session import EMA, one_by_one, prepare
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 DEVICES = [
@@ -235,6 +235,28 @@ def test_compiled_blocks_have_no_forward_mode_and_float16_no_small_gradients(con
     check_training_options(compiled, {}, Needs(), torch.device("cpu"), sharded=False)
     with pytest.raises(Refusal, match=r"^model\.dtype is 'float16', in which gradients"):
         check_training_options(config(model__dtype="float16"), {}, Needs(), torch.device("cpu"), sharded=False)
+
+
+def test_images_are_decoded_one_by_one_and_again_in_backward(tiny: Callable[..., Path]) -> None:
+    checkpoint = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu")
+    family, rows = load_family("sd"), []
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        rows.append(len(latents))
+        return family.decode(checkpoint, latents)  # type: ignore[no-any-return]
+
+    found = []
+    for decoder in (decode, one_by_one(decode)):
+        latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        images = decoder(latents)
+        images.square().mean().backward()
+        found.append((images.detach(), latents.grad))
+    assert rows == [3, 1, 1, 1, 1, 1, 1]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    with torch.no_grad():
+        one_by_one(decode)(torch.zeros(2, 4, 8, 8))
+    assert rows[-1] == 2
 
 
 # ---------------------------------------------------------------- the parked role

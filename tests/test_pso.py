@@ -218,7 +218,17 @@ def test_the_offline_loss_by_hand(name: str, options: dict[str, Any]) -> None:
     if options.get("loss") == "hinge":
         expected = torch.relu(1 + 3.0 * (win - kappa * lose))
     terms = method.loss(GENERATOR, pairs, triple, Progress(), draws())
-    torch.testing.assert_close(terms.total, (expected + anchor * lose).mean())
+    # given losers: held to what the untuned model makes of them
+    assert pairs.loser_x_t is not None
+    own, before = (
+        triple.denoiser(role).x0(pairs.loser_x_t, pairs.t, pairs.batch.image_cond) for role in (GENERATOR, REAL_SCORE)
+    )
+    held = method.error(own, before.detach(), pairs.t)
+    torch.testing.assert_close(terms.total, (expected + anchor * held).mean())
+    if anchor:
+        sampled = pso(name, **{**OFFLINE, "losers": "captions"}, beta=3.0, **options)[0]
+        theirs = sampled.loss(GENERATOR, pairs, triple, Progress(), draws())
+        torch.testing.assert_close(theirs.total, (expected + anchor * lose).mean())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

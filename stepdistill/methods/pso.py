@@ -76,7 +76,12 @@ class PSOConfig(TuningConfig):
         "denoising", description="offline: of the times of the ladder; alike, or as the kernel's densities have them"
     )
     kappa: float = Field(1.0, ge=0, description="share of the push away from losers; 0.1 for a subject")
-    anchor: float = Field(0.0, ge=0, description="weight of the denoising loss on losers; 0.5 for a subject")
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the denoising loss on losers, which are the model's own samples; on those of data.losers, of the "
+        "distance to what the untuned model makes of them. 0.5 for a subject",
+    )
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,11 @@ class PSO(Tuning[PSOConfig]):
         )
 
     def _offline_loss(self, pairs: Rollout, triple: Triple) -> Terms:
-        """-log sigmoid(beta (r(win) - kappa r(lose))) + anchor l(lose), or the hinge; r = l_ref - l by default."""
+        """-log sigmoid(beta (r(win) - kappa r(lose))) + anchor l(lose), or the hinge; r = l_ref - l by default.
+
+        Given losers are nobody's samples, and fitting them would blur: there the anchor is to what the untuned model makes of
+        them.
+        """
         if not isinstance(pairs, Pairs) or pairs.losers is None or pairs.loser_x_t is None or pairs.index is None:
             raise TypeError("pso was given another method's rollout")
         config, image_cond = self.config, pairs.batch.image_cond
@@ -267,11 +276,14 @@ class PSO(Tuning[PSOConfig]):
         losses = self.error(found, x0, t)
         win, lose = losses.chunk(2)
         logged = {"win": win.detach().mean(), "lose": lose.detach().mean()}
+        given = config.losers == "given"
+        before = found.detach()
+        if config.loss != "hinge" or (given and config.anchor > 0):
+            with torch.no_grad():
+                before = self.reference(triple).x0(x_t, t, cond)
         if config.loss == "hinge":
             preference = (1 + self.beta * (win - config.kappa * lose)).clamp_min(0)
         else:
-            with torch.no_grad():
-                before = self.reference(triple).x0(x_t, t, cond)
             ratios = self.error(before, x0, t) - losses
             if config.weighting == "transition":
                 ratios = self._expected(x_t, x0, found, before, torch.cat([pairs.index, pairs.index]))
@@ -282,7 +294,10 @@ class PSO(Tuning[PSOConfig]):
             logged |= {"win_ratio": for_win.detach().mean(), "lose_ratio": for_lose.detach().mean()}
         total = preference.mean()
         terms = Terms(total, {"preference": total.detach(), **logged})
-        return terms.plus("anchor", lose.mean(), config.anchor) if config.anchor > 0 else terms
+        if config.anchor == 0:
+            return terms
+        held = self.error(found, before, t).chunk(2)[1] if given else lose
+        return terms.plus("anchor", held.mean(), config.anchor)
 
     def _expected(self, x_t: Tensor, x0: Tensor, found: Tensor, before: Tensor, index: Tensor) -> Tensor:
         """E log p/p_ref of the kernel's next state, per element, (B,), where that follows the image x0 and not an estimate."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from stepdistill.assets import resolve
 from stepdistill.config import RoleConfig, RunConfig, Settings, parse
@@ -22,7 +23,7 @@ from stepdistill.data.sources import open_images
 from stepdistill.data.tensors import TensorFolder
 from stepdistill.data.trajectories import TrajectoryFolder
 from stepdistill.errors import Refusal
-from stepdistill.methods.base import Method, Needs, RoleKind, Setting
+from stepdistill.methods.base import Decode, Method, Needs, RoleKind, Setting
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.families.base import PARTS, Checkpoint, CheckpointInfo, Family
 from stepdistill.models.guidance import EmbeddingSettings
@@ -243,7 +244,10 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
         teacher.warn_outside(float(guidance))
     pipeline = checkpoint.pipeline
     triple.frozen = frozen_models(plan.method_class.needs(plan.method_config))
-    decode = None if pipeline is None else lambda latents: plan.family.decode(checkpoint, latents)
+    decode: Decode | None = None
+    if pipeline is not None:
+        decode = lambda latents: plan.family.decode(checkpoint, latents)  # noqa: E731
+        decode = one_by_one(decode) if config.training.gradient_checkpointing else decode
     method.prepare(triple, decode)
     heads = (head for owned in triple.heads.values() for head in owned.values())
     for module in (*heads, *triple.frozen.values()):
@@ -253,6 +257,17 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
     if config.training.gradient_checkpointing:
         triple.enable_gradient_checkpointing()
     return Session(plan, checkpoint, encoder, triple, method, where)
+
+
+def one_by_one(decode: Decode) -> Decode:
+    """Decodes what needs a gradient image by image, and again in backward: the autoencoder's activations are those of one."""
+
+    def decoded(latents: Tensor) -> Tensor:
+        if not latents.requires_grad:
+            return decode(latents)
+        return torch.cat([checkpointed(decode, row, use_reentrant=False) for row in latents.split(1)])
+
+    return decoded
 
 
 def frozen_models(needs: Needs) -> dict[str, nn.Module]:
