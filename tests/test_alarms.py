@@ -134,6 +134,18 @@ def test_a_ratio_that_came_back_is_said_anew() -> None:
     assert len(said(of("signals/latent_std_ratio", out + back + out))) == 2
 
 
+def test_a_stage_is_held_against_its_own_start() -> None:
+    """A fake score that moved in one stage and stands still in the next; a gap that starts elsewhere."""
+    moved = [0.3 + 0.01 * k for k in range(60)] + [0.5 + e for e in noise(120, 1e-5)]
+    lines = of("fake_score/denoising", moved)
+    assert not said(lines)
+    (text,) = said(lines, Alarms(AlarmsConfig(), starts=[59]))
+    assert "has not moved from its start" in text
+    gap = of("generator/score_gap", [0.02] * 60 + [1.2] * 60)
+    assert any("score_gap_rise" in text for text in said(gap))
+    assert not any("score_gap_rise" in text for text in said(gap, Alarms(AlarmsConfig(), starts=[59])))
+
+
 @pytest.mark.parametrize("cut", [5, 30, 45, 59])
 def test_state_is_a_function_of_the_lines(cut: int) -> None:
     """Whoever reads the first lines again says of the others what he would have said, and no more."""

@@ -268,11 +268,20 @@ class _Watched:
 
 
 class Alarms:
-    """All alarms of a run."""
+    """All alarms of a run.
 
-    def __init__(self, config: AlarmsConfig) -> None:
-        bands = config.model_dump(exclude={"enabled", "window"})
-        self.watched = [
+    Args:
+        starts: iterations after which a new stage began. What a stage's first values were is nothing to hold the next one's
+            against: it has other roles, targets or losses.
+    """
+
+    def __init__(self, config: AlarmsConfig, starts: Sequence[int] = ()) -> None:
+        self.config, self.starts, self.stage = config, starts, 0
+        self.watched = self._fresh()
+
+    def _fresh(self) -> list[_Watched]:
+        config, bands = self.config, self.config.model_dump(exclude={"enabled", "window"})
+        return [
             _Watched(alarm, band, config.window)
             for alarm in ALARMS
             if config.enabled and (band := bands[alarm.band]) is not None
@@ -280,6 +289,9 @@ class Alarms:
 
     def see(self, iteration: int, values: Mapping[str, float]) -> Iterator[str]:
         """Judge one line of stats.jsonl, and give a sentence for every alarm. What is no number is passed over."""
+        stage = sum(iteration > start for start in self.starts)
+        if stage != self.stage:
+            self.stage, self.watched = stage, self._fresh()
         for watched in self.watched:
             alarm = watched.alarm
             value = values.get(alarm.signal)

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 from stepdistill.models.triple import GENERATOR
@@ -74,7 +75,8 @@ class Monitor:
             place = folder if processes.main else None
             guidance = session.method.recipe().baked_guidance
             self.grid = Grid(session, place, config.grid_prompts, guidance, config.grid_seeds)
-        self.alarms = Alarms(config.alarms)
+        lengths = [stage.iterations or 0 for stage in session.method.stages()[:-1]]
+        self.alarms = Alarms(config.alarms, list(accumulate(lengths)))
 
     @cached_property
     def latents(self) -> LatentReference | None:
