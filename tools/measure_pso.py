@@ -180,19 +180,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> None:
-    arguments = parser().parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    found = measure(arguments)
-    print(f"{'':10} win rate  (95 %)         attribute  Fréchet to target  sharpness")
-    for item in found["rows"]:
+def tell(rows: Sequence[dict[str, Any]], attribute: str = "attribute") -> None:
+    """Print the table."""
+    print(f"{'':10} win rate  (95 %)         {attribute:>9}  Fréchet to target  sharpness")
+    for item in rows:
         print(
             f"{item['name']:10} {item['win_rate']:8.3f}  ({item['low']:.3f} to {item['high']:.3f})  {item['attribute']:9.3f}  "
             f"{item['frechet']:17.3f}  {item['sharpness']:9.3f}"
         )
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def keep(path: Path | None, found: dict[str, Any]) -> None:
+    """Write what was found, where a file is named."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    found = measure(arguments)
+    tell(found["rows"])
+    keep(arguments.json, found)
 
 
 if __name__ == "__main__":

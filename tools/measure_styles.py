@@ -16,7 +16,6 @@ for as many iterations. A student that is not there is trained first, by configs
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from measure_pso import ROOT, Measured, Pixels, drawn
+from measure_pso import ROOT, Measured, Pixels, drawn, keep, tell
 from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
@@ -33,7 +32,6 @@ from stepdistill.config import RunConfig, load_config, parse
 from stepdistill.data import fashion
 from stepdistill.data.looks import sharpness
 from stepdistill.data.prompts import read_prompts
-from stepdistill.data.tensors import write_atomically
 from stepdistill.evaluation.frechet import frechet_of_features
 from stepdistill.evaluation.judge import Judge
 from stepdistill.evaluation.text import win_rate
@@ -211,17 +209,9 @@ def main() -> None:
     arguments = parser().parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     found = measure(arguments)
-    print(
-        f"{'':10} win rate  (95 %)         distance  Fréchet to target  sharpness (target {found['target_sharpness']:.3f})"
-    )
-    for item in found["rows"]:
-        print(
-            f"{item['name']:10} {item['win_rate']:8.3f}  ({item['low']:.3f} to {item['high']:.3f})  {item['attribute']:8.3f}  "
-            f"{item['frechet']:17.3f}  {item['sharpness']:9.3f}"
-        )
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, (json.dumps(found, indent=1) + "\n").encode())
+    tell(found["rows"], "distance")
+    print(f"the target's sharpness is {found['target_sharpness']:.3f} of the untouched student's")
+    keep(arguments.json, found)
 
 
 if __name__ == "__main__":
