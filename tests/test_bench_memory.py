@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/sel
 
 def bench(output: Path, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, str(TOOL), "--model", "tiny", "--resolution", "128", "--json", str(output), *arguments]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
     return json.loads(output.read_text())
 
 

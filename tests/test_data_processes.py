@@ -42,7 +42,7 @@ def test_two_processes_equal_one(kind: str, tiny: Callable[..., Path], tmp_path:
             [sys.executable, "-m", *command, "train", str(tmp_path / "config.yaml"), "--output", str(run)],
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             check=True,
-            timeout=600,
+            timeout=1800,
         )
         ended.append(weights(run))
     one, two = ended

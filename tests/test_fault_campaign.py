@@ -23,7 +23,7 @@ def campaign(folder: Path, *arguments: str, kills: int, timeout: float) -> dict[
 
 
 def test_a_kill_and_a_truncated_file(tmp_path: Path) -> None:
-    report = campaign(tmp_path, "--only", "kills", "broken-files", kills=1, timeout=500)
+    report = campaign(tmp_path, "--only", "kills", "broken-files", kills=1, timeout=1800)
     assert [(fault["fault"], fault["verdict"]) for fault in report["faults"]] == [
         ("kills", "passed"),
         ("broken-files", "passed"),

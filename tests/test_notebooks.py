@@ -32,6 +32,6 @@ def test_a_notebook_runs_and_shows_its_pictures(name: str, tmp_path: Path) -> No
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     values = {"OUTPUT": str(tmp_path / "run"), **PARAMETERS[name]}
     parameters.source = "\n".join(f"{key} = {value!r}" for key, value in values.items())
-    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=1800, kernel_name="python3").execute()
     shown = [kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})]
     assert shown.count("image/png") == 2  # pictures and losses
