@@ -66,7 +66,7 @@ def test_help_is_fast() -> None:
     probe = "import sys, stepdistill.cli; print(any(m in sys.modules for m in ('torch', 'diffusers', 'pydantic')))"
     heavy = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
     assert heavy == "False"
-    assert time.perf_counter() - started < 30  # a hang, not a benchmark
+    assert time.perf_counter() - started < 300  # a hang, not a benchmark
 
 
 @pytest.mark.parametrize(

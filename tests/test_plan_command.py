@@ -110,7 +110,7 @@ def test_the_command_answers_for_sdxl_at_once(
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     assert exit_.value.code == 0
-    assert time.process_time() - started < 30
+    assert time.process_time() - started < 300  # a hang, not a benchmark: 13 to 20 on a quiet machine
     forecast = Forecast.load(file)
     assert "\n".join(lines(forecast)) in capsys.readouterr().out
     counts = {item.name: item.count for item in forecast.parameters}
