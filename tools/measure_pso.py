@@ -111,16 +111,23 @@ def write_pairs(folder: Path, winners: Pixels, losers: Pixels, prompts: Sequence
 
 
 def config_of(name: str, student: Path, work: Path, settings: argparse.Namespace) -> RunConfig:
-    """configs/fashion_pso.yaml on this student, with the method of that name."""
+    """The tuning of that name."""
+    method, pairs = dict(METHODS[name]), {"images": str(work / "winners"), "losers": str(work / "losers")}
+    if name == "online":
+        method["reward"], pairs = settings.attribute, {}
+    if name == "pso":
+        method["beta"] = settings.beta
+    return tuning(name, method, pairs, student, work, settings)
+
+
+def tuning(
+    name: str, method: dict[str, Any], sources: dict[str, str], student: Path, work: Path, settings: argparse.Namespace
+) -> RunConfig:
+    """configs/fashion_pso.yaml on this student, with these options of the method and of the data."""
     data: dict[str, Any] = yaml.safe_load((ROOT / "configs/fashion_pso.yaml").read_text())
     common = {key: data["method"][key] for key in ("name", "steps", "guidance", "transition")}
-    data["method"] = {**common, **METHODS[name]}
-    if name == "online":
-        data["method"]["reward"] = settings.attribute
-    else:
-        data["data"] |= {"images": str(work / "winners"), "losers": str(work / "losers")}
-    if name == "pso":
-        data["method"]["beta"] = settings.beta
+    data["method"] = {**common, **method}
+    data["data"] |= sources
     data["optimizers"]["generator"]["lr"] = settings.lr
     data["training"] |= {"max_steps": settings.iterations, "grid_every": 0, "batch_size": settings.batch}
     return parse(RunConfig, {**data, "init": str(student), "output": str(work / name)}, name)

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from measure_pso import ROOT, Measured, Pixels, drawn, keep, tell
+from measure_pso import ROOT, Measured, Pixels, drawn, keep, tell, tuning
 from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
-from stepdistill.config import RunConfig, load_config, parse
+from stepdistill.config import RunConfig, load_config
 from stepdistill.data import fashion
 from stepdistill.data.looks import sharpness
 from stepdistill.data.prompts import read_prompts
@@ -137,15 +136,11 @@ def subject_task(student: Session, count: int, images: int, judge: Judge) -> Tas
 
 
 def config_of(name: str, task: Task, student: Path, work: Path, settings: argparse.Namespace) -> RunConfig:
-    """configs/fashion_pso.yaml on these images."""
-    data: dict[str, Any] = yaml.safe_load((ROOT / "configs/fashion_pso.yaml").read_text())
-    common = {key: data["method"][key] for key in ("name", "steps", "guidance", "transition")}
+    """The tuning of that name on these images."""
     own = {**task.method, **({"beta": settings.beta} if settings.beta else {})}
-    data["method"] = {**common, "form": "offline", **own, **(PLAIN if name == "plain" else {})}
-    data["data"] = {"images": str(work / "images"), "prompts": str(work / "prompts.txt")}
-    data["optimizers"]["generator"]["lr"] = settings.lr
-    data["training"] |= {"max_steps": settings.iterations, "grid_every": 0, "batch_size": settings.batch}
-    return parse(RunConfig, {**data, "init": str(student), "output": str(work / name)}, name)
+    method = {"form": "offline", **own, **(PLAIN if name == "plain" else {})}
+    sources = {"images": str(work / "images"), "prompts": str(work / "prompts.txt")}
+    return tuning(name, method, sources, student, work, settings)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

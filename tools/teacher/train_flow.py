@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import common
 import flow_networks
@@ -113,9 +112,9 @@ def main() -> None:
     step, losses = common.load_checkpoint(checkpoint, state, {"adamw": optimizer}), []
     begun = saved = time.monotonic()
 
-    def save(runs: Path) -> None:
+    def save() -> None:
         common.save_checkpoint(checkpoint, state, {"adamw": optimizer}, step)
-        common.save_checkpoint(runs / "flow_ema.safetensors", {"transformer": average}, {}, step)
+        common.save_checkpoint(options.runs / "flow_ema.safetensors", {"transformer": average}, {}, step)
 
     while step < options.steps and time.monotonic() - begun < 60.0 * options.minutes:
         for group in optimizer.param_groups:
@@ -145,8 +144,8 @@ def main() -> None:
             common.log.info("step %d loss %.4f", step, np.mean(losses[-50:]))
         if time.monotonic() - saved > 180.0:
             saved = time.monotonic()
-            save(options.runs)
-    save(options.runs)
+            save()
+    save()
 
 
 if __name__ == "__main__":
