@@ -375,6 +375,7 @@ def test_processes_share_the_work_and_agree(processes: int, tmp_path: Path) -> N
     many = Report.read(tmp_path / "many")
     assert many.record == alone.record
     for name, value in alone.row("model-1").metrics.items():
-        # a distance of 1e-4 is the difference of numbers near 10: 1e-8 is its rounding
-        assert many.row("model-1").metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-8), name
+        # distances near zero are differences of numbers of the order of 1 to 10, made of float32 features whose last
+        # bits follow the batch size: what holds to 1e-6 is the terms, and so the difference to 1e-6 of them
+        assert many.row("model-1").metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
     assert len(list((tmp_path / "many/images/model-1").glob("*.png"))) == 49
