@@ -1,6 +1,7 @@
-"""Seconds per iteration and peak memory of every method and role layout, and against three whole networks (Linux, CPU).
+"""Seconds per iteration and peak memory of every method and role layout, and against three whole networks (Linux).
 
     python tools/bench_step.py --model sd15-half --resolution 256 --json tools/results/bench_step.json
+    python tools/bench_step.py --device cuda --dtype bfloat16 --model sd15 --resolution 512 --methods dmd2 --layouts lora/lora
 
 rows    every registered method with both roles as LoRAs, with the fake score whole, with both whole, and the DMD2 of
         `plain_dmd2.py`: each in a process of its own, whose VmHWM over the timed iterations is its peak. The
@@ -9,8 +10,9 @@ race    DMD2 with both roles as LoRAs on one base against `plain_dmd2.py`, in on
         same prompt, image latents, noise, exits, ladder and ratio; the first turn of each is not counted. The ratio of
         seconds is from here, the ratio of memory from the rows.
 
-Everything is float32, batch 1, random weights of full size; gradient checkpointing is on in both or, by default, in
-neither. A turn is `--ratio` iterations,
+On a GPU memory is what torch's allocator held at most, and the limit is the GPU's. In bfloat16 the base is held in it, and
+the three networks are a bfloat16 teacher and two of float32 under autocast. Random weights of full size; gradient
+checkpointing is on in both or, by default, in neither. A turn is `--ratio` iterations,
 that is one update of DMD2's generator and `--ratio` of its fake score. The package's text embeddings are made once (its
 runs read them from a cache); the plain iteration runs CLIP-L every time. What would pass `--limit` is left out and says so.
 """
@@ -34,7 +36,20 @@ from contestants import LAYOUTS, PLAIN, Case, ours, plain
 
 from stepdistill.registry import method_names
 
-SHAPE = ("model", "resolution", "rank", "targets", "steps", "ratio", "turns", "threads", "checkpointing")
+SHAPE = (
+    "model",
+    "resolution",
+    "rank",
+    "targets",
+    "steps",
+    "ratio",
+    "turns",
+    "threads",
+    "checkpointing",
+    "device",
+    "dtype",
+    "batch",
+)
 """What all cases of a report have in common."""
 BARS = {"seconds": 1.3, "memory": 0.45}
 """At least so many times the speed, at most so much of the memory."""
@@ -66,17 +81,21 @@ class Row:
 def measure(case: Case) -> Row:
     """In this process: the first turn warms up, the others are timed and watched."""
     torch.set_num_threads(case.threads)
-    baseline = resident("VmRSS")
+    gpu = case.device == "cuda"
+    baseline = 0 if gpu else resident("VmRSS")
     contestant = plain(case) if case.method == PLAIN else ours(case)
     contestant.turn()
-    forget_peak()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        forget_peak()
     turns = [contestant.turn() for _ in range(case.turns)]
     return Row(
         method=case.method,
         layout=case.layout,
         seconds=[turn.wall for turn in turns],
         cpu_seconds=[turn.cpu for turn in turns],
-        peak_gb=round(resident("VmHWM") / GB, 4),
+        peak_gb=round((torch.cuda.max_memory_allocated() if gpu else resident("VmHWM")) / GB, 4),
         baseline_gb=round(baseline / GB, 4),
         first_losses=contestant.first_losses,
         trained=contestant.trained(),
@@ -129,6 +148,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="network calls of DMD2's student")
     parser.add_argument("--ratio", type=int, default=5, help="iterations of a turn; DMD2's fake-score updates")
     parser.add_argument("--turns", type=int, default=3, help="turns that count")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--limit", type=float, default=17.0, help="GB beyond which a row is left out")
     parser.add_argument("--json", type=Path, help="where the report goes; printed in any case")
@@ -146,7 +168,7 @@ def main() -> None:
         print(rows[-1], file=sys.stderr, flush=True)
     report: dict[str, Any] = {
         **shape,
-        "dtype": "float32",
+        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
         "torch_version": torch.__version__,
         "rows": [asdict(row) for row in rows],
     }

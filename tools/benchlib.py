@@ -124,8 +124,9 @@ def assemble(
     prompt: tuple[Conditioning, Conditioning] | None = None,
     copies: torch.dtype | None = None,
     checkpointing: bool = True,
+    rows: int = 1,
 ) -> Run:
-    """A triple on `network` with its method, optimizers that hold their moments, and a batch of one sample.
+    """A triple on `network`, where it is, with its method, optimizers that hold their moments, and a batch of `rows` samples.
 
     Args:
         options: of the method, as in a config.
@@ -163,10 +164,14 @@ def assemble(
         for key, parameter in optimizer.parameters.items():
             moments = {f"{key}|{moment}": torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
             optimizer.load_state_dict({f"{key}|step": torch.zeros(()), **moments})
-    cond, null = prompt or tuple(random_conditioning(network, resolution, seed) for seed in (0, 1))
-    image = torch.zeros(1, *latent)
+    device = next(network.parameters()).device
+    cond, null = (
+        one.to(device)[[0] * rows]
+        for one in prompt or tuple(random_conditioning(network, resolution, seed) for seed in (0, 1))
+    )
+    image = torch.zeros(rows, *latent, device=device)
     stream = torch.Generator().manual_seed(2)
-    noise = torch.randn(1, *latent, generator=stream)
+    noise = torch.randn(rows, *latent, generator=stream).to(device)
     batch = Batch(
         cond,
         null,

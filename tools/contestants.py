@@ -46,6 +46,14 @@ class Case:
     turns: int
     threads: int
     checkpointing: bool
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch: int = 1
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the base, and of all that is computed."""
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
     @property
     def whole_networks(self) -> int:
@@ -78,14 +86,21 @@ class Contestant:
 
     def turn(self) -> Seconds:
         """Of an iteration, as the mean over `ratio` of them."""
+        self.settle()
         began, busy = time.perf_counter(), time.process_time()
         for _ in range(self.case.ratio):
             losses = self.run(self.done)
             if self.done == 0:
                 self.first_losses = {role: float(loss) for role, loss in losses.items()}
             self.done += 1
+        self.settle()
         wall, cpu = time.perf_counter() - began, time.process_time() - busy
         return Seconds(round(wall / self.case.ratio, 4), round(cpu / self.case.ratio, 4))
+
+    def settle(self) -> None:
+        """Wait for what a GPU was told."""
+        if self.case.device == "cuda":
+            torch.cuda.synchronize()
 
     def norms(self) -> dict[str, float]:
         return {
@@ -103,30 +118,34 @@ def text_encoder(model: str) -> CLIPTextModel:
         return CLIPTextModel(CLIPTextConfig(**config | ({"num_hidden_layers": 2} if model == "tiny" else {})))
 
 
-def draws_of(iteration: int) -> Draws:
-    return Draws(0, iteration, GENERATOR, range(iteration, iteration + 1))
+def draws_of(case: Case, iteration: int) -> Draws:
+    first = iteration * case.batch
+    return Draws(0, iteration, GENERATOR, range(first, first + case.batch), case.device)
 
 
 def plain(case: Case) -> Contestant:
     """Three whole networks and text encoders."""
-    teacher = random_unet(case.model, torch.float32)
+    teacher = random_unet(case.model, torch.float32).to(case.device)
     channels, folder = teacher.config.block_out_channels, CONFIGS / MODELS[case.model][1]
     side = case.resolution // 8 // 2 ** (len(channels) - 1)
     iteration = PlainDMD2(
         teacher,
         tokenizer_of(folder / "tokenizer"),
-        text_encoder(case.model),
-        seeded_head(channels[-1], (side, side), derive_seed(0, "head")),
+        text_encoder(case.model).to(case.device),
+        seeded_head(channels[-1], (side, side), derive_seed(0, "head")).to(case.device),
         DDPMScheduler.from_pretrained(folder / "scheduler"),
         steps=case.steps,
         ratio=case.ratio,
         guidance=GUIDANCE,
         gan_weight=GAN_WEIGHT,
         checkpointing=case.checkpointing,
+        dtype=case.torch_dtype,
     )
-    images = torch.zeros(1, 4, case.resolution // 8, case.resolution // 8)
+    images = torch.zeros(case.batch, 4, case.resolution // 8, case.resolution // 8, device=case.device)
     weights = {GENERATOR: [*iteration.generator.parameters()], FAKE_SCORE: iteration.critic_parameters}
-    return Contestant(case, lambda number: iteration.iteration(number, [PROMPT], images, draws_of(number)), weights)
+    return Contestant(
+        case, lambda number: iteration.iteration(number, [PROMPT] * case.batch, images, draws_of(case, number)), weights
+    )
 
 
 def ours(case: Case) -> Contestant:
@@ -149,14 +168,14 @@ def ours(case: Case) -> Contestant:
         with torch.no_grad():
             cond, null = encode(tokens.input_ids)[0].split(1)
         prompt = Conditioning(cond), Conditioning(null)
-    network = random_unet(case.model, torch.float32)
+    network = random_unet(case.model, case.torch_dtype).to(case.device)
     run = assemble(
         case.model, case.resolution, network, case.method, options, layouts, prompt=prompt,
-        checkpointing=case.checkpointing,
+        checkpointing=case.checkpointing, rows=case.batch,
     )  # fmt: skip
 
     def iteration(number: int) -> Mapping[str, Tensor]:
         progress = Progress(number, {role: number for role in run.optimizers}, 0, number)
-        return iterate(run, draws_of(number), progress)
+        return iterate(run, draws_of(case, number), progress)
 
     return Contestant(case, iteration, {role: [*run.triple.parameters(role).values()] for role in run.optimizers})

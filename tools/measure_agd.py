@@ -5,7 +5,8 @@
 
 Both samplers walk the adapter's own recipe, guided sampling with two calls a step, by stock diffusers. The judge, which nothing
 is trained against, takes the Frechet distances. Relative errors are ||pred - target||^2 / ||target||^2 over the states of guided
-walks of the same number of steps; wall times are of alternating batches in this process, decoding included.
+walks of the same number of steps; wall times are of alternating batches in this process, decoding included. A network as small
+as this one keeps a GPU waiting, whatever it is given: distances may be taken there, times say something on a CPU alone.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def measure(folder: Path, session: Session, scales: Sequence[float], images: int
     """A line for each w, of the exported adapter and of the run's live one."""
     prompts, seeds = evaluation_set(images)
     scorer, lines = Scorer(), []
-    base, adapted = (load_artefact(resolve(TEACHER), lora, torch.float32, "cpu") for lora in (None, folder))
+    base, adapted = (
+        load_artefact(resolve(TEACHER), lora, torch.float32, str(session.device)) for lora in (None, folder)
+    )
     recipe = adapted.recipe
     if recipe is None or adapted.adapter is None:
         raise Refusal(f"{str(folder)!r} holds no guidance adapter: give a run of method agd")
@@ -118,8 +121,9 @@ def errors(session: Session, w: float, steps: int, prompts: Sequence[str]) -> tu
     sizes = [ImageSize.plain(*plan.setting.size)] * len(prompts)
     cond, null = session.encoder.text(list(prompts), sizes), session.encoder.null(sizes)
     noise = torch.randn(len(prompts), *plan.setting.latent_shape, generator=torch.Generator().manual_seed(1))
-    times = [torch.full((len(prompts),), t, dtype=torch.float64) for t in trailing_ladder(triple.schedule, steps)]
-    scale, student = torch.full((len(prompts),), w), triple.denoiser(session.student)
+    noise = noise.to(session.device)
+    times = [noise.new_full((len(prompts),), t, dtype=torch.float64) for t in trailing_ladder(triple.schedule, steps)]
+    scale, student = noise.new_full((len(prompts),), w), triple.denoiser(session.student)
     found, plain = [], []
     for state in guided_walk(triple.real_score, cond, null, noise, times, scale):
         raw = student.estimate(state.x_t, state.t, cond.told(w)).raw
@@ -128,28 +132,34 @@ def errors(session: Session, w: float, steps: int, prompts: Sequence[str]) -> tu
     return round(float(torch.stack(found).mean()), 6), round(float(torch.stack(plain).mean()), 6)
 
 
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of a run of method agd on the embedded teacher")
     parser.add_argument("--scales", type=float, nargs="*", default=[1.5, 3.0, 5.0, 7.5])
     parser.add_argument("--images", type=int, default=IMAGES, help="a multiple of 12")
     parser.add_argument("--states", type=int, default=64, help="walks for the relative errors")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    session, iteration = open_run(arguments.run, "cpu")
+    session, iteration = open_run(arguments.run, arguments.device)
     trained = sum(p.numel() for p in session.triple.network_parameters(session.student).values())
     whole = sum(p.numel() for p in session.triple.base.parameters())
     print(f"{trained:,} parameters beside {whole:,} ({trained / whole:.1%}), iteration {iteration}")
     with TemporaryDirectory() as scratch:
-        folder = api.export(arguments.run, "guidance-adapter", Path(scratch) / "adapter", device="cpu")
+        folder = api.export(arguments.run, "guidance-adapter", Path(scratch) / "adapter", device=arguments.device)
         lines = measure(folder, session, arguments.scales, arguments.images, arguments.states)
     if arguments.json is not None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         record = {
-            "commit": commit, "iteration": iteration, "images": arguments.images, "adapter_parameters": trained,
-            "base_parameters": whole, "threads": arguments.threads, "lines": [asdict(line) for line in lines],
+            "commit": commit, "iteration": iteration, "images": arguments.images, "device": _named(session.device),
+            "adapter_parameters": trained, "base_parameters": whole, "threads": arguments.threads,
+            "lines": [asdict(line) for line in lines],
         }  # fmt: skip
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.json, (json.dumps(record, indent=2) + "\n").encode())

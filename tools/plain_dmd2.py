@@ -36,6 +36,7 @@ class PlainDMD2:
         steps: network calls of the student.
         ratio: fake-score updates per generator update.
         guidance: teacher guidance scale w.
+        dtype: in bfloat16 the teacher is held in it and the trained networks are float32 under autocast, as is usual.
         gan_weight, critic_weight: of the adversarial terms.
     """
 
@@ -54,9 +55,11 @@ class PlainDMD2:
         critic_weight: float = 1e-2,
         lr: float = 1e-5,
         checkpointing: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.device, self.dtype = next(teacher.parameters()).device, dtype
         self.generator, self.fake_score = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+        self.teacher = teacher.eval().requires_grad_(False).to(dtype)
         if checkpointing:
             for network in (self.generator, self.fake_score):
                 network.enable_gradient_checkpointing()
@@ -71,6 +74,10 @@ class PlainDMD2:
 
     def iteration(self, number: int, prompts: Sequence[str], images: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Train on prompts and as many latents of real images; returns the losses by role."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self._iteration(number, prompts, images, draws)
+
+    def _iteration(self, number: int, prompts: Sequence[str], images: Tensor, draws: Draws) -> dict[str, Tensor]:
         cond, null = self.encode(prompts), self.encode([""] * len(prompts))
         losses = {}
         due = number % self.ratio == 0
@@ -84,7 +91,7 @@ class PlainDMD2:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Token embeddings (B, 77, D)."""
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
-        return self.text_encoder(tokens.input_ids)[0]  # type: ignore[no-any-return]
+        return self.text_encoder(tokens.input_ids.to(self.device))[0]  # type: ignore[no-any-return]
 
     def rollout(self, cond: Tensor, shape: Sequence[int], draws: Draws, *, graph: bool) -> Tensor:
         """The student's sample at a random step of its own walk (backward simulation, section 4.5)."""
@@ -155,7 +162,7 @@ class PlainDMD2:
 
     def x0(self, network: UNet2DConditionModel, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """The network's estimate of the clean latents."""
-        bar = self.scheduler.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        bar = self.scheduler.alphas_cumprod.to(self.device)[t].reshape(-1, 1, 1, 1)
         eps = network(x, t, encoder_hidden_states=cond).sample
         return (x - (1 - bar).sqrt() * eps) / bar.sqrt()
 
@@ -164,4 +171,4 @@ class PlainDMD2:
 
     @staticmethod
     def times(t: int, like: Tensor) -> Tensor:
-        return torch.full((len(like),), t)
+        return torch.full((len(like),), t, device=like.device)
