@@ -23,13 +23,15 @@ from stepdistill.exporting.card import push_to_hub as push
 from stepdistill.exporting.proof import QuantizedStudent, final_latents
 from stepdistill.models.families.base import Checkpoint
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.models.triple import Mode
+from stepdistill.registry import load_method
 from stepdistill.rewards import load_reward
 from stepdistill.training.caching import Filled, fill
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.description import describe
 from stepdistill.training.grids import as_floats, save_images, tile
 from stepdistill.training.initial import initial_checkpoint
-from stepdistill.training.options import check_training_options
+from stepdistill.training.options import check_training_options, products
 from stepdistill.training.processes import check_launcher, sharding_asked
 from stepdistill.training.run import Outcome, find_start, open_run, run_config, train
 from stepdistill.training.session import DTYPES, Session, device_of, prepare
@@ -117,25 +119,37 @@ def export(
         Refusal: not a run, a non-empty output folder, non-finite weights, or a failed proof.
     """
     check_output(Path(output))
-    # a half-precision base is widened: the proof is exact, and the LoRA's float32 weights are the same on either
-    quantized = _quantized_student(run, device, checkpoint)
-    session, iteration = open_run(run, device, full_precision=True, checkpoint=checkpoint)
-    logger.info("exporting the %s of iteration %d", session.student.replace("_", " "), iteration)
-    folder = export_student(
-        session.checkpoint,
-        session.triple,
-        session.experts,
-        session.recipe,
-        format,
-        Path(output),
-        prompts=_proof_prompts(session),
-        seeds=list(range(PROOF_IMAGES)),
-        half=half,
-        quantized=quantized,
-    )
+    # a half-precision base is widened, and a GPU's convolutions have all 24 bits: the proof is exact, and the LoRA's float32
+    # weights are the same on any
+    with products(tf32=False):
+        quantized = _quantized_student(run, device, checkpoint)
+        session, iteration = open_run(run, device, full_precision=True, checkpoint=checkpoint)
+        logger.info("exporting the %s of iteration %d", session.student.replace("_", " "), iteration)
+        folder = export_student(
+            session.checkpoint,
+            session.triple,
+            session.experts,
+            session.recipe,
+            format,
+            Path(output),
+            prompts=_proof_prompts(session),
+            seeds=list(range(PROOF_IMAGES)),
+            half=half,
+            quantized=quantized,
+        )
     if push_to_hub is not None:
         push(folder, push_to_hub)
     return folder
+
+
+def natural_format(config: RunConfig) -> ExportFormat:
+    """What holds all of the student that a run of this config trains, in the smallest files that stock diffusers loads."""
+    forms: dict[Mode, ExportFormat] = {"lora": "diffusers-lora", "full": "pipeline", "adapter": "guidance-adapter"}
+    form = forms[config.roles.generator.mode]
+    method = load_method(config.method_name)
+    told = method.guidance_told(method.Config.model_validate(config.method_options)) is not None
+    # an embedding is no part of a LoRA
+    return "pipeline" if told and form == "diffusers-lora" else form
 
 
 def sample(

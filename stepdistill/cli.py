@@ -82,8 +82,9 @@ def train(
     if not outcome.leader:
         return
     if outcome.finished:
+        form = api.natural_format(run_config)
         typer.echo(
-            f"done: export it with\n  stepdistill export {outcome.folder} --format diffusers-lora --output {outcome.folder}/lora"
+            f"done: export it with\n  stepdistill export {outcome.folder} --format {form} --output {outcome.folder}/export"
         )
     else:
         typer.echo(

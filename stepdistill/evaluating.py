@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 
-from stepdistill.api import dtype_of, export
+from stepdistill.api import dtype_of, export, natural_format
 from stepdistill.assets import resolve
 from stepdistill.config import load_config
 from stepdistill.data.tensors import check_file, check_place
@@ -31,10 +31,8 @@ from stepdistill.evaluation.report import compare as compare_reports
 from stepdistill.evaluation.resize import ResizeMode
 from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
-from stepdistill.exporting import ExportFormat, check_output
+from stepdistill.exporting import check_output
 from stepdistill.exporting.artefact import SCHEDULERS, Artefact, compares_prompts, draw, load_artefact
-from stepdistill.models.triple import Mode
-from stepdistill.registry import load_method
 from stepdistill.training.session import device_of
 
 
@@ -248,12 +246,7 @@ def _student_of(
     if lora is not None:
         raise Refusal(f"{model!r} is a run, which has its own student: leave --lora out")
     config = load_config(run / "config.yaml")
-    layout = config.roles.generator.mode
-    forms: dict[Mode, ExportFormat] = {"lora": "diffusers-lora", "full": "pipeline", "adapter": "guidance-adapter"}
-    form = forms[layout]
-    method = load_method(config.method_name)
-    if layout == "lora" and method.guidance_told(method.Config.model_validate(config.method_options)) is not None:
-        form = "pipeline"  # an embedding is no part of a LoRA
+    form = natural_format(config)
     export(run, form, scratch, device=str(place))
     stats = run / "stats.jsonl"
     return (str(scratch), None, stats) if form == "pipeline" else (config.model.path, scratch, stats)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,27 @@ def test_a_run_on_a_bf16_base_is_proved_in_float32(tiny: Callable[..., Path], tm
     folder = stepdistill.export(tmp_path / "run", "diffusers-lora", tmp_path / "export")
     assert reproduced(folder)
     assert "sys.exit(difference > 0.0001)" in (folder / "reproduce.py").read_text()
+
+
+def test_a_proof_has_all_bits(run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU torch's convolutions have 10 bits of mantissa by default, and proofs differed from stock diffusers by 4e-4."""
+    seen: list[tuple[bool, str]] = []
+
+    def watched(*args: Any, **more: Any) -> Path:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return export_student(*args, **more)
+
+    monkeypatch.setattr("stepdistill.api.export_student", watched)
+    before = torch.backends.cudnn.allow_tf32
+    assert reproduced(stepdistill.export(run(), "diffusers-lora", tmp_path / "export"))
+    assert seen == [(False, "highest")]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_is_proved_on_the_processor(run: Callable[..., Path], tmp_path: Path) -> None:
+    assert reproduced(stepdistill.export(run(), "diffusers-lora", tmp_path / "export", device="cuda"))
 
 
 def test_half_precision_file(run: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from methods import CASES, FULLEST, LAYOUTS, Bench, difference, equal, saved
 from safetensors import safe_open
 
 import stepdistill
+from stepdistill.api import natural_format
 from stepdistill.config import RunConfig
 from stepdistill.errors import Refusal
 from stepdistill.registry import family_names, load_family, method_names
@@ -49,11 +50,7 @@ def through(bench: Bench, tmp_path: Path, method: str, family: str, variant: str
     whole = saved(tmp_path / "whole")
     assert equal(whole, saved(tmp_path / "broken"))
     assert all(bool(tensor.isfinite().all()) for group in whole.values() for tensor in group.values())
-    forms = {"full": "pipeline", "adapter": "guidance-adapter", "lora": "diffusers-lora"}
-    form = forms[make(1).roles.generator.mode]
-    if form == "diffusers-lora" and CASES[FULLEST[method]].told:
-        form = "pipeline"
-    exported = stepdistill.export(tmp_path / "whole", form, tmp_path / "export")
+    exported = stepdistill.export(tmp_path / "whole", natural_format(make(1)), tmp_path / "export")
     with safe_open(exported / "proof.safetensors", "pt") as proof:
         assert len(list(proof.keys())) > 0
     assert (tmp_path / "whole/grids/step-00000003.png").is_file()

@@ -159,12 +159,15 @@ def assemble(
         for copy in triple.networks.values():
             copy.to(copies)
     made.prepare(triple)
+    device = next(network.parameters()).device
+    for named in triple.heads.values():
+        for head in named.values():
+            head.to(device)
     optimizers = {role: RoleOptimizer(triple.parameters(role), OptimizerConfig(lr=1e-5)) for role in roles}
     for optimizer in optimizers.values():  # moments as every iteration but the first finds them
         for key, parameter in optimizer.parameters.items():
             moments = {f"{key}|{moment}": torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
             optimizer.load_state_dict({f"{key}|step": torch.zeros(()), **moments})
-    device = next(network.parameters()).device
     cond, null = (
         one.to(device)[[0] * rows]
         for one in prompt or tuple(random_conditioning(network, resolution, seed) for seed in (0, 1))

@@ -139,9 +139,9 @@ def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: 
     begun, used = time.perf_counter(), _processor_seconds()
     outcome = train(config, folder / "run", None, watcher)
     seconds, processor = time.perf_counter() - begun, _processor_seconds() - used
-    full = config.roles.generator.mode == "full"
-    artefact = api.export(folder / "run", "pipeline" if full else "diffusers-lora", folder / "student", device="cpu")
-    rows = measure(artefact, None if full else config.model.path, images)
+    form = api.natural_format(config)
+    artefact = api.export(folder / "run", form, folder / "student", device="cpu")
+    rows = measure(artefact, None if form == "pipeline" else config.model.path, images)
     shutil.rmtree(folder)
     return Cell(
         entry=name,
