@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import refusal
+from methods import CASES, Bench, Case, saved
 from torch import Tensor
 from toys import SCHEDULES, analytic_triple, batch_of, disturb, draws, four_modes, setting
 
+import stepdistill
 from stepdistill.methods.base import Progress
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.reward import Graded, RewardConfig, RewardTuning
+from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import GENERATOR, Triple
 from stepdistill.rewards.base import HELD_OUT, REWARD, OwnReward
+from stepdistill.training.run import train
 
 SHAPE = (2, 1, 1)
 BATCH = replace(batch_of(4, 4), prompts=("",) * 4)
@@ -126,6 +131,22 @@ def test_beside_distribution_matching() -> None:
     torch.testing.assert_close(terms.parts["reward"], squares(rollout.x0.detach(), []).mean())
     refusal(lambda: method.prepare(triple), "no autoencoder")
     refusal(lambda: DMD2(DMD2Config.model_validate({**options, "simulate": False}), method.setting), "method.simulate")
+
+
+def test_the_feedback_stage_of_a_student_of_segments(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Hyper-SD's order: segments, then a reward on TCD's walk, one LoRA that stock diffusers loads."""
+    bench = Bench(tiny, tmp_path)
+    train(bench.config(CASES["tscd"], 3, family="sd", dtype="float32"), tmp_path / "segments")
+    climbing = Case("reward", {"reward": "critic:brightness", "steps": 2, "transition": "tcd", "guidance": 2.0})
+    config = bench.config(climbing, 2, family="sd", dtype="float32", ema=0.0)
+    train(config.model_copy(update={"init": str(tmp_path / "segments")}), tmp_path / "climbed")
+    recipe = Recipe.read(stepdistill.export(tmp_path / "climbed", "diffusers-lora", tmp_path / "export"))
+    assert recipe is not None
+    assert recipe.scheduler_class == "TCDScheduler"
+    before, after = (saved(tmp_path / name)["generator"] for name in ("segments", "climbed"))
+    moved = [float((after[key] - before[key]).abs().max()) for key in after if key in before]
+    # two updates of 1e-3 from where the segments ended, and not from the base
+    assert 0 < max(moved) <= 2.1e-3
 
 
 def test_what_cannot_work_is_refused() -> None:
