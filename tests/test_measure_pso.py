@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from stepdistill.config import load_config
@@ -43,6 +46,27 @@ def test_a_small_measurement(tmp_path: Path) -> None:
     assert len(luma[0]) == len(luma[1]) == 4
     assert (luma[0] > luma[1]).all()
     assert run_config(tmp_path / "plain").method["kappa"] == 0
+
+
+def held(found: dict[str, Any]) -> None:
+    """PSO wins and stays sharp where fitting the same images does not."""
+    untouched, pso, plain = found["rows"]
+    assert [row["name"] for row in found["rows"]] == ["untouched", "pso", "plain"]
+    assert pso["win_rate"] >= 0.8
+    assert pso["frechet"] < untouched["frechet"]
+    assert pso["sharpness"] == pytest.approx(1, abs=0.05)
+    assert plain["sharpness"] < min(pso["sharpness"], 0.97)
+
+
+@pytest.mark.parametrize("name", ["measure_pso", "measure_style", "measure_subject"])
+def test_what_the_readme_says_was_measured(name: str) -> None:
+    held(json.loads((ROOT / f"tools/results/{name}.json").read_text()))
+
+
+@pytest.mark.slow
+def test_it_is_so(tmp_path: Path) -> None:
+    """Trains the student and both tunings: 15 minutes."""
+    held(tool.measure(tool.parser().parse_args(["--student", str(tmp_path / "student"), "--work", str(tmp_path)])))
 
 
 def read(folder: Path) -> np.ndarray:

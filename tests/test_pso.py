@@ -204,6 +204,19 @@ def test_the_noisiest_step_of_a_zero_snr_schedule_counts() -> None:
     assert torch.allclose(method.error(x0 + 0.5, x0, t), torch.full((3,), 0.25, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", ["eps", "flow-shift-3"])
+def test_the_released_hinge_of_a_subject_is_the_denoising_loss(name: str) -> None:
+    """Its losers are pushed by beta kappa and pulled by the anchor, which are the same number."""
+    found = []
+    for kappa, anchor in ((0.1, 0.5), (0.0, 0.0), (0.1, 0.0)):
+        method, triple = pso(name, form="offline", loss="hinge", losers="prompts", beta=5.0, kappa=kappa, anchor=anchor)
+        disturb(triple)
+        found.append(gradient(method, triple, rolled(method, triple)))
+    released, plain, pushed = found
+    assert torch.allclose(released, plain, rtol=0, atol=1e-12)
+    assert float((pushed - plain).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("options", [{}, {"kappa": 0.3, "anchor": 0.7}, {"loss": "hinge", "kappa": 0.3, "anchor": 0.7}])
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_offline_loss_by_hand(name: str, options: dict[str, Any]) -> None:

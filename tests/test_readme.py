@@ -56,3 +56,14 @@ def test_the_curves_numbers_are_those_of_its_report() -> None:
     for steps, distance, error in rows:
         if steps >= 8:
             assert abs(distance - last) <= 2 * (error**2 + last_error**2) ** 0.5
+
+
+def test_what_tuning_makes_of_a_student_is_what_was_measured() -> None:
+    """`tools/measure_pso.py` and `tools/measure_styles.py` wrote the files."""
+    readme = (ROOT / "README.md").read_text()
+    for name in ("measure_pso", "measure_style", "measure_subject"):
+        found = json.loads((ROOT / f"tools/results/{name}.json").read_text())
+        untouched, *tuned = found["rows"]
+        for row in tuned:
+            distances = f"{row['frechet']:.3f} ({untouched['frechet']:.3f})"
+            assert f"| {row['win_rate']:.3f} | {distances} | {row['sharpness']:.3f} |" in readme, (name, row["name"])

@@ -59,6 +59,7 @@ class Task:
         target: held-out images of what was to be learned.
         distance: of images to it, one each.
         method: options of PSO.
+        iterations: of both.
     """
 
     images: Pixels
@@ -68,6 +69,7 @@ class Task:
     target: Pixels
     distance: Callable[[Pixels], NDArray[np.float64]]
     method: dict[str, Any]
+    iterations: int
 
 
 def sepia(images: Pixels) -> Pixels:
@@ -89,7 +91,7 @@ def style_task(student: Session, count: int, images: int) -> Task:
         for prompts, purpose in ((texts, "shown"), (held_out, "target"))
     )
     method = {"losers": "captions", "loss": "sigmoid"}
-    return Task(shown, texts, None, held_out, target, distance, method)
+    return Task(shown, texts, None, held_out, target, distance, method, 12)
 
 
 def subject_task(student: Session, count: int, images: int, judge: Judge) -> Task:
@@ -123,7 +125,9 @@ def subject_task(student: Session, count: int, images: int, judge: Judge) -> Tas
     def distance(pictures: Pixels) -> NDArray[np.float64]:
         return np.linalg.norm(judge.features(pictures) - middle_of, axis=1).astype(np.float64)
 
-    method = {"losers": "prompts", "loss": "hinge", "beta": 5.0, "kappa": 0.1, "anchor": 0.5}
+    # not the release's hinge of beta 5, kappa 0.1 and anchor 0.5: as long as it is above 0, beta kappa = anchor, so that losers
+    # are pushed and pulled alike and what is left is the denoising loss
+    method = {"losers": "prompts", "loss": "sigmoid", "kappa": 0.4}
     return Task(
         render(shown, 0),
         captions(f"{WORD} ", shown),
@@ -132,6 +136,7 @@ def subject_task(student: Session, count: int, images: int, judge: Judge) -> Tas
         target,
         distance,
         method,
+        72,
     )
 
 
@@ -145,7 +150,7 @@ def config_of(name: str, task: Task, student: Path, work: Path, settings: argpar
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing in `arguments.work`, and measure all."""
-    student, work = Path(arguments.student), Path(arguments.work)
+    student, work = Path(arguments.student), Path(arguments.work or f"runs/measure_{arguments.form}")
     if not student.exists():
         train(load_config(ROOT / "configs/fashion_dmd2.yaml"), student)
     untouched, _ = open_run(student, "cpu")
@@ -158,6 +163,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for path, caption in zip(save_images(task.images, work / "images"), task.captions, strict=True):
             path.with_suffix(".txt").write_text(caption)
         (work / "prompts.txt").write_text("\n".join(task.prompts or task.captions) + "\n")
+    arguments.iterations = arguments.iterations or task.iterations
     target = judge.features(task.target)
     before = drawn(untouched, task.asked, 1, "held out")[:, 0]
     own = task.distance(before)
@@ -189,10 +195,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--student", default="runs/fashion_dmd2", help="run of a few-step student of the embedded teacher"
     )
-    made.add_argument("--work", default="runs/measure_styles", help="images and runs; what is there is kept")
+    made.add_argument(
+        "--work", default=None, help="images and runs, what is there is kept; runs/measure_FORM by default"
+    )
     made.add_argument("--count", type=int, default=256, help="images that are shown")
     made.add_argument("--images", type=int, default=256, help="held-out prompts")
-    made.add_argument("--iterations", type=int, default=24)
+    made.add_argument("--iterations", type=int, default=None, help="the form's own by default")
     made.add_argument("--batch", type=int, default=16)
     made.add_argument("--lr", type=float, default=1e-4)
     made.add_argument("--beta", type=float, default=None, help="of PSO; the form's own by default")
