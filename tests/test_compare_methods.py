@@ -6,10 +6,13 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from stepdistill.config import RunConfig
 from stepdistill.errors import Refusal
+from stepdistill.training.run import Outcome
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -28,6 +31,20 @@ def test_a_kept_cell_is_what_its_config_gives_again(tmp_path: Path) -> None:
     for new, old in zip(again.rows, kept.rows, strict=True):
         assert asdict(new) == pytest.approx(asdict(old), rel=0.02)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_cell_that_was_stopped_is_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that a signal ends goes on to its end in good order, and was measured as if it were whole."""
+    whole = compare.train
+
+    def stopped(config: RunConfig, *others: Any) -> Outcome:
+        """As after SIGTERM in the first iteration."""
+        short = config.training.model_copy(update={"max_steps": 1})
+        return replace(whole(config.model_copy(update={"training": short}), *others), finished=False)
+
+    monkeypatch.setattr(compare, "train", stopped)
+    with pytest.raises(Refusal, match="was stopped at iteration 1: run it again"):
+        compare.run_cell("check", COMPARISON.entries["check"], COMPARISON, 0, tmp_path)
 
 
 def test_the_budget_counts_every_call_and_ends_the_run() -> None:

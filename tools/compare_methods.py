@@ -139,6 +139,10 @@ def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: 
     begun, used = time.perf_counter(), _processor_seconds()
     outcome = train(config, folder / "run", None, watcher)
     seconds, processor = time.perf_counter() - begun, _processor_seconds() - used
+    if not outcome.finished:
+        raise Refusal(
+            f"{name} with seed {seed} was stopped at iteration {outcome.iteration}: run it again, cells are whole"
+        )
     form = api.natural_format(config)
     artefact = api.export(folder / "run", form, folder / "student", device="cpu")
     rows = measure(artefact, None if form == "pipeline" else config.model.path, images)
