@@ -238,6 +238,20 @@ def test_the_loss_is_the_distance_to_the_guided_prediction() -> None:
     assert isinstance(rolled.detach(), GuidedStates)
 
 
+def test_relative_errors_count_alike_at_any_w() -> None:
+    """An untrained student misses all that guidance adds: 1 at every state, but for the floor; a mean of squares grows with w."""
+    triple, floor = adapter_triple(), 1e-3
+    batch = Batch(text(), text(seed=6))
+    losses = {}
+    for relative in (None, floor):
+        agd = method(relative=relative)
+        rolled = agd.rollout(batch, triple, Progress(), draws(range(2)))
+        assert isinstance(rolled, GuidedStates)
+        losses[relative] = float(agd.loss(GENERATOR, rolled, triple, Progress(), draws(range(2))).total)
+    assert losses[floor] == pytest.approx(float((rolled.plain / (rolled.plain + floor)).mean()), rel=1e-6)
+    assert losses[floor] != pytest.approx(losses[None], rel=0.01)
+
+
 def test_a_teacher_that_is_told_its_guidance_is_refused() -> None:
     cond = text().told(3.0)
     with pytest.raises(Refusal, match="told its guidance, in one call"):

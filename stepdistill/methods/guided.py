@@ -5,6 +5,9 @@
 
 States lie on walks of the guided teacher, where a sampler will be, and not on noised images (Jensen & Sadat 2025): collected
 beforehand, or walked on the fly in a few steps whose times are drawn anew for each sample, each of which gives a target.
+
+What guidance adds grows with w - 1, and so the mean of squares is one of large w: `relative` weighs each state by what the
+prompt alone misses there (ours, not the paper's).
 """
 
 from __future__ import annotations
@@ -41,6 +44,12 @@ class GuidedConfig(Settings):
         "rollout",
         description="where states come from: walks of the teacher on the fly, data.trajectories, or data.images with noise, where "
         "a sampler will not be",
+    )
+    relative: float | None = Field(
+        None,
+        gt=0,
+        description="error of each state over what the prompt alone leaves there, plus this: 1e-3 lets small w count as large ones do; "
+        "null is the plain mean of squares, as published",
     )
     walk_steps: int = Field(10, ge=1, description="teacher steps of a walk on the fly, of two network calls each")
 
@@ -119,7 +128,10 @@ class Guided(Method[ConfigT]):
         for x_t, t, target, plain in zip(rollout.x_t, rollout.t, rollout.target, rollout.plain, strict=True):
             found = triple.generator.estimate(x_t, t, rollout.told).raw
             logged = {"error": relative_error(found.detach(), target).mean(), "error_unguided": plain.mean()}
-            yield Terms((found - target).square().mean(), logged) * (1 / len(rollout.t))
+            loss = (found - target).square().mean()
+            if self.config.relative is not None:
+                loss = (relative_error(found, target) / (plain + self.config.relative)).mean()
+            yield Terms(loss, logged) * (1 / len(rollout.t))
 
     def recipe(self) -> Recipe:
         """The base's sampler on its trailing ladder, its guidance off."""
