@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -111,3 +112,13 @@ def test_the_readme_shows_the_tables() -> None:
     cells = comparetables.read_cells(compare.RESULTS)
     for entries in COMPARISON.tables.values():
         assert comparetables.table(cells, entries, compare.teacher_diversity(COMPARISON, entries)) in text
+
+
+def test_what_the_kept_cells_say_of_consistency() -> None:
+    """As the README has it: LCM in 4 steps within twice the teacher's distance, TBCM without images within 10 % of sCM."""
+    cells = comparetables.read_cells(compare.RESULTS)
+    mean = lambda name, steps: fmean(row.frechet for cell in cells[name] if (row := cell.at(steps)))  # noqa: E731
+    teacher = json.loads(compare.TEACHER_ROW.read_text())["1.5"]["frechet"]
+    assert mean("lcm", 4) <= 2 * teacher
+    for before in ("", "flow-"):
+        assert mean(f"{before}tbcm", 1) <= 1.1 * mean(f"{before}scm", 1)
