@@ -41,11 +41,12 @@ def test_a_cell_that_was_stopped_is_no_cell(tmp_path: Path, monkeypatch: pytest.
     def stopped(config: RunConfig, *others: Any) -> Outcome:
         """As after SIGTERM in the first iteration."""
         short = config.training.model_copy(update={"max_steps": 1})
-        return replace(whole(config.model_copy(update={"training": short}), *others), finished=False)
+        return whole(config.model_copy(update={"training": short}), *others)
 
     monkeypatch.setattr(compare, "train", stopped)
+    entry = COMPARISON.entries["check"].model_copy(update={"calls": 10**9})
     with pytest.raises(Refusal, match="was stopped at iteration 1: run it again"):
-        compare.run_cell("check", COMPARISON.entries["check"], COMPARISON, 0, tmp_path)
+        compare.run_cell("check", entry, COMPARISON, 0, tmp_path)
 
 
 def test_the_budget_counts_every_call_and_ends_the_run() -> None:

@@ -82,13 +82,14 @@ class Budget:
     every = 1
 
     def __init__(self, session: Session, calls: int) -> None:
-        self.calls = calls
+        self.calls, self.met = calls, False
         quicken(session.triple.base)
         self.counter = CallCounter(session.triple)
         self.counter.__enter__()
 
     def __call__(self, iteration: int) -> Seen:
-        return Seen({}, None, enough=sum(self.spent().values()) >= self.calls)
+        self.met = sum(self.spent().values()) >= self.calls
+        return Seen({}, None, enough=self.met)
 
     def spent(self) -> dict[str, int]:
         """Rows by role that was asked. Forwards that are left at the features count whole."""
@@ -139,7 +140,7 @@ def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: 
     begun, used = time.perf_counter(), _processor_seconds()
     outcome = train(config, folder / "run", None, watcher)
     seconds, processor = time.perf_counter() - begun, _processor_seconds() - used
-    if not outcome.finished:
+    if not budgets[0].met:
         raise Refusal(
             f"{name} with seed {seed} was stopped at iteration {outcome.iteration}: run it again, cells are whole"
         )
