@@ -127,10 +127,10 @@ class Guided(Method[ConfigT]):
         assert isinstance(rollout, GuidedStates)
         for x_t, t, target, plain in zip(rollout.x_t, rollout.t, rollout.target, rollout.plain, strict=True):
             found = triple.generator.estimate(x_t, t, rollout.told).raw
-            logged = {"error": relative_error(found.detach(), target).mean(), "error_unguided": plain.mean()}
-            loss = (found - target).square().mean()
-            if self.config.relative is not None:
-                loss = (relative_error(found, target) / (plain + self.config.relative)).mean()
+            error = relative_error(found, target)
+            floor = self.config.relative
+            loss = ((found - target).square() if floor is None else error / (plain + floor)).mean()
+            logged = {"error": error.detach().mean(), "error_unguided": plain.mean()}
             yield Terms(loss, logged) * (1 / len(rollout.t))
 
     def recipe(self) -> Recipe:
