@@ -147,6 +147,9 @@ CASES: Mapping[str, Case] = {
     "pso-offline": Case("pso", {"form": "offline", "steps": 2, "losers": "prompts", "anchor": 0.5, "kappa": 0.1}),
     "pso-pairs": Case("pso", {"form": "offline", "steps": 2, "losers": "given", "weighting": "transition"}),
     "pso": Case("pso", {"form": "online", "steps": 2, "reward": "critic:brightness"}),
+    "pso-ancestral": Case(
+        "pso", {"form": "online", "steps": 3, "transition": "ancestral", "reward": "critic:brightness"}
+    ),
     "reward-late": Case(
         "reward",
         {"form": "late", "steps": 3, "reward": "critic:brightness", "margin": 0.9, "transition": "deterministic"},

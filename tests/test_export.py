@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from methods import CASES, Bench
 from safetensors.torch import load_file, save_file
 
 import stepdistill
@@ -78,6 +79,19 @@ def test_plain_diffusers_reproduces_the_proof(run: Callable[..., Path], tmp_path
 @pytest.mark.parametrize("form", ["diffusers-lora", "kohya-lora"])
 def test_other_families(run: Callable[..., Path], tmp_path: Path, family: str, variant: str, form: str) -> None:
     stepdistill.export(run(family, variant), form, tmp_path / "export")  # verifies itself to 1e-4
+
+
+def test_ancestral_students_are_euler_ancestral_students(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Its scheduler takes no ladder: plain diffusers gets by with the number of steps."""
+    train(Bench(tiny, tmp_path).config(CASES["pso-ancestral"], 2, dtype="float32"), tmp_path / "run")
+    folder = stepdistill.export(tmp_path / "run", "diffusers-lora", tmp_path / "export")
+    assert reproduced(folder)
+    recipe = Recipe.read(folder)
+    assert recipe is not None
+    assert (recipe.scheduler_class, recipe.spaced) == ("EulerAncestralDiscreteScheduler", (999, 666, 333))
+    card = (folder / "README.md").read_text()
+    assert "timesteps [999, 666, 333]" in card
+    assert "timesteps=" not in card
 
 
 @pytest.mark.parametrize("variant", ["default", "v"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from torch import Tensor
 from toys import (
     DIMENSION,
@@ -597,8 +598,41 @@ def test_recipes_of_four_steps() -> None:
     assert replace(Recipe.from_json(recipe.to_json())) == recipe
     one = DMD(DMDConfig(guidance=3.0), setting(vp())).recipe()
     assert (one.scheduler_class, one.timesteps) == ("LCMScheduler", (999,))
-    with pytest.raises(Refusal, match="ancestral"):
-        parts.few_step_recipe(setting(vp()), "x", (999, 499), Transition(TransitionKind.ANCESTRAL), 1.0)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_an_ancestral_walk_is_exported_for_its_stock_scheduler(steps: int) -> None:
+    """EulerAncestral takes no ladder: it is told its last timestep, and the first call sees noise of std 1 as in training."""
+    ladder = few_step_ladder(vp(), steps)
+    recipe = parts.few_step_recipe(setting(vp()), "x", ladder, Transition(TransitionKind.ANCESTRAL), 1.0)
+    assert (recipe.spaced, recipe.timesteps, recipe.ladder(vp())) == (ladder, (), ladder)
+    assert recipe.transition() == Transition(TransitionKind.ANCESTRAL)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    scheduler = recipe.scheduler({**SD, "timestep_spacing": "trailing"})
+    assert isinstance(scheduler, EulerAncestralDiscreteScheduler)
+    scheduler.set_timesteps(steps)
+    assert tuple(scheduler.timesteps.tolist()) == ladder
+    seen = scheduler.scale_model_input(scheduler.init_noise_sigma * torch.ones(1), scheduler.timesteps[0])
+    assert float(seen) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ladder", "strength", "words"),
+    [
+        (vp(), (999, 499), 0.7, "strength 0.7"),
+        (vp(), (999, 600), 1.0, "leave method.timesteps out"),
+        (vp(Prediction.V, rescale_betas_zero_snr=True), (999, 499), 1.0, "ancestral"),
+        (flow(3.0), (1.0, 0.5), 1.0, "ancestral"),
+    ],
+    ids=["strength", "uneven", "zero-snr", "flow"],
+)
+def test_ancestral_walks_that_no_stock_scheduler_makes(
+    schedule: NoiseSchedule, ladder: tuple[float, ...], strength: float, words: str
+) -> None:
+    with pytest.raises(Refusal, match=words):
+        parts.few_step_recipe(
+            setting(schedule), "x", ladder, Transition(TransitionKind.ANCESTRAL, strength), 1.0
+        )
 
 
 def test_a_walk_without_noise_from_zero_snr_is_exported_for_tcd_s_scheduler() -> None:

@@ -68,7 +68,7 @@ def write_card(
 Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_steps} network calls an image.
 {programs[format]}
 
-* Scheduler `{recipe.scheduler_class}`, timesteps {list(recipe.timesteps or recipe.sigmas or recipe.angles)}, {height}x{width} pixels.
+* Scheduler `{recipe.scheduler_class}`, timesteps {list(recipe.times)}, {height}x{width} pixels.
 * {guided}
 * The licence is the base model's ({info.licence or "the base states none"}).
 {more}

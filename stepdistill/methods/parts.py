@@ -307,10 +307,11 @@ def few_step_recipe(
     if transition.kind is TransitionKind.DETERMINISTIC and schedule.zero_terminal_snr and not schedule.is_flow:
         # stock Euler starts a zero-SNR ladder at sigma 4096 and takes the noise off again, in float32; TCD's at eta 0 is DDIM
         transition = Transition(TransitionKind.TCD, 0.0)
-    name = SCHEDULERS.get((transition.kind, schedule.is_flow))
-    if name is None:
+    name, ancestral = SCHEDULERS.get((transition.kind, schedule.is_flow)), transition.kind is TransitionKind.ANCESTRAL
+    if name is None or (ancestral and (transition.strength != 1 or schedule.zero_terminal_snr)):
+        kind = f"{transition.kind.value!r} transition" + (f" of strength {transition.strength:g}" if ancestral else "")
         raise Refusal(
-            f"no stock scheduler walks a custom ladder with the {transition.kind.value!r} transition: use 'renoise' or 'deterministic'"
+            f"no stock scheduler walks a ladder of this checkpoint with the {kind}: use 'renoise' or 'deterministic'"
         )
     config: dict[str, object] = {"prediction_type": schedule.prediction.value, "clip_sample": False}
     # whatever the base's scheduler does to a list of sigmas must not be done to the ladder again
@@ -322,12 +323,16 @@ def few_step_recipe(
         config |= {"timestep_spacing": "leading", "final_sigmas_type": "zero", **as_given}
     elif transition.kind is TransitionKind.TCD:
         config["original_inference_steps"] = schedule.train_steps  # any whole timestep may stand in a ladder
+    elif ancestral:
+        # with "trailing" the first call would see noise of std sigma, as above
+        config |= {"timestep_spacing": "leading", "steps_offset": _evenly_down_to(ladder, schedule.train_steps)}
     return Recipe(
         scheduler_class=name,
         scheduler_config=config,
         num_inference_steps=len(ladder),
         prediction_type=schedule.prediction.value,
-        timesteps=() if schedule.is_flow else tuple(round(t) for t in ladder),
+        timesteps=() if schedule.is_flow or ancestral else tuple(round(t) for t in ladder),
+        spaced=tuple(round(t) for t in ladder) if ancestral else (),
         sigmas=tuple(schedule.fraction_at(torch.tensor(ladder, dtype=torch.float64)).tolist())
         if schedule.is_flow
         else (),
@@ -337,6 +342,17 @@ def few_step_recipe(
         baked_guidance=baked_guidance,
         resolution=setting.size,
     )
+
+
+def _evenly_down_to(ladder: Sequence[float], train_steps: int) -> int:
+    """The last timestep of a ladder whose steps are as even as EulerAncestral's own, which takes no other."""
+    gap = train_steps // len(ladder)
+    if any(round(a) - round(b) != gap for a, b in pairwise(ladder)):
+        raise Refusal(
+            f"the ladder {[round(t) for t in ladder]} is walked with the 'ancestral' transition, whose stock scheduler takes steps of "
+            f"{gap} timesteps here alone: leave method.timesteps out, or choose another transition"
+        )
+    return round(ladder[-1])
 
 
 def ladder_of(schedule: NoiseSchedule, timesteps: Sequence[float]) -> tuple[float, ...]:

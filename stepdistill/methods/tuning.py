@@ -27,7 +27,9 @@ from stepdistill.models.triple import GENERATOR, REAL_SCORE, Triple
 class TuningConfig(Settings):
     steps: int = Field(4, ge=1, description="network calls of the student")
     timesteps: list[float] | None = Field(None, description="its ladder by hand, native times, noisiest first")
-    transition: Literal["renoise", "deterministic", "tcd"] = Field("renoise", description="of the student's sampler")
+    transition: Literal["renoise", "deterministic", "tcd", "ancestral"] = Field(
+        "renoise", description="of the student's sampler; ancestral is SDXL-Turbo's"
+    )
     gamma: float = Field(0.3, ge=0, le=1, description="of the tcd transition, TCDScheduler's eta")
     guidance: float = Field(1.0, ge=1, description="scale w that the student has absorbed, for its recipe; 1 is off")
 

@@ -20,11 +20,12 @@ SCHEDULERS = {
     (TransitionKind.RENOISE, False): "LCMScheduler",
     (TransitionKind.DETERMINISTIC, False): "EulerDiscreteScheduler",
     (TransitionKind.TCD, False): "TCDScheduler",
+    (TransitionKind.ANCESTRAL, False): "EulerAncestralDiscreteScheduler",
     (TransitionKind.RENOISE, True): "FlowMatchLCMScheduler",
     (TransitionKind.DETERMINISTIC, True): "FlowMatchEulerDiscreteScheduler",
 }
-"""(transition, is_flow) -> the stock scheduler that walks it along a custom ladder. DDIM and EulerAncestral are absent on
-purpose: they take no custom timesteps, so they cannot reproduce a ladder."""
+"""(transition, is_flow) -> the stock scheduler that walks it along a custom ladder; EulerAncestral takes none, and walks even ones
+alone, which its config says. DDIM is absent on purpose: Euler walks the same, and takes custom timesteps."""
 TRIGFLOW_SCHEDULER = "SCMScheduler"
 """Re-noises along angles; for pipelines that speak TrigFlow to a network."""
 
@@ -34,12 +35,13 @@ class Recipe:
     """How to sample.
 
     Attributes:
-        scheduler_class: a stock diffusers scheduler that takes custom timesteps or sigmas.
+        scheduler_class: a stock diffusers scheduler.
         scheduler_config: what to change in the base checkpoint's scheduler config.
         num_inference_steps: network calls.
         timesteps: VP ladder, integers, noisiest first; empty for flow.
         sigmas: flow ladder *before* the scheduler's own shift; empty for VP.
         angles: TrigFlow ladder, which `call` says in its scheduler's own words; empty for all others.
+        spaced: VP ladder of a scheduler that takes none, which `scheduler_config` says in its own words; empty for all others.
         guidance_scale: w for the pipeline; 1 is off, and off is the rule for a distilled model, unless its network is told w.
         base: the checkpoint that the LoRA belongs to.
         method: what trained it.
@@ -68,6 +70,12 @@ class Recipe:
     experts: tuple[int, ...] = ()
     call: dict[str, Any] = field(default_factory=dict)
     told_guidance: float | None = None
+    spaced: tuple[int, ...] = ()
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The ladder in whichever words it is said, for a reader."""
+        return self.timesteps or self.sigmas or self.angles or self.spaced
 
     @property
     def w(self) -> float:
@@ -80,6 +88,8 @@ class Recipe:
             del record["experts"]
         if self.told_guidance is None:
             del record["told_guidance"]
+        if not self.spaced:
+            del record["spaced"]
         scheduler = {"class_name": record.pop("scheduler_class"), "config": record.pop("scheduler_config")}
         return json.dumps({"scheduler": scheduler, **record}, indent=2, sort_keys=True)
 
@@ -89,7 +99,7 @@ class Recipe:
         try:
             record = json.loads(text)
             scheduler = record.pop("scheduler")
-            for key in ("timesteps", "sigmas", "angles", "resolution", "experts"):
+            for key in ("timesteps", "sigmas", "angles", "resolution", "experts", "spaced"):
                 record[key] = tuple(record.get(key, ()))
             return cls(scheduler_class=scheduler["class_name"], scheduler_config=scheduler["config"], **record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -131,7 +141,7 @@ class Recipe:
             return tuple(schedule.time_at(torch.tensor(self.sigmas, dtype=torch.float64)).tolist())
         if self.angles:
             return tuple(schedule.time_at_angle(torch.tensor(self.angles, dtype=torch.float64)).tolist())
-        return tuple(float(t) for t in self.timesteps)
+        return tuple(float(t) for t in self.timesteps or self.spaced)
 
     def by_step(self, experts: Sequence[str]) -> tuple[str, ...]:
         """Which of the student's experts makes each network call."""

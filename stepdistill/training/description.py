@@ -18,7 +18,7 @@ def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> 
     method = plan.method_class(plan.method_config, setting)
     recipe = plan.family.stock_recipe(plan.info, method.recipe())
     options = ", ".join(f"{key}={value}" for key, value in plan.method_config.model_dump(exclude_unset=True).items())
-    ladder = ", ".join(f"{time:g}" for time in recipe.timesteps or recipe.sigmas or recipe.angles)
+    ladder = ", ".join(f"{time:g}" for time in recipe.times)
     shares = f", by {len(recipe.experts)} experts ({' + '.join(map(str, recipe.experts))})" if recipe.experts else ""
     extra = []
     if plan.images is not None:
