@@ -41,6 +41,7 @@ from stepdistill.methods.base import Batch, Method, Needs, Progress, Rollout, Te
 from stepdistill.methods.dmd import DMD, DMDConfig
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.gan import HEAD, GanConfig
+from stepdistill.methods.ladders import few_step_recipe
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.heads import FeatureHead, discriminator_loss, generator_loss
 from stepdistill.models.recipe import Recipe
@@ -604,7 +605,7 @@ def test_recipes_of_four_steps() -> None:
 def test_an_ancestral_walk_is_exported_for_its_stock_scheduler(steps: int) -> None:
     """EulerAncestral takes no ladder: it is told its last timestep, and the first call sees noise of std 1 as in training."""
     ladder = few_step_ladder(vp(), steps)
-    recipe = parts.few_step_recipe(setting(vp()), "x", ladder, Transition(TransitionKind.ANCESTRAL), 1.0)
+    recipe = few_step_recipe(setting(vp()), "x", ladder, Transition(TransitionKind.ANCESTRAL), 1.0)
     assert (recipe.spaced, recipe.timesteps, recipe.ladder(vp())) == (ladder, (), ladder)
     assert recipe.transition() == Transition(TransitionKind.ANCESTRAL)
     assert Recipe.from_json(recipe.to_json()) == recipe
@@ -630,9 +631,7 @@ def test_ancestral_walks_that_no_stock_scheduler_makes(
     schedule: NoiseSchedule, ladder: tuple[float, ...], strength: float, words: str
 ) -> None:
     with pytest.raises(Refusal, match=words):
-        parts.few_step_recipe(
-            setting(schedule), "x", ladder, Transition(TransitionKind.ANCESTRAL, strength), 1.0
-        )
+        few_step_recipe(setting(schedule), "x", ladder, Transition(TransitionKind.ANCESTRAL, strength), 1.0)
 
 
 def test_a_walk_without_noise_from_zero_snr_is_exported_for_tcd_s_scheduler() -> None:

@@ -23,9 +23,9 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import spread
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
-from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Progress, Setting
 from stepdistill.methods.consistency import Consistency, ConsistencyConfig, Predict, jump
+from stepdistill.methods.ladders import few_step_recipe
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import Triple
 
@@ -123,7 +123,7 @@ class CM(Consistency[CMConfig]):
 
     def recipe(self) -> Recipe:
         # the grid is not LCMScheduler's, which therefore gets no number of points
-        return parts.few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
+        return few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
 
     def _ratio(self, t: Tensor) -> Tensor:
         """s~ = sigma / alpha, infinite where there is no signal."""

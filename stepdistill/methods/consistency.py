@@ -29,6 +29,7 @@ from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Method, Needs, Progress, RoleKind, Rollout, Setting, Terms
 from stepdistill.methods.gan import discriminate
+from stepdistill.methods.ladders import few_step_recipe, ladder_of
 from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
@@ -123,9 +124,9 @@ class Consistency(Method[ConfigT]):
     def __init__(self, config: ConfigT, setting: Setting) -> None:
         super().__init__(config, setting)
         if config.timesteps is not None:
-            self.ladder = parts.ladder_of(self.schedule, config.timesteps)
+            self.ladder = ladder_of(self.schedule, config.timesteps)
         else:
-            self.ladder = parts.ladder_of(self.schedule, self.default_ladder())
+            self.ladder = ladder_of(self.schedule, self.default_ladder())
 
     # ---------------------------------------------------------------- what a method says
 
@@ -259,7 +260,7 @@ class Consistency(Method[ConfigT]):
         return self.config.target_decay
 
     def recipe(self) -> Recipe:
-        recipe = parts.few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
+        recipe = few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
         if recipe.scheduler_class not in ("LCMScheduler", "TCDScheduler"):
             return recipe
         # with any other number of steps these two choose among the points that were trained

@@ -26,8 +26,8 @@ from stepdistill.diffusion.schedule import broadcast
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.diffusion.trigflow import TrigFlow
 from stepdistill.errors import Refusal
-from stepdistill.methods import parts
 from stepdistill.methods.base import Decode, Method, Needs, Progress, RoleKind, Setting, Terms
+from stepdistill.methods.ladders import few_step_recipe, ladder_of
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.heads import AngleWeight
@@ -232,9 +232,9 @@ class Continuous(Method[ContinuousConfigT]):
         # (a plan makes methods where new tensors have no content)
         times = self.schedule.time_at_angle(torch.tensor(after, dtype=torch.float64, device="cpu")).tolist()
         below = times if self.schedule.is_flow else [float(round(t)) for t in times]
-        return parts.ladder_of(self.schedule, [self.schedule.terminal_time, *below])
+        return ladder_of(self.schedule, [self.schedule.terminal_time, *below])
 
     def recipe(self) -> Recipe:
         """One call maps a state to x0, which is noised again to the next angle: what LCM schedulers walk, in native times."""
         renoise = Transition(TransitionKind.RENOISE)
-        return parts.few_step_recipe(self.setting, self.name, self.ladder, renoise, self.config.guidance)
+        return few_step_recipe(self.setting, self.name, self.ladder, renoise, self.config.guidance)

@@ -21,6 +21,7 @@ from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Method, Needs, Progress, RoleKind, Rollout, Setting, Terms
+from stepdistill.methods.ladders import few_step_recipe, ladder_of
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
@@ -47,7 +48,7 @@ class DMD(Method[DMDConfig]):
     def __init__(self, config: DMDConfig, setting: Setting) -> None:
         super().__init__(config, setting)
         told = config.timestep
-        self.ladder = few_step_ladder(self.schedule, 1) if told is None else parts.ladder_of(self.schedule, [told])
+        self.ladder = few_step_ladder(self.schedule, 1) if told is None else ladder_of(self.schedule, [told])
         if config.matching == 0 and config.regression == 0:
             raise Refusal("method.matching and method.regression are both 0, which leaves no loss: set one of them")
         self.transition = Transition(TransitionKind.RENOISE)
@@ -107,4 +108,4 @@ class DMD(Method[DMDConfig]):
         return parts.surrogate(rollout.x0, direction), logged
 
     def recipe(self) -> Recipe:
-        return parts.few_step_recipe(self.setting, "dmd", self.ladder, self.transition, self.config.guidance)
+        return few_step_recipe(self.setting, "dmd", self.ladder, self.transition, self.config.guidance)

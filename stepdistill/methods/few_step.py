@@ -24,6 +24,7 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Method, Needs, Progress, Rollout, Setting, Terms
 from stepdistill.methods.divergence import DivergenceName, RatioWeights
 from stepdistill.methods.gan import GanConfig, attach_gan, gan_critic_loss, gan_generator_loss, logits_at
+from stepdistill.methods.ladders import few_step_recipe, ladder_of
 from stepdistill.methods.preference import RewardTermConfig, reward_loss
 from stepdistill.models.blending import blend_role
 from stepdistill.models.denoiser import Denoiser
@@ -91,7 +92,7 @@ class OnLadder(Method[LadderConfigT]):
     def __init__(self, config: LadderConfigT, setting: Setting) -> None:
         super().__init__(config, setting)
         if config.timesteps is not None:
-            self.ladder = parts.ladder_of(self.schedule, config.timesteps)
+            self.ladder = ladder_of(self.schedule, config.timesteps)
         else:
             self.ladder = few_step_ladder(self.schedule, config.steps)
         odds = config.exit_odds
@@ -288,7 +289,7 @@ class FewStep(OnLadder[FewStepConfigT]):
         return replace(batch, cond=batch.image_cond, null=batch.null.sized_like(batch.image_cond))
 
     def recipe(self) -> Recipe:
-        return parts.few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.guidance)
+        return few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.guidance)
 
 
 def moment_penalty(x: Tensor, mean: float, std: float) -> Tensor:

@@ -26,8 +26,8 @@ from stepdistill.diffusion.prediction import to_x0
 from stepdistill.diffusion.timesteps import NoiseLevels, trailing_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
-from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Method, Needs, Progress, RoleKind, Rollout, Terms
+from stepdistill.methods.ladders import few_step_recipe
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.sampler import GuidedState, guided_state, guided_walk, relative_error
@@ -137,7 +137,7 @@ class Guided(Method[ConfigT]):
         """The base's sampler on its trailing ladder, its guidance off."""
         ladder = trailing_ladder(self.schedule, self.config.steps)
         transition = Transition(TransitionKind.DETERMINISTIC)
-        plain = parts.few_step_recipe(self.setting, self.name, ladder, transition, self.config.guidance)
+        plain = few_step_recipe(self.setting, self.name, ladder, transition, self.config.guidance)
         return replace(plain, told_guidance=self.config.guidance)
 
     def _states(self, batch: Batch, triple: Triple, draws: Draws) -> tuple[list[GuidedState], Conditioning]:

@@ -28,6 +28,7 @@ from stepdistill.errors import Refusal
 from stepdistill.methods import parts
 from stepdistill.methods.base import STUDENT, Batch, Decode, Needs, Progress, Rollout, Setting, Stage, Terms
 from stepdistill.methods.few_step import LadderConfig, OnLadder
+from stepdistill.methods.ladders import few_step_recipe
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.sampler import by_turns, walk
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
@@ -216,7 +217,7 @@ class Phased(OnLadder[PhasedConfig]):
         return levels.model_copy(update={"low": low})
 
     def recipe(self) -> Recipe:
-        recipe = parts.few_step_recipe(self.setting, "phased", self.ladder, self.transition, self.config.guidance)
+        recipe = few_step_recipe(self.setting, "phased", self.ladder, self.transition, self.config.guidance)
         calls = tuple(phase.last - phase.first for phase in self.phases)
         return replace(recipe, experts=calls) if len(calls) > 1 else recipe
 

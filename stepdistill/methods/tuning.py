@@ -16,8 +16,8 @@ from stepdistill.config import Settings
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.methods import parts
 from stepdistill.methods.base import Decode, Method, Progress, RoleKind, Setting
+from stepdistill.methods.ladders import few_step_recipe, ladder_of
 from stepdistill.methods.preference import REFERENCE
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.recipe import Recipe
@@ -46,7 +46,7 @@ class Tuning(Method[TuningConfigT]):
     def __init__(self, config: TuningConfigT, setting: Setting) -> None:
         super().__init__(config, setting)
         if config.timesteps is not None:
-            self.ladder = parts.ladder_of(self.schedule, config.timesteps)
+            self.ladder = ladder_of(self.schedule, config.timesteps)
         else:
             self.ladder = few_step_ladder(self.schedule, config.steps)
         kind = TransitionKind(config.transition)
@@ -82,4 +82,4 @@ class Tuning(Method[TuningConfigT]):
         return (GENERATOR,)
 
     def recipe(self) -> Recipe:
-        return parts.few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.guidance)
+        return few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.guidance)
