@@ -32,9 +32,10 @@ from stepdistill.training.description import describe
 from stepdistill.training.grids import as_floats, save_images, tile
 from stepdistill.training.initial import initial_checkpoint
 from stepdistill.training.options import check_training_options, products
+from stepdistill.training.plan import prepare
 from stepdistill.training.processes import check_launcher, sharding_asked
 from stepdistill.training.run import Outcome, find_start, open_run, run_config, train
-from stepdistill.training.session import DTYPES, Session, device_of, prepare
+from stepdistill.training.session import DTYPES, Session, device_of
 from stepdistill.watching import Goal, StudentWatch
 
 __all__ = [

@@ -39,8 +39,9 @@ from stepdistill.training import caching
 from stepdistill.training.batches import BatchSource
 from stepdistill.training.caching import estimate, fill, warm
 from stepdistill.training.encoding import LiveEncoder
+from stepdistill.training.plan import prepare
 from stepdistill.training.run import open_run, train
-from stepdistill.training.session import open_session, prepare
+from stepdistill.training.session import open_session
 
 VARIANTS = [(name, variant) for name in family_names() for variant in load_family(name).tiny_variants]
 GAN = {"weight": 1e-2}
@@ -486,7 +487,7 @@ from pathlib import Path
 from accelerate import PartialState
 from stepdistill.config import load_config
 from stepdistill.training import caching
-from stepdistill.training.session import prepare
+from stepdistill.training.plan import prepare
 state = PartialState(cpu=True)
 asked, load = [], caching.load_checkpoint
 caching.load_checkpoint = lambda *arguments: asked.append(1) or load(*arguments)

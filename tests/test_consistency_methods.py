@@ -52,8 +52,9 @@ from stepdistill.methods.tscd import TRAJECTORY, Scored
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
+from stepdistill.training.plan import prepare
 from stepdistill.training.run import train
-from stepdistill.training.session import open_session, prepare
+from stepdistill.training.session import open_session
 
 # ---------------------------------------------------------------- the adversary
 

@@ -25,8 +25,9 @@ from stepdistill.methods.base import Batch
 from stepdistill.models.heads import FeatureHead
 from stepdistill.training.batches import BatchSource, sample_numbers
 from stepdistill.training.description import describe
+from stepdistill.training.plan import prepare
 from stepdistill.training.run import train
-from stepdistill.training.session import open_session, prepare
+from stepdistill.training.session import open_session
 
 SIZES = [(16, 16), (16, 24), (32, 16)]
 

@@ -23,8 +23,8 @@ from stepdistill.data.sources import open_images
 from stepdistill.data.stream import BLOCK, ImageStream, Lane
 from stepdistill.diffusion.draws import generator
 from stepdistill.training.description import describe
+from stepdistill.training.plan import prepare
 from stepdistill.training.run import open_run, train
-from stepdistill.training.session import prepare
 
 WHOLE = Framing((20, 30))
 FEATURES = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})

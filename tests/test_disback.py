@@ -41,8 +41,8 @@ from stepdistill.models.families.analytic import Mixture
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 from stepdistill.planning import plan
 from stepdistill.planning.loop import walk
+from stepdistill.training.plan import prepare
 from stepdistill.training.run import train
-from stepdistill.training.session import prepare
 from stepdistill.training.shelf import RunShelf
 
 GRIDS = ["eps", "v", "flow", "flow-shift-3"]

@@ -30,8 +30,8 @@ from stepdistill.planning.loop import walk
 from stepdistill.planning.memory import sizes_of
 from stepdistill.planning.trace import outline, trace
 from stepdistill.training.grids import student_latents
+from stepdistill.training.plan import prepare
 from stepdistill.training.run import open_run, train
-from stepdistill.training.session import prepare
 from stepdistill.training.trainer import Trainer
 
 CASE = Case("phased", {"guidance": 2.0, "ratio": 1, "steps": 4, "phases": 3, "phase_iterations": 2}, period=2)

@@ -48,8 +48,8 @@ from stepdistill.models.families.sana import GUIDANCE, Sana
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.sampler import sample, teacher_sample
+from stepdistill.training.plan import prepare
 from stepdistill.training.run import train
-from stepdistill.training.session import prepare
 
 SANA = Sana()
 VARIANTS = SANA.tiny_variants

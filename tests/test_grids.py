@@ -13,7 +13,8 @@ from PIL import Image
 from stepdistill.diffusion.prediction import guide
 from stepdistill.methods.parts import score_gap
 from stepdistill.training.grids import LEVELS, Grid, as_pixels, diversity
-from stepdistill.training.session import Session, open_session, prepare
+from stepdistill.training.plan import prepare
+from stepdistill.training.session import Session, open_session
 
 
 @pytest.fixture

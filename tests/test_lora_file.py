@@ -16,7 +16,8 @@ from stepdistill.config import RunConfig, parse
 from stepdistill.exporting.lora import write_diffusers_lora, write_kohya_lora
 from stepdistill.methods.preference import REFERENCE
 from stepdistill.models.triple import GENERATOR, Triple
-from stepdistill.training.session import EMA, Session, open_session, prepare
+from stepdistill.training.plan import prepare
+from stepdistill.training.session import EMA, Session, open_session
 
 ROLE = {"mode": "lora", "rank": 8, "alpha": 4, "rank_pattern": {"to_q": 4}, "alpha_pattern": {"to_q": 16, "conv1": 2}}
 WRITERS = {"diffusers": write_diffusers_lora, "kohya": write_kohya_lora}

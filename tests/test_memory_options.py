@@ -29,8 +29,9 @@ from stepdistill.registry import load_family
 from stepdistill.training import optimizers
 from stepdistill.training.optimizers import RoleOptimizer, check_adamw8bit
 from stepdistill.training.options import check_training_options, products
+from stepdistill.training.plan import prepare
 from stepdistill.training.run import train
-from stepdistill.training.session import EMA, one_by_one, prepare
+from stepdistill.training.session import EMA, one_by_one
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 DEVICES = [

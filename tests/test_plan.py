@@ -18,8 +18,9 @@ from stepdistill.planning.loop import Call, CallCounter, walk
 from stepdistill.planning.sources import find_source
 from stepdistill.planning.trace import companions, outline, size_of, trace
 from stepdistill.training.collect import CollectConfig, collect
+from stepdistill.training.plan import prepare, without_data
 from stepdistill.training.run import train
-from stepdistill.training.session import EMA, Session, open_session, prepare, without_data
+from stepdistill.training.session import EMA, Session, open_session
 from stepdistill.training.trainer import Trainer
 
 GAN = {"name": "dmd2", "guidance": 2.0, "ratio": 2, "steps": 2, "gan": {"weight": 1e-2}}

@@ -20,8 +20,8 @@ from stepdistill.models.families.single_file import CONFIGS
 from stepdistill.presets import PRESETS, preset_names, with_preset
 from stepdistill.registry import load_family
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.plan import prepare
 from stepdistill.training.run import open_run, train
-from stepdistill.training.session import prepare
 
 NAMES = ("8gb", "12gb", "24gb", "80gb")
 

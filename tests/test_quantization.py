@@ -32,8 +32,8 @@ from stepdistill.models.triple import RoleLayout, Triple
 from stepdistill.registry import load_family
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.collect import CollectConfig, collect
+from stepdistill.training.plan import prepare
 from stepdistill.training.run import open_run, train
-from stepdistill.training.session import prepare
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 KINDS: list[Quantized] = ["int8", "int4"]

@@ -179,7 +179,8 @@ def test_a_batch_says_its_prompts(bench: Bench, tmp_path: Path, monkeypatch: pyt
 
 
 def test_decoding_is_differentiable(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stepdistill.training.session import open_session, prepare
+    from stepdistill.training.plan import prepare
+    from stepdistill.training.session import open_session
 
     got: list[Callable[[Tensor], Tensor]] = []
     monkeypatch.setattr(DMD2, "prepare", lambda _self, _triple, decode=None: got.append(decode))

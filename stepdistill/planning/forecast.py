@@ -19,7 +19,8 @@ from stepdistill.planning.sources import find_source
 from stepdistill.planning.trace import IMAGES, TEXT, Trace, outline, trace
 from stepdistill.training.caching import image_bytes, prompt_bytes
 from stepdistill.training.options import check_combinations
-from stepdistill.training.session import Plan, Session, without_data
+from stepdistill.training.plan import Plan, without_data
+from stepdistill.training.session import Session
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from stepdistill.models.vision import VISION, VisionEncoder
 from stepdistill.planning.meter import Flops
 from stepdistill.rewards.base import HELD_OUT, REWARD, OwnReward
 from stepdistill.training.batches import sample_numbers
-from stepdistill.training.session import Plan
+from stepdistill.training.plan import Plan
 
 ROLLOUT = "rollout"
 COUNTED = 120

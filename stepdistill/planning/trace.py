@@ -20,7 +20,8 @@ from stepdistill.models.sampler import GuidedState
 from stepdistill.planning.ghost import Unknowable, hollow
 from stepdistill.planning.loop import CallCounter, Walk, run_micro_batch
 from stepdistill.planning.meter import Flops, Meter, normalise_in_float32
-from stepdistill.training.session import DTYPES, Plan, Session, assemble
+from stepdistill.training.plan import Plan
+from stepdistill.training.session import DTYPES, Session, assemble
 
 TEXT, IMAGES, GRID = "encode text", "encode images", "draw grid"
 TIME = 500.0

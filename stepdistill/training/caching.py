@@ -39,7 +39,8 @@ from stepdistill.models.families.base import PARTS, Checkpoint, Part, Posterior
 from stepdistill.models.loading import fetch_weights, load_checkpoint
 from stepdistill.training.encoding import CachedImages, Warm, image_entry, text_entry
 from stepdistill.training.options import products
-from stepdistill.training.session import DTYPES, Plan, device_of
+from stepdistill.training.plan import Plan
+from stepdistill.training.session import DTYPES, device_of
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from stepdistill.methods.base import Stage
 from stepdistill.models.guidance_adapter import AdapterSettings
 from stepdistill.models.triple import RoleLayout
 from stepdistill.training.options import describe_options
-from stepdistill.training.session import Plan, Session
+from stepdistill.training.plan import Plan
+from stepdistill.training.session import Session
 
 
 def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> list[str]:

@@ -21,8 +21,9 @@ from stepdistill.training.description import describe
 from stepdistill.training.environment import RECORDED
 from stepdistill.training.folder import CONFIG, write_config
 from stepdistill.training.options import check_training_options, products
+from stepdistill.training.plan import prepare
 from stepdistill.training.processes import Processes, check_launcher
-from stepdistill.training.session import Session, device_of, open_session, prepare
+from stepdistill.training.session import Session, device_of, open_session
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.watch import Watch
 
