@@ -18,8 +18,16 @@ from stepdistill.registry import load_family
 # one thread: the networks are tiny, and a second one waits in a busy loop for its turn on a machine that is shared
 torch.set_num_threads(1)
 
-
 CLIP_LENGTH = 77
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

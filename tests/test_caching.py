@@ -221,7 +221,6 @@ def test_one_file_is_cached_as_its_folder_is(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gpu_s_batch_comes_back_to_the_bit(config: Configure, images: Path, dtype: str) -> None:
     plan = prepare(config("sdxl", method__gan=GAN, data__images=str(images), model__dtype=dtype))

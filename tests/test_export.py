@@ -133,7 +133,6 @@ def test_a_proof_has_all_bits(run: Callable[..., Path], tmp_path: Path, monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_run_on_a_gpu_is_proved_on_the_processor(run: Callable[..., Path], tmp_path: Path) -> None:
     assert reproduced(stepdistill.export(run(), "diffusers-lora", tmp_path / "export", device="cuda"))
 

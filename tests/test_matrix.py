@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from methods import CASES, FULLEST, LAYOUTS, Bench, difference, equal, saved
 from safetensors import safe_open
 
@@ -82,7 +81,6 @@ def test_the_whole_matrix(bench: Bench, tmp_path: Path, method: str, family: str
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_on_a_gpu(bench: Bench, tmp_path: Path, name: str, dtype: str) -> None:
@@ -101,7 +99,6 @@ def test_every_case_on_a_gpu(bench: Bench, tmp_path: Path, name: str, dtype: str
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("family", "variant"), FAMILIES)
 def test_every_family_on_a_gpu(bench: Bench, tmp_path: Path, family: str, variant: str) -> None:
     """Trained in bfloat16 on the device, exported there, loaded by stock diffusers, which the proof compares."""

@@ -38,7 +38,7 @@ DEVICES = [
     "cpu",
     pytest.param(
         "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")],
+        marks=pytest.mark.gpu,
     ),
 ]
 ROLES = {"generator": "generator", "fake_score": "fake_score"}

@@ -240,7 +240,6 @@ def test_operations_are_torchs_own_count(config: Callable[..., RunConfig]) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a CUDA device")
 def test_the_peak_is_what_a_gpu_allocates() -> None:
     """SD 1.5 at 512 pixels with a GAN, weights zero: the allocator's highest count against the highest phase."""
     roles = {role: {"mode": "lora", "rank": 64, "targets": "attention"} for role in (GENERATOR, FAKE_SCORE)}
