@@ -151,12 +151,13 @@ def test_curricula() -> None:
 
 @pytest.mark.parametrize("schedule", ["eps", "flow"])
 def test_the_grid_of_karras(schedule: str) -> None:
-    """Even in s~^(1/7), from the model's lowest (0.002 for flow) to its highest (80 for flow)."""
+    """Even in s~^(1/7), from the model's lowest (0.002 for flow) to its highest (80 for flow, whose last point is noise alone)."""
     method = MAKERS["cm"](SCHEDULES[schedule](), points=18)
     grid = method.grid(FIRST)
     ratio = (method.schedule.sigma(grid) / method.schedule.alpha(grid)) ** (1 / 7)
     if schedule == "flow":
-        close(ratio, torch.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 18, dtype=torch.float64), 1e-9)
+        close(ratio[:-1], torch.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 18, dtype=torch.float64)[:-1], 1e-9)
+        assert float(grid[-1]) == method.ladder[0] == method.schedule.terminal_time
     else:
         close(grid[[0, -1]], torch.tensor([0.0, 999.0]).double(), 1e-6)
         # between timesteps the schedule is linear in the angle, as the network is told
@@ -193,6 +194,7 @@ def test_weights_of_ict() -> None:
     method = MAKERS["cm"](flow(), weights="gap")
     s, e = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)
     close(method.weight(s, e), torch.tensor([1 / (1 - 0.25)], dtype=torch.float64))
+    close(method.weight(torch.ones_like(s), e), torch.tensor([1 / (80 - 0.25)], dtype=torch.float64))
     leap = leap_of(method)
     each = parts.distance(method.function(leap.x_t, leap.x0, leap.t, leap.r) - leap.target, "huber")
     total = method.loss(GENERATOR, leap, analytic_triple(gaussian(MEAN, STD), flow()), FIRST, draws(range(COUNT))).total

@@ -459,6 +459,7 @@ def test_what_sprint_s_pipeline_cannot_walk_is_refused(tiny: Tiny) -> None:
     sprint = loaded(tiny("sana", "sprint")).info
     refusal(lambda: recipe_of(sprint, transition="deterministic"), "re-noises", "FlowMatchEulerDiscreteScheduler")
     refusal(lambda: recipe_of(sprint, timesteps=[1.0, 0.75, 0.5, 0.25]), "even angles", "[1.0, 0.7071, 0.5, 0.2929]")
+    refusal(lambda: recipe_of(sprint, timesteps=[0.9, 0.5]), "starts at 0.9", "start at 1")
 
 
 def test_a_run_with_a_cache_is_the_run_without(tiny: Tiny, tmp_path: Path) -> None:

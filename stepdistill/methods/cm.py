@@ -83,9 +83,10 @@ class CM(Consistency[CMConfig]):
     def grid(self, progress: Progress) -> Tensor:
         schedule = self.schedule
         ends = torch.tensor([max(schedule.clean_time, 0.0), schedule.terminal_time], dtype=torch.float64)
-        low, high = self._ratio(ends).clamp(SIGMA_MIN, SIGMA_MAX) ** (1 / RHO)
+        low, high = self._ratio(ends).clamp_min(SIGMA_MIN) ** (1 / RHO)
         sigmas = (low + (high - low) * torch.linspace(0, 1, self.points(progress), dtype=torch.float64)) ** RHO
-        return schedule.time_at_angle(torch.atan(sigmas))
+        # where the last ratio is infinite, SIGMA_MAX spaces the grid; what sampling starts from is noise alone all the same
+        return torch.cat([schedule.time_at_angle(torch.atan(sigmas[:-1])), ends[1:]])
 
     def start(self, uniform: Tensor, grid: Tensor) -> Tensor:
         if self.config.times == "uniform":
@@ -105,7 +106,9 @@ class CM(Consistency[CMConfig]):
             return euler
         (alpha_s, sigma_s), (alpha_e, sigma_e) = self.schedule.levels(s, x_s), self.schedule.levels(e, x_s)
         eps = 0.5 * ((x_s - alpha_s * first) / sigma_s + (euler - alpha_e * teacher(euler, e)) / sigma_e)
-        return alpha_e / alpha_s * x_s + (sigma_e - alpha_e * sigma_s / alpha_s) * eps
+        heun = alpha_e / alpha_s * x_s + (sigma_e - alpha_e * sigma_s / alpha_s) * eps
+        # from noise alone s~ has no finite step, which both ends could be the mean of
+        return torch.where(alpha_s < 1e-6, euler, heun)
 
     def weight(self, s: Tensor, e: Tensor) -> Tensor:
         if self.config.weights == "one":
@@ -126,5 +129,5 @@ class CM(Consistency[CMConfig]):
         return few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
 
     def _ratio(self, t: Tensor) -> Tensor:
-        """s~ = sigma / alpha, infinite where there is no signal."""
-        return self.schedule.sigma(t) / self.schedule.alpha(t)
+        """s~ = sigma / alpha, SIGMA_MAX at most."""
+        return (self.schedule.sigma(t) / self.schedule.alpha(t)).clamp_max(SIGMA_MAX)

@@ -181,7 +181,13 @@ class Sana(TransformerFamily):
                 f"Sana-Sprint's pipeline re-noises after every step, and the student is to be sampled by {recipe.scheduler_class}: let "
                 "it re-noise (method.transition: renoise, method.eta: 1 for tcd), or distil a Sana checkpoint"
             )
-        angles = info.schedule.angle(torch.tensor(recipe.ladder(info.schedule), dtype=torch.float64))
+        times = recipe.ladder(info.schedule)
+        if times[0] < info.schedule.terminal_time:
+            raise Refusal(
+                f"Sana-Sprint's pipeline starts from noise alone, and the student's ladder starts at {times[0]:g}: let it start at "
+                f"{info.schedule.terminal_time:g}"
+            )
+        angles = info.schedule.angle(torch.tensor(times, dtype=torch.float64))
         even = torch.linspace(float(angles[0]), 0, len(angles) + 1, dtype=torch.float64)[:-1]
         # its call has no working argument for a ladder: timesteps reach the scheduler without their number
         if len(angles) != 2 and not torch.allclose(angles, even, atol=1e-3, rtol=0):
