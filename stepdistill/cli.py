@@ -304,6 +304,21 @@ def listing(what: Annotated[Listing, typer.Argument(help="What to list.")]) -> N
         typer.echo(name)
 
 
+@app.command("options")
+def options(
+    method: Annotated[
+        str | None, typer.Argument(help="A method, for its own section; without one, the sections of all configs.")
+    ] = None,
+) -> None:
+    """What a config may say, with defaults, ranges and meanings, as YAML to copy from."""
+    from stepdistill.config import RunConfig
+    from stepdistill.optionlist import option_lines
+    from stepdistill.registry import load_method
+
+    section = RunConfig if method is None else load_method(method).Config
+    typer.echo("\n".join(option_lines(section)))
+
+
 def _counts(text: str | None) -> list[int]:
     words = [word.strip() for word in (text or "").split(",") if word.strip()]
     if not all(word.isdigit() and int(word) > 0 for word in words):

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from methods import CASES
 from PIL import Image
 
 import stepdistill
 from stepdistill import cli
-from stepdistill.registry import METHODS
+from stepdistill.config import RunConfig
+from stepdistill.registry import METHODS, load_method
 
 
 @pytest.fixture
@@ -242,3 +244,36 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     listed = capsys.readouterr().out.split()
     assert {"dmd", "dmd2"} <= set(listed)
     assert len(listed) == len(set(listed)) == len(METHODS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_options_are_what_the_class_says_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """What is printed is YAML; with what is required filled in, it is the configuration that says nothing else."""
+    case = CASES[name]
+    monkeypatch.setattr(sys, "argv", ["stepdistill", "options", case.method])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    shown, config = yaml.safe_load(capsys.readouterr().out), load_method(case.method).Config
+    assert list(shown) == list(config.model_fields)
+    required = {key: case.options[key] for key, field in config.model_fields.items() if field.is_required()}
+    assert all(shown[key] is None for key in required)
+    assert config.model_validate({**shown, **required}) == config.model_validate(required)
+
+
+def test_options_of_a_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["stepdistill", "options"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    shown = yaml.safe_load(text)
+    assert list(shown) == list(RunConfig.model_fields)
+    shown["model"]["path"], shown["method"] = "builtin:teacher", {"name": "dmd2"}
+    shown["training"]["max_steps"] = 7
+    said = {"model": {"path": "builtin:teacher"}, "method": {"name": "dmd2"}, "training": {"max_steps": 7}}
+    assert RunConfig.model_validate(shown) == RunConfig.model_validate(said)
+    assert "  rank: 64  # int > 0; LoRA rank" in text
+    assert "#   every:   # int > 0, required; iterations between evaluations" in text
