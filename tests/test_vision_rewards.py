@@ -175,6 +175,20 @@ def test_any_function_is_a_reward() -> None:
     assert torch.equal(load_reward(f"{__name__}:redness")(pictures(), ["", ""]), redness(pictures(), []))
 
 
+def test_a_sum_of_rewards_is_one() -> None:
+    images, prompts = pictures(), ["a red bag", "a blue coat"]
+    images.requires_grad_()
+    found = load_reward("0.5*critic:brightness + critic:garment + -2*critic:sharpness")(images, prompts)
+    parts = [load_reward(f"critic:{name}")(images, prompts) for name in ("brightness", "garment", "sharpness")]
+    torch.testing.assert_close(found, 0.5 * parts[0] + parts[1] - 2 * parts[2])
+    assert torch.autograd.grad(found.sum(), images)[0].abs().sum() > 0
+    refusal(
+        lambda: load_reward("critic:brightness + much*critic:garment"), "'much*critic:garment'", "0.5*critic:garment"
+    )
+    refusal(lambda: load_reward("critic:brightness + nan*critic:garment"), "write a number")
+    refusal(lambda: load_reward("critic:brightness + critik:garment"), "critik")
+
+
 def test_what_is_no_reward_is_refused(clip: Path, tmp_path: Path) -> None:
     refusal(lambda: load_reward("critic:shine"), "'shine'", "'garment'")
     refusal(lambda: load_reward("clipp"), "'clipp'", "did you mean 'clip'")

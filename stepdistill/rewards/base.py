@@ -1,11 +1,18 @@
-"""What a reward is, and how one is named: a registered name, with an option after a colon, or any `module:function`."""
+"""What a reward is, and how one is named: a registered name, with an option after a colon, any `module:function`, or a sum of such.
+
+pickscore
+critic:brightness
+0.1*pickscore + imagereward      with a weight before a star; spaces around the plus
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import Refusal
@@ -47,12 +54,48 @@ class OwnReward(Reward):
         return self.function(images, prompts)
 
 
+class Sum(Reward):
+    """sum_k w_k r_k; differentiable where all are."""
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.rewards, self.weights = nn.ModuleList(rewards), tuple(weights)
+        self.differentiable = all(reward.differentiable for reward in rewards)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        found = [w * reward(images, prompts) for w, reward in zip(self.weights, self.rewards, strict=True)]
+        return torch.stack(found).sum(0)
+
+
 def load_reward(name: str) -> Reward:
-    """The reward of that name, frozen; an outline of it where tensors are made on the meta device.
+    """The reward of that name, or the sum of those, frozen; an outline of it where tensors are made on the meta device.
 
     Raises:
         Refusal: no such reward, or it cannot be had.
     """
+    terms = [_weighed(term) for term in name.split(" + ")]
+    if terms == [(1.0, name)]:
+        return _load(name)
+    return Sum([_load(one) for _, one in terms], [weight for weight, _ in terms])
+
+
+def _weighed(term: str) -> tuple[float, str]:
+    """(weight, name) of `0.5*NAME`, 1 where there is none."""
+    weight, star, name = term.strip().rpartition("*")
+    if not star:
+        return 1.0, name
+    try:
+        found = float(weight)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise Refusal(
+            f"the reward {term.strip()!r} has {weight!r} before its star: write a number there, as in 0.5*{name}"
+        )
+    return found, name
+
+
+def _load(name: str) -> Reward:
     registered, _, option = name.partition(":")
     if registered in REWARDS:
         module, _, attribute = REWARDS[registered].partition(":")
