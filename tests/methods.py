@@ -144,12 +144,12 @@ CASES: Mapping[str, Case] = {
     "agd": Case("agd", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "walk_steps": 2}),
     "guidance-fixed": Case("guidance", {"guidance": 3.0, "guidance_range": None, "steps": 2, "walk_steps": 2}),
     "guidance": Case("guidance", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "source": "images"}),
-    "pso-offline": Case("pso", {"form": "offline", "steps": 2, "losers": "prompts", "anchor": 0.5, "kappa": 0.1}),
-    "pso-pairs": Case("pso", {"form": "offline", "steps": 2, "losers": "given", "weighting": "transition"}),
-    "pso": Case("pso", {"form": "online", "steps": 2, "reward": "critic:brightness"}),
     "pso-ancestral": Case(
         "pso", {"form": "online", "steps": 3, "transition": "ancestral", "reward": "critic:brightness"}
     ),
+    "pso-offline": Case("pso", {"form": "offline", "steps": 2, "losers": "prompts", "anchor": 0.5, "kappa": 0.1}),
+    "pso-pairs": Case("pso", {"form": "offline", "steps": 2, "losers": "given", "weighting": "transition"}),
+    "pso": Case("pso", {"form": "online", "steps": 2, "reward": "critic:brightness"}),
     "reward-late": Case(
         "reward",
         {"form": "late", "steps": 3, "reward": "critic:brightness", "margin": 0.9, "transition": "deterministic"},
