@@ -44,18 +44,10 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 def _value(field: FieldInfo, value: Any, defaults: BaseModel | None) -> str:
     if field.is_required() and defaults is None:
         return ""
-    plain = (
-        field.annotation is not None
-        and isinstance(value, (list, tuple))
-        and any(isinstance(v, BaseModel) for v in value)
-    )
-    plainly = [v.model_dump(mode="json", exclude_defaults=True) for v in value] if plain else value
-    text = yaml.safe_dump(_jsonable(plainly), default_flow_style=True, width=10_000)
+    if isinstance(value, list):
+        value = [v.model_dump(mode="json", exclude_defaults=True) if isinstance(v, BaseModel) else v for v in value]
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _jsonable(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _meaning(field: FieldInfo) -> str:

@@ -1,8 +1,6 @@
-"""What a reward is, and how one is named: a registered name, with an option after a colon, any `module:function`, or a sum of such.
+"""What a reward is, and how one is named: a registered name, with an option after a colon, any `module:function`, or a sum.
 
-pickscore
-critic:brightness
-0.1*pickscore + imagereward      with a weight before a star; spaces around the plus
+A sum is `0.1*pickscore + imagereward:FOLDER`: a weight before a star, 1 where there is none, and spaces around the plus.
 """
 
 from __future__ import annotations
