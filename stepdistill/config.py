@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -377,13 +377,18 @@ def _sentence(section: type[Settings], error: ValidationError, where: str) -> st
 
 def _keys_at(section: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
     for part in loc:
-        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
-        inner = [
-            kind
-            for kind in (annotation, *get_args(annotation))
-            if isinstance(kind, type) and issubclass(kind, Settings)
-        ]
-        if not inner:
+        if isinstance(part, int):  # an element of a list
+            continue
+        inner = section_of(section.model_fields[part].annotation) if part in section.model_fields else None
+        if inner is None:
             return []
-        section = inner[0]
+        section = inner
     return list(section.model_fields)
+
+
+def section_of(annotation: Any) -> type[Settings] | None:
+    """The section that an option holds, by itself, or null, or in a list; None for plain values."""
+    for kind in (annotation, *get_args(annotation)):
+        if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Settings):
+            return kind
+    return None

@@ -7,21 +7,25 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from stepdistill.config import Settings, section_of
 
-def option_lines(section: type[BaseModel], defaults: BaseModel | None = None, margin: str = "") -> Iterator[str]:
-    """A line for each option of a section, those of sections within it below it; commented out where it is off by default.
+
+def option_lines(section: type[Settings], defaults: BaseModel | None = None, margin: str = "") -> Iterator[str]:
+    """A line for each option of a section, those of sections within it below it; commented out where it is off by default, or a list.
 
     defaults: values to show in place of the class's own.
     """
     for name, field in section.model_fields.items():
         value = field.get_default(call_default_factory=True) if defaults is None else dict(defaults)[name]
-        within, said = _section(field.annotation), f"; {field.description}" if field.description else ""
-        if within is None:
+        within, said = section_of(field.annotation), f"; {field.description}" if field.description else ""
+        if within is None or isinstance(value, list):
             yield f"{margin}{name}: {_value(field, value, defaults)}  # {_meaning(field)}"
+            if within is not None:
+                yield from option_lines(within, None, margin + "#   ")
         elif isinstance(value, BaseModel):
             yield f"{margin}{name}:" + said.replace("; ", "  # ", 1)
             yield from option_lines(within, value, margin + "  ")
@@ -31,14 +35,6 @@ def option_lines(section: type[BaseModel], defaults: BaseModel | None = None, ma
         else:
             yield f"{margin}{name}: null  # or a section{said}"
             yield from option_lines(within, None, margin + "#   ")
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that an option holds, or may hold."""
-    found = [
-        kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)
-    ]
-    return found[0] if found and get_origin(annotation) in (None, Union, types.UnionType) else None
 
 
 def _value(field: FieldInfo, value: Any, defaults: BaseModel | None) -> str:
@@ -66,6 +62,8 @@ def _bounds(constraints: Iterable[object]) -> Iterator[str]:
                 yield f"<= {high}"
             case Lt(lt=high):
                 yield f"< {high}"
+            case MinLen(min_length=count):
+                yield f"of {count} at least"
 
 
 def kind(annotation: Any) -> str:

@@ -6,17 +6,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from methods import CASES
+from methods import CASES, FULLEST
 from PIL import Image
 
 import stepdistill
 from stepdistill import cli
 from stepdistill.config import RunConfig
+from stepdistill.methods.tscd import ScoreConfig
+from stepdistill.optionlist import option_lines
 from stepdistill.registry import METHODS, load_method
 
 
@@ -246,7 +249,7 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert len(listed) == len(set(listed)) == len(METHODS)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FULLEST.values())
 def test_options_are_what_the_class_says_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -261,6 +264,14 @@ def test_options_are_what_the_class_says_they_are(
     required = {key: case.options[key] for key, field in config.model_fields.items() if field.is_required()}
     assert all(shown[key] is None for key in required)
     assert config.model_validate({**shown, **required}) == config.model_validate(required)
+
+
+def test_sections_that_are_off_may_be_copied_too() -> None:
+    lines = list(option_lines(load_method("tscd").Config))
+    below = lines[lines.index("score: null  # or a section") + 1 :]
+    said = "\n".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), below))
+    assert ScoreConfig.model_validate(yaml.safe_load(said)) == ScoreConfig()
+    assert any(line.startswith("#   segments:   # int >= 1, required") for line in lines)
 
 
 def test_options_of_a_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

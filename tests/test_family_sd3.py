@@ -33,8 +33,8 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.exporting.artefact import draw, load_artefact
-from stepdistill.methods import parts
 from stepdistill.methods.base import Setting
+from stepdistill.methods.ladders import few_step_recipe
 from stepdistill.models.adapters import suffixes_present
 from stepdistill.models.checkpointing import Reached, checkpointed
 from stepdistill.models.conditioning import Conditioning, ImageSize
@@ -349,7 +349,7 @@ def test_latents_are_shifted_and_scaled_as_the_pipeline_expects(tiny: Tiny) -> N
 
 def recipe_of(schedule: NoiseSchedule, kind: TransitionKind, steps: int = 4) -> Recipe:
     setting = Setting(schedule, (16, 8, 8), 24, (4, 4), (16, 16), "base")
-    return parts.few_step_recipe(setting, "dmd2", few_step_ladder(schedule, steps), Transition(kind), 4.0)
+    return few_step_recipe(setting, "dmd2", few_step_ladder(schedule, steps), Transition(kind), 4.0)
 
 
 @pytest.mark.parametrize("variant", ["default", "no_t5"])

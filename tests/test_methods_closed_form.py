@@ -624,8 +624,9 @@ def test_an_ancestral_walk_is_exported_for_its_stock_scheduler(steps: int) -> No
         (vp(), (999, 600), 1.0, "leave method.timesteps out"),
         (vp(Prediction.V, rescale_betas_zero_snr=True), (999, 499), 1.0, "ancestral"),
         (flow(3.0), (1.0, 0.5), 1.0, "ancestral"),
+        (vp(Prediction.SAMPLE), (999, 499), 1.0, "ancestral"),
     ],
-    ids=["strength", "uneven", "zero-snr", "flow"],
+    ids=["strength", "uneven", "zero-snr", "flow", "sample"],
 )
 def test_ancestral_walks_that_no_stock_scheduler_makes(
     schedule: NoiseSchedule, ladder: tuple[float, ...], strength: float, words: str

@@ -171,6 +171,10 @@ def redness(images: Tensor, texts: Sequence[str]) -> Tensor:
     return images[:, 0].mean((1, 2))
 
 
+def redness_without_gradient(images: Tensor, texts: Sequence[str]) -> Tensor:
+    return images.detach()[:, 0].mean((1, 2))
+
+
 def test_any_function_is_a_reward() -> None:
     assert torch.equal(load_reward(f"{__name__}:redness")(pictures(), ["", ""]), redness(pictures(), []))
 
@@ -181,6 +185,10 @@ def test_a_sum_of_rewards_is_one() -> None:
     found = load_reward("0.5*critic:brightness + critic:garment + -2*critic:sharpness")(images, prompts)
     parts = [load_reward(f"critic:{name}")(images, prompts) for name in ("brightness", "garment", "sharpness")]
     torch.testing.assert_close(found, 0.5 * parts[0] + parts[1] - 2 * parts[2])
+    assert torch.equal(load_reward("2 * critic:garment")(images, prompts), 2 * parts[1])
+    stuck = load_reward(f"critic:brightness + {__name__}:redness_without_gradient")
+    refusal(lambda: stuck(images, prompts), "part 2", "has no gradient")
+    assert stuck(images.detach(), prompts).shape == (2,)
     assert torch.autograd.grad(found.sum(), images)[0].abs().sum() > 0
     refusal(
         lambda: load_reward("critic:brightness + much*critic:garment"), "'much*critic:garment'", "0.5*critic:garment"

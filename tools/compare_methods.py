@@ -186,7 +186,7 @@ def measure(artefact: Path, base: str | None, images: int) -> list[Measured]:
 def _shortened(recipe: Recipe) -> Iterator[Recipe]:
     own = recipe.num_inference_steps
     for steps in (1, 2, 4):
-        if own == steps or (own % steps == 0 and not recipe.experts):
+        if own == steps or (own % steps == 0 and not recipe.experts and not recipe.spaced):
             kept = [index * own // steps for index in range(steps)]
             timesteps = tuple(recipe.timesteps[i] for i in kept) if recipe.timesteps else ()
             sigmas = tuple(recipe.sigmas[i] for i in kept) if recipe.sigmas else ()

@@ -1,8 +1,8 @@
 """CM: Consistency Models (Song et al., ICML 2023, arXiv 2303.01469), with the grids of iCT (arXiv 2310.14189) by option.
 
 The grid is Karras' in the noise-to-signal ratio s~ = sigma / alpha, so that any teacher has one, and a step of the teacher is
-Heun's there. The network keeps its own parametrisation: f = alpha_r x0 + sigma_r eps is the identity at the lowest point, as
-the paper's c_skip and c_out make theirs, and stock schedulers sample it.
+Heun's there (Euler's from noise alone). The network keeps its own parametrisation: f = alpha_r x0 + sigma_r eps is the identity
+at the lowest point, as the paper's c_skip and c_out make theirs, and stock schedulers sample it.
 
 N(k), the points of the grid at iteration k, grows by the paper's root or by doubling; the decay of the target network is fixed
 or follows mu(k) = exp(s0 ln mu0 / N(k)). Without a teacher's step (`distil: false`) both ends carry the same noise of the same
@@ -30,7 +30,7 @@ from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import Triple
 
 RHO, SIGMA_MIN, SIGMA_MAX = 7.0, 0.002, 80.0
-"""Of the grid, on s~; a VP model's own range is narrower."""
+"""Of the grid, on s~; a VP model's own range is narrower, but for zero SNR, where s~ has no end as on a flow."""
 
 
 class CMConfig(ConsistencyConfig):

@@ -7,7 +7,8 @@
 
 f^ is f of the target network: the student itself, or its EMA. Where e = r the target is x_e itself: that boundary alone ties
 f to the trajectory, without it a constant would do. A method over this class says where r lies (`end`), and what else it is
-that it does. Only the generator is trained, and a discriminator where there is an adversary.
+that it does. Only the generator is trained, a discriminator where there is an adversary, and a fake
+score in the last stage of TSCD where it has one.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class PreferenceConfig(Settings):
     """The joint stage: pairs of successors, ranked by a reward (section 3.3)."""
 
     reward: str = Field(
-        description="'critic:colour', 'clip', 'clip:FOLDER', or any MODULE:FUNCTION of images and prompts"
+        description="'critic:colour', 'clip', 'clip:FOLDER', any MODULE:FUNCTION of images and prompts, or a sum, '0.5*A + B'"
     )
     start: int = Field(
         ge=0, description="iterations of distillation alone before the stage; 0 where init names such a run"

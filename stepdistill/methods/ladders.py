@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
@@ -29,10 +30,12 @@ def few_step_recipe(
         # stock Euler starts a zero-SNR ladder at sigma 4096 and takes the noise off again, in float32; TCD's at eta 0 is DDIM
         transition = Transition(TransitionKind.TCD, 0.0)
     name, ancestral = SCHEDULERS.get((transition.kind, schedule.is_flow)), transition.kind is TransitionKind.ANCESTRAL
-    if name is None or (ancestral and (transition.strength != 1 or schedule.zero_terminal_snr)):
-        kind = f"{transition.kind.value!r} transition" + (f" of strength {transition.strength:g}" if ancestral else "")
+    known = schedule.prediction in (Prediction.EPSILON, Prediction.V) and not schedule.zero_terminal_snr
+    if name is None or (ancestral and not (known and transition.strength == 1)):
+        weak = f" of strength {transition.strength:g}" if ancestral and transition.strength != 1 else ""
         raise Refusal(
-            f"no stock scheduler walks a ladder of this checkpoint with the {kind}: use 'renoise' or 'deterministic'"
+            f"no stock scheduler walks a ladder of this checkpoint with the {transition.kind.value!r} transition{weak}: use "
+            "'renoise' or 'deterministic' (with method.kernel for pso)"
         )
     config: dict[str, object] = {"prediction_type": schedule.prediction.value, "clip_sample": False}
     # whatever the base's scheduler does to a list of sigmas must not be done to the ladder again

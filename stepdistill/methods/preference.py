@@ -22,7 +22,9 @@ REFERENCE = "reference"
 class RewardTermConfig(Switch):
     """A reward that is climbed beside another loss."""
 
-    name: str | None = Field(None, description="'imagereward:FOLDER', 'critic:colour', or any MODULE:FUNCTION")
+    name: str | None = Field(
+        None, description="'imagereward:FOLDER', 'critic:colour', any MODULE:FUNCTION, or a sum, '0.5*A + B'"
+    )
     weight: float = Field(0.0, ge=0, description="0 is off")
     margin: float | None = Field(None, description="max(0, margin - r) in place of -r")
     held_out: str | None = Field(None, description="a further reward, logged and never optimised")

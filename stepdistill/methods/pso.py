@@ -55,7 +55,9 @@ class PSOConfig(TuningConfig):
         gt=0,
         description="of log ratios that are means over a sample's elements; 50 online, 200 offline, 5 of the hinge by default",
     )
-    reward: str | None = Field(None, description="online: 'pickscore', 'critic:brightness', or any MODULE:FUNCTION")
+    reward: str | None = Field(
+        None, description="online: 'pickscore', 'critic:brightness', any MODULE:FUNCTION, or a sum, '0.5*A + B'"
+    )
     trust: float = Field(
         0.1, ge=0, lt=1, description="online: ratios are clamped to 1 -+ this, which ends their pull; 0 is off"
     )

@@ -30,7 +30,9 @@ from stepdistill.models.triple import Triple
 
 
 class RewardConfig(TuningConfig):
-    reward: str = Field(description="'imagereward', 'critic:brightness', or any MODULE:FUNCTION; differentiable")
+    reward: str = Field(
+        description="'imagereward:FOLDER', 'critic:brightness', any MODULE:FUNCTION, or a sum, '0.5*A + B'; differentiable"
+    )
     held_out: str | None = Field(None, description="a further reward, logged and never optimised")
     form: Literal["late", "last"] = Field("last", description="ReFL, or DRaFT-K")
     last: int = Field(1, ge=1, description="last: steps whose graph is kept, K")

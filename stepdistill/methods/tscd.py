@@ -5,8 +5,9 @@ with k = 8, 4, 2, 1 as stages of one run: short leaps are learnt first. One adap
 discriminator compares f with its target at the end-time; its features are a critic's that starts as the teacher.
 
 The last stage, by option, strengthens the first step by score distillation (section 3.3) with the consistency model of the
-stages before in place of the teacher, whose scores are worse at high noise. The trajectory loss goes on beside it, where the
-paper regresses onto the teacher's samples, and keeps the other steps. Human feedback (section 3.2) is not part of this.
+stages before in place of the teacher, whose scores are worse at high noise, says the paper; `real: teacher` takes the teacher's
+all the same. The trajectory loss goes on beside it, where the paper regresses onto the teacher's samples, and keeps the other
+steps. Human feedback (section 3.2) is not part of this: see `reward`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Recipe:
         scheduler_class: a stock diffusers scheduler.
         scheduler_config: what to change in the base checkpoint's scheduler config.
         num_inference_steps: network calls.
-        timesteps: VP ladder, integers, noisiest first; empty for flow.
+        timesteps: VP ladder, integers, noisiest first; empty for flow, and where `spaced` says it.
         sigmas: flow ladder *before* the scheduler's own shift; empty for VP.
         angles: TrigFlow ladder, which `call` says in its scheduler's own words; empty for all others.
         spaced: VP ladder of a scheduler that takes none, which `scheduler_config` says in its own words; empty for all others.

@@ -53,7 +53,11 @@ class OwnReward(Reward):
 
 
 class Sum(Reward):
-    """sum_k w_k r_k; differentiable where all are."""
+    """sum_k w_k r_k; differentiable where all are.
+
+    Raises:
+        Refusal: images carry a gradient that only some of the parts hand on.
+    """
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
         super().__init__()
@@ -62,6 +66,12 @@ class Sum(Reward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         found = [w * reward(images, prompts) for w, reward in zip(self.weights, self.rewards, strict=True)]
+        if images.requires_grad and len({part.requires_grad for part in found}) > 1:
+            stuck = [str(k + 1) for k, part in enumerate(found) if not part.requires_grad]
+            raise Refusal(
+                f"a sum of {len(found)} rewards is to be climbed and part {', '.join(stuck)} of it has no gradient: leave it out, or "
+                "rank samples by the sum with method.name: pso"
+            )
         return torch.stack(found).sum(0)
 
 
@@ -90,7 +100,7 @@ def _weighed(term: str) -> tuple[float, str]:
         raise Refusal(
             f"the reward {term.strip()!r} has {weight!r} before its star: write a number there, as in 0.5*{name}"
         )
-    return found, name
+    return found, name.strip()
 
 
 def _load(name: str) -> Reward:
