@@ -104,6 +104,7 @@ class RoleConfig(Settings):
         description="of guidance adapters: attention over tokens of w, t and prompt, or a shift that they decide",
     )
     width: int = Field(128, gt=0, description="channels of guidance adapters")
+    heads: int = Field(1, gt=0, description="attention heads of guidance adapters of kind cross, a divisor of width")
     shared: bool = Field(False, description="one set of token encoders for all guidance adapters: half the parameters")
 
 

@@ -263,6 +263,7 @@ def test_a_teacher_that_is_told_its_guidance_is_refused() -> None:
     [
         ({"roles": {"generator": {"mode": "lora"}}}, "trains it as adapter"),
         ({"method": {"name": "dmd2", "guidance": 2.0}}, "trains it as lora or full"),
+        ({"roles": {"generator": {"mode": "adapter", "width": 10, "heads": 4}}}, "choose a divisor of the width"),
         ({"method": {"name": "agd", "guidance": 20.0}}, "is not within guidance_range"),
         ({"method": {"name": "agd", "guidance": 3.0, "source": "trajectories"}}, r"data\.trajectories is not set"),
     ],

@@ -23,13 +23,14 @@ from torch import Tensor
 from stepdistill.models import families
 from stepdistill.models.guidance_adapter import (
     AdapterSettings,
+    CrossAdapter,
     GuidanceAdapter,
     load_guidance_adapter,
     metadata_of,
     positions,
 )
 
-KINDS = [("cross", False), ("cross", True), ("offset", False), ("offset", True)]
+KINDS = [("cross", False, 1), ("cross", True, 1), ("cross", False, 4), ("offset", False, 1), ("offset", True, 1)]
 CONFIGS = Path(families.__file__).parent / "configs"
 
 
@@ -97,13 +98,15 @@ def test_counts_of_public_networks(model: str, width: int, modules: int, paramet
     assert sum(parameter.numel() for parameter in shared.parameters()) < 0.5 * count
 
 
-@pytest.mark.parametrize(("kind", "shared"), KINDS)
-def test_at_first_it_is_the_network_and_off_it_always_is(pipeline: DiffusionPipeline, kind: Any, shared: bool) -> None:
+@pytest.mark.parametrize(("kind", "shared", "heads"), KINDS)
+def test_at_first_it_is_the_network_and_off_it_always_is(
+    pipeline: DiffusionPipeline, kind: Any, shared: bool, heads: int
+) -> None:
     unet, given = pipeline.unet, inputs(pipeline)
     names = list(unet.state_dict())
     with torch.no_grad():
         own = unet(**given, timestep=torch.tensor(500)).sample
-        adapter = GuidanceAdapter(unet, AdapterSettings(kind, 16, shared)).attach(unet)
+        adapter = GuidanceAdapter(unet, AdapterSettings(kind, 16, shared, heads=heads)).attach(unet)
         adapter.w = 7.5
         assert torch.equal(unet(**given, timestep=torch.tensor(500)).sample, own)
         grown(adapter)
@@ -118,10 +121,12 @@ def test_at_first_it_is_the_network_and_off_it_always_is(pipeline: DiffusionPipe
     assert list(unet.state_dict()) == names
 
 
-@pytest.mark.parametrize(("kind", "shared"), KINDS)
-def test_it_hears_w_time_prompt_and_only_its_own_row(pipeline: DiffusionPipeline, kind: Any, shared: bool) -> None:
+@pytest.mark.parametrize(("kind", "shared", "heads"), KINDS)
+def test_it_hears_w_time_prompt_and_only_its_own_row(
+    pipeline: DiffusionPipeline, kind: Any, shared: bool, heads: int
+) -> None:
     unet, given = pipeline.unet, inputs(pipeline)
-    adapter = grown(GuidanceAdapter(unet, AdapterSettings(kind, 16, shared))).attach(unet)
+    adapter = grown(GuidanceAdapter(unet, AdapterSettings(kind, 16, shared, heads=heads))).attach(unet)
 
     def ask(w: Tensor | float, t: Tensor | int | float, **changes: Any) -> Tensor:
         adapter.w = w
@@ -329,6 +334,27 @@ def test_places_are_told_apart() -> None:
     assert torch.equal(code[0], torch.tensor([0.0] * 8 + [1.0] * 8))
     distances = torch.cdist(code, code) + 10 * torch.eye(79)
     assert float(distances.min()) > 0.05
+
+
+def test_heads_are_attentions_on_slices_of_the_channels() -> None:
+    stream = torch.Generator().manual_seed(0)
+    adapter = CrossAdapter(12, AdapterSettings(width=8, heads=2))
+    torch.nn.init.normal_(adapter.out.weight, generator=stream)
+    hidden, tokens = torch.randn(2, 5, 12, generator=stream), torch.randn(2, 3, 8, generator=stream)
+    told = tokens + positions(3, 8)
+    query, key, value = adapter.query(hidden), adapter.key(told), adapter.value(told)
+    slices = [slice(0, 4), slice(4, 8)]
+    each = [((query[..., s] @ key[..., s].mT) / 2).softmax(-1) @ value[..., s] for s in slices]
+    assert torch.allclose(adapter(hidden, tokens), adapter.out(torch.cat(each, -1)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"width": 10, "heads": 4}, "divisor of the width"), ({"kind": "offset", "heads": 2}, "kind cross, or 1 head")],
+)
+def test_heads_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        AdapterSettings(**settings)
 
 
 def test_a_network_without_attention_is_refused() -> None:

@@ -55,6 +55,10 @@ class AdapterSettings:
         width: d of tokens and attention.
         shared: one set of token encoders for all adapters instead of one each: less than half the parameters.
         w_low, w_high: range of w that was trained; outside of it a warning is given once.
+        heads: of the attention of `cross`, a divisor of the width; one or many, the parameters are the same.
+
+    Raises:
+        ValueError: the heads do not divide the width, or `offset`, which has no attention, has several.
     """
 
     kind: Literal["cross", "offset"] = "cross"
@@ -62,6 +66,17 @@ class AdapterSettings:
     shared: bool = False
     w_low: float = 1.0
     w_high: float = 12.0
+    heads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(
+                f"guidance adapters of width {self.width} cannot have {self.heads} heads: choose a divisor of the width"
+            )
+        if self.heads > 1 and self.kind == "offset":
+            raise ValueError(
+                f"guidance adapters of kind offset have no attention and were given {self.heads} heads: choose kind cross, or 1 head"
+            )
 
 
 @dataclass
@@ -111,10 +126,11 @@ class Tokens(nn.Module):
 
 
 class CrossAdapter(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V W_o + b with Q of the module's input and K, V of the tokens; zero at first."""
+    """softmax(Q K^T / sqrt(d)) V W_o + b with Q of the module's input and K, V of the tokens, d a head's; zero at first."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, settings: AdapterSettings) -> None:
         super().__init__()
+        width, self.heads = settings.width, settings.heads
         self.query = nn.Linear(channels, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
@@ -127,17 +143,21 @@ class CrossAdapter(nn.Module):
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """hidden (B, N, C), tokens (B, S, d) -> (B, N, C)."""
         tokens = tokens + positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens)
-        query, key = self.query(hidden), self.key(tokens)
-        scores = query @ key.transpose(1, 2) / math.sqrt(key.shape[-1])
+        query, key, value = (
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projected in (self.query(hidden), self.key(tokens), self.value(tokens))
+        )
+        scores = query @ key.transpose(-1, -2) / math.sqrt(key.shape[-1])
         weights = scores.float().softmax(-1).to(scores) if scores.dtype.itemsize < 4 else scores.softmax(-1)
-        return self.out(weights @ self.value(tokens))  # type: ignore[no-any-return]
+        return self.out((weights @ value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class OffsetAdapter(nn.Module):
     """MLP(token of w + token of t + mean of the text's), the same at all positions; zero at first."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, settings: AdapterSettings) -> None:
         super().__init__()
+        width = settings.width
         last = nn.Linear(width, channels)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -175,7 +195,7 @@ class GuidanceAdapter(nn.Module):
         with torch.random.fork_rng(devices=[]):  # initialisers draw from the global stream
             torch.manual_seed(seed)
             self.adapters = nn.ModuleDict(
-                {_key(name): kind(width, settings.width) for name, (_, width) in found.items()}
+                {_key(name): kind(channels, settings) for name, (_, channels) in found.items()}
             )
             owners = ["all"] if settings.shared else list(self.adapters)
             self.encoders = nn.ModuleDict({owner: Tokens(*widths, stream) for owner in owners})

@@ -163,7 +163,11 @@ def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | No
     """The layout a role's configuration asks for; `told` is the range of guidance scales that its network is told."""
     if config.mode == "adapter":
         low, high = told or (1.0, 1.0)
-        return RoleLayout("adapter", guide=AdapterSettings(config.kind, config.width, config.shared, low, high))
+        try:
+            guide = AdapterSettings(config.kind, config.width, config.shared, low, high, config.heads)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+        return RoleLayout("adapter", guide=guide)
     embedding = None if told is None else EmbeddingSettings()
     if config.mode == "full":
         return RoleLayout("full", guide=embedding)
