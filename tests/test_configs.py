@@ -62,6 +62,9 @@ def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path
         (tmp_path / "images").mkdir()
         Image.new("RGB", (96, 96), "red").save(tmp_path / "images/a.png")
         overrides.append(f"data.images={tmp_path / 'images'}")
+    if raw["data"]["prompts"].startswith("runs/"):  # written by the command that its header names
+        (tmp_path / "prompts.txt").write_text("a photo of a bag\n")
+        overrides.append(f"data.prompts={tmp_path / 'prompts.txt'}")
     if raw["data"].get("losers"):  # a column of a data set that is not here: the images lose against themselves
         overrides.append(f"data.losers={tmp_path / 'images'}")
     if raw.get("init"):  # the run that it starts from is another config's

@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
 from stepdistill.assets import FOLDER
-from stepdistill.config import RunConfig, load_config, parse
+from stepdistill.config import RunConfig, load_config
 from stepdistill.data.looks import sharpness
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.tensors import write_atomically
@@ -43,12 +42,10 @@ from stepdistill.training.session import Session
 ROOT = Path(__file__).resolve().parent.parent
 Pixels = NDArray[np.uint8]
 BATCH = 64
-METHODS: dict[str, dict[str, Any]] = {
-    "pso": {"form": "offline", "losers": "given"},
-    "online": {"form": "online", "kernel": "ancestral", "strength": 0.5},
-    # 1 + l(win), whose gradient is the denoising loss's
-    "plain": {"form": "offline", "losers": "given", "loss": "hinge", "beta": 1.0, "kappa": 0.0},
-}
+PLAIN = ("method.loss=hinge", "method.beta=1.0", "method.kappa=0.0", "method.anchor=0.0")
+"""1 + l(win), whose gradient is the denoising loss's."""
+CONFIGS = {"pso": "fashion_pso_offline.yaml", "online": "fashion_pso.yaml", "plain": "fashion_pso_offline.yaml"}
+"""Name of a tuning -> its config."""
 
 
 @dataclass(frozen=True)
@@ -112,25 +109,27 @@ def write_pairs(folder: Path, winners: Pixels, losers: Pixels, prompts: Sequence
 
 def config_of(name: str, student: Path, work: Path, settings: argparse.Namespace) -> RunConfig:
     """The tuning of that name."""
-    method, pairs = dict(METHODS[name]), {"images": str(work / "winners"), "losers": str(work / "losers")}
     if name == "online":
-        method["reward"], pairs = settings.attribute, {}
-    if name == "pso":
-        method["beta"] = settings.beta
-    return tuning(name, method, pairs, student, work, settings)
+        changes = [f"method.reward={settings.attribute}"]
+    else:
+        changes = [f"data.images={work / 'winners'}", f"data.losers={work / 'losers'}"]
+    return tuning(CONFIGS[name], name, student, work, settings, changes)
 
 
 def tuning(
-    name: str, method: dict[str, Any], sources: dict[str, str], student: Path, work: Path, settings: argparse.Namespace
+    file: str, name: str, student: Path, work: Path, settings: argparse.Namespace, changes: Sequence[str]
 ) -> RunConfig:
-    """configs/fashion_pso.yaml on this student, with these options of the method and of the data."""
-    data: dict[str, Any] = yaml.safe_load((ROOT / "configs/fashion_pso.yaml").read_text())
-    common = {key: data["method"][key] for key in ("name", "steps", "guidance", "transition")}
-    data["method"] = {**common, **method}
-    data["data"] |= sources
-    data["optimizers"]["generator"]["lr"] = settings.lr
-    data["training"] |= {"max_steps": settings.iterations, "grid_every": 0, "batch_size": settings.batch}
-    return parse(RunConfig, {**data, "init": str(student), "output": str(work / name)}, name)
+    """A config of PSO on this student, with what the command line and then `changes` say; `plain` is fitted to its images."""
+    own = {
+        "training.max_steps": settings.iterations,
+        "training.batch_size": settings.batch,
+        "optimizers.generator.lr": settings.lr,
+        "method.beta": settings.beta,
+    }
+    places = [f"init={student}", f"output={work / name}", "training.grid_every=0"]
+    asked = [f"{key}={value}" for key, value in own.items() if value is not None]
+    plain = PLAIN if name == "plain" else ()
+    return load_config(ROOT / "configs" / file, [*places, *asked, *changes, *plain])
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -175,16 +174,19 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--work", default="runs/measure_pso", help="pairs and runs; what is there is kept")
     made.add_argument("--attribute", default="critic:brightness", help="a reward, in a run's words")
-    made.add_argument("--methods", nargs="+", default=["pso", "plain"], choices=list(METHODS))
+    made.add_argument("--methods", nargs="+", default=["pso", "plain"], choices=list(CONFIGS))
     made.add_argument("--pairs", type=int, default=512)
     made.add_argument("--candidates", type=int, default=4, help="samples of each prompt that are ranked")
     made.add_argument("--images", type=int, default=512, help="held-out prompts")
-    made.add_argument("--iterations", type=int, default=12)
-    made.add_argument("--batch", type=int, default=16)
-    made.add_argument("--lr", type=float, default=1e-4)
-    made.add_argument("--beta", type=float, default=200.0, help="of offline PSO")
-    made.add_argument("--json", type=Path)
+    add_training(made)
     return made
+
+
+def add_training(made: argparse.ArgumentParser) -> None:
+    """Options that take the place of what the configs say."""
+    for option, kind in (("iterations", int), ("batch", int), ("lr", float), ("beta", float)):
+        made.add_argument(f"--{option}", type=kind, default=None, help="the config's own by default")
+    made.add_argument("--json", type=Path)
 
 
 def tell(rows: Sequence[dict[str, Any]], attribute: str = "attribute") -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure_pso import ROOT, Measured, Pixels, drawn, keep, tell, tuning
+from measure_pso import ROOT, Measured, Pixels, add_training, drawn, keep, tell, tuning
 from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
@@ -44,8 +44,6 @@ UNSEEN = ("blue", "yellow")
 SEPIA = np.array([1.26, 0.96, 0.52])
 """Of a tone whose luma is that of the picture: a look that leaves sharpness as it is."""
 LUMA = np.array([0.299, 0.587, 0.114])
-PLAIN: dict[str, Any] = {"loss": "hinge", "beta": 1.0, "kappa": 0.0, "anchor": 0.0}
-"""1 + l(win), whose gradient is the denoising loss's."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,6 @@ class Task:
         asked: held-out prompts.
         target: held-out images of what was to be learned.
         distance: of images to it, one each.
-        method: options of PSO.
-        iterations: of both.
     """
 
     images: Pixels
@@ -68,8 +64,6 @@ class Task:
     asked: Sequence[str]
     target: Pixels
     distance: Callable[[Pixels], NDArray[np.float64]]
-    method: dict[str, Any]
-    iterations: int
 
 
 def sepia(images: Pixels) -> Pixels:
@@ -90,8 +84,7 @@ def style_task(student: Session, count: int, images: int) -> Task:
         sepia(drawn(student, prompts, 1, purpose)[:, 0])
         for prompts, purpose in ((texts, "shown"), (held_out, "target"))
     )
-    method = {"losers": "captions", "loss": "sigmoid"}
-    return Task(shown, texts, None, held_out, target, distance, method, 12)
+    return Task(shown, texts, None, held_out, target, distance)
 
 
 def subject_task(student: Session, count: int, images: int, judge: Judge) -> Task:
@@ -125,27 +118,15 @@ def subject_task(student: Session, count: int, images: int, judge: Judge) -> Tas
     def distance(pictures: Pixels) -> NDArray[np.float64]:
         return np.linalg.norm(judge.features(pictures) - middle_of, axis=1).astype(np.float64)
 
-    # not the release's hinge of beta 5, kappa 0.1 and anchor 0.5: as long as it is above 0, beta kappa = anchor, so that losers
-    # are pushed and pulled alike and what is left is the denoising loss
-    method = {"losers": "prompts", "loss": "sigmoid", "kappa": 0.4}
     return Task(
-        render(shown, 0),
-        captions(f"{WORD} ", shown),
-        captions("", seen),
-        captions(f"{WORD} ", asked),
-        target,
-        distance,
-        method,
-        72,
+        render(shown, 0), captions(f"{WORD} ", shown), captions("", seen), captions(f"{WORD} ", asked), target, distance
     )
 
 
-def config_of(name: str, task: Task, student: Path, work: Path, settings: argparse.Namespace) -> RunConfig:
-    """The tuning of that name on these images."""
-    own = {**task.method, **({"beta": settings.beta} if settings.beta else {})}
-    method = {"form": "offline", **own, **(PLAIN if name == "plain" else {})}
-    sources = {"images": str(work / "images"), "prompts": str(work / "prompts.txt")}
-    return tuning(name, method, sources, student, work, settings)
+def config_of(name: str, student: Path, work: Path, settings: argparse.Namespace) -> RunConfig:
+    """The tuning of that name on the images of `work`."""
+    sources = [f"data.images={work / 'images'}", f"data.prompts={work / 'prompts.txt'}"]
+    return tuning(f"fashion_pso_{settings.form}.yaml", name, student, work, settings, sources)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -163,7 +144,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for path, caption in zip(save_images(task.images, work / "images"), task.captions, strict=True):
             path.with_suffix(".txt").write_text(caption)
         (work / "prompts.txt").write_text("\n".join(task.prompts or task.captions) + "\n")
-    arguments.iterations = arguments.iterations or task.iterations
     target = judge.features(task.target)
     before = drawn(untouched, task.asked, 1, "held out")[:, 0]
     own = task.distance(before)
@@ -179,7 +159,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = [row("untouched", before)]
     for name in ("pso", "plain"):
         if not (work / name).exists():
-            train(config_of(name, task, student, work, arguments))
+            train(config_of(name, student, work, arguments))
         tuned, _ = open_run(work / name, "cpu")
         images = drawn(tuned, task.asked, 1, "held out")[:, 0]
         save_images(images[:64], work / f"{name}-images")
@@ -200,11 +180,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--count", type=int, default=256, help="images that are shown")
     made.add_argument("--images", type=int, default=256, help="held-out prompts")
-    made.add_argument("--iterations", type=int, default=None, help="the form's own by default")
-    made.add_argument("--batch", type=int, default=16)
-    made.add_argument("--lr", type=float, default=1e-4)
-    made.add_argument("--beta", type=float, default=None, help="of PSO; the form's own by default")
-    made.add_argument("--json", type=Path)
+    add_training(made)
     return made
 
 
