@@ -141,7 +141,7 @@ def collect(
 ) -> None:
     """Make the data sets that methods need, from a teacher or a student."""
     from stepdistill import api
-    from stepdistill.config import read_settings
+    from stepdistill.settings import read_settings
 
     count = api.collect(kind.value, read_settings(api.CollectConfig, config, overrides), output, resume)
     typer.echo(f"{count} {kind.value} in {output}")

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from stepdistill.config import Settings, section_of
+from stepdistill.settings import Settings, section_of
 
 
 def option_lines(section: type[Settings], defaults: BaseModel | None = None, margin: str = "") -> Iterator[str]:

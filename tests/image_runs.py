@@ -9,7 +9,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
+from stepdistill.settings import parse
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.run import train
 from stepdistill.training.trainer import Trainer

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.methods.base import Needs
 from stepdistill.registry import load_method
+from stepdistill.settings import parse
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.collect import CollectConfig, collect
 

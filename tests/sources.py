@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stepdistill.config import DataConfig, parse
+from stepdistill.config import DataConfig
 from stepdistill.data.images import ImageItem, ImageSource
 from stepdistill.data.loader import IndexStream, InOrder, Prefetcher, Samples
 from stepdistill.data.sources import open_images
 from stepdistill.diffusion.draws import generator
+from stepdistill.settings import parse
 
 
 def picture(seed: int, height: int = 20, width: int = 30) -> Image.Image:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from toys import ToyUNet, disturb, layouts, noise, unet, vp
 
-from stepdistill.config import load_config, parse
+from stepdistill.config import load_config
 from stepdistill.diffusion.prediction import Prediction, from_x0_eps, guide
 from stepdistill.errors import Refusal
 from stepdistill.methods.agd import AGD
@@ -24,6 +24,7 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.guidance_adapter import AdapterSettings, metadata_of
 from stepdistill.models.sampler import guided_walk, relative_error
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, RoleLayout, Triple
+from stepdistill.settings import parse
 from stepdistill.training.run import train
 
 from toys import CHANNELS, TEXT, draws  # isort: skip

@@ -13,8 +13,9 @@ import torch
 from methods import CASES, Bench
 
 from stepdistill.assets import FOLDER
-from stepdistill.config import AlarmsConfig, RunConfig, load_config, parse
+from stepdistill.config import AlarmsConfig, RunConfig, load_config
 from stepdistill.errors import Refusal
+from stepdistill.settings import parse
 from stepdistill.training.alarms import ALARMS, Alarms, Swing, to_and_fro
 from stepdistill.training.monitor import LatentReference
 from stepdistill.training.run import train

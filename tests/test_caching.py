@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import stepdistill
 from stepdistill import cli
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.diffusion.draws import generator
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.families.base import Checkpoint, Family, Posterior
@@ -35,6 +35,7 @@ from stepdistill.models.families.sdxl import SDXL
 from stepdistill.models.families.single_file import CONFIGS
 from stepdistill.models.families.unet import UNetFamily
 from stepdistill.registry import family_names, load_family
+from stepdistill.settings import parse
 from stepdistill.training import caching
 from stepdistill.training.batches import BatchSource
 from stepdistill.training.caching import estimate, fill, warm

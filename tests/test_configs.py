@@ -12,9 +12,9 @@ from PIL import Image
 
 import stepdistill
 from stepdistill.assets import FOLDER
-from stepdistill.config import read_settings
 from stepdistill.data.index import Kind
 from stepdistill.errors import Refusal
+from stepdistill.settings import read_settings
 from stepdistill.training.collect import CollectConfig, collect
 
 CONFIGS = Path(__file__).parent.parent / "configs"

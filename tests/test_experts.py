@@ -18,7 +18,7 @@ from PIL import Image
 from test_export import reproduced
 
 import stepdistill
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import Refusal
 from stepdistill.exporting.artefact import Artefact, draw, load_artefact
@@ -29,6 +29,7 @@ from stepdistill.models.recipe import Recipe
 from stepdistill.planning.loop import walk
 from stepdistill.planning.memory import sizes_of
 from stepdistill.planning.trace import outline, trace
+from stepdistill.settings import parse
 from stepdistill.training.grids import student_latents
 from stepdistill.training.plan import prepare
 from stepdistill.training.run import open_run, train

@@ -18,13 +18,14 @@ from methods import CASES, Bench
 from safetensors.torch import load_file, save_file
 
 import stepdistill
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.errors import Refusal
 from stepdistill.exporting import export_student
 from stepdistill.exporting.artefact import SCHEDULERS, draw, load_artefact
 from stepdistill.exporting.calls import seeded_steps
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.schedulers import scheduler_class
+from stepdistill.settings import parse
 from stepdistill.training.run import open_run, train
 
 BLOCKED = "import sys, runpy; sys.modules['stepdistill'] = None; sys.argv = ['reproduce.py']; runpy.run_path({!r}, run_name='__main__')"

@@ -28,7 +28,7 @@ from test_export import reproduced
 from torch import nn
 
 import stepdistill
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
@@ -48,6 +48,7 @@ from stepdistill.models.recipe import Recipe
 from stepdistill.models.sampler import teacher_sample
 from stepdistill.planning import plan
 from stepdistill.registry import load_family
+from stepdistill.settings import parse
 from stepdistill.training.run import train
 
 FAMILY: SD3 = load_family("sd3")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepdistill import api
 from stepdistill.assets import FLOW_TEACHER, FOLDER, TEACHER, resolve
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.evaluation.fashion import Scorer, evaluation_set
 from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.models.conditioning import ImageSize
@@ -24,6 +24,7 @@ from stepdistill.models.families.sd3 import T5_TOKENS
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.sampler import teacher_sample
 from stepdistill.registry import load_family
+from stepdistill.settings import parse
 from stepdistill.training.run import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools" / "teacher"))

@@ -12,10 +12,11 @@ from checkpoints import refusal
 from safetensors.torch import load_file, save_file
 from toys import disturb
 
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.exporting.lora import write_diffusers_lora, write_kohya_lora
 from stepdistill.methods.preference import REFERENCE
 from stepdistill.models.triple import GENERATOR, Triple
+from stepdistill.settings import parse
 from stepdistill.training.plan import prepare
 from stepdistill.training.session import EMA, Session, open_session
 

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import stepdistill
-from stepdistill.config import OptimizerConfig, RunConfig, parse
+from stepdistill.config import OptimizerConfig, RunConfig
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Needs
 from stepdistill.models import kernels
@@ -26,6 +26,7 @@ from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.triple import RoleLayout, Triple
 from stepdistill.registry import load_family
+from stepdistill.settings import parse
 from stepdistill.training import optimizers
 from stepdistill.training.optimizers import RoleOptimizer, check_adamw8bit
 from stepdistill.training.options import check_training_options, products

@@ -29,7 +29,7 @@ from toys import (
     vp,
 )
 
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
@@ -47,6 +47,7 @@ from stepdistill.models.heads import FeatureHead, discriminator_loss, generator_
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.sampler import sample, walk
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
+from stepdistill.settings import parse
 from stepdistill.training.run import train
 
 MEAN_T, MEAN_F = (torch.tensor(m, dtype=torch.float64) for m in ([1.0, -2.0, 0.5], [0.2, 1.0, -1.0]))

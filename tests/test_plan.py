@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE
 from stepdistill.planning import Forecast, plan
 from stepdistill.planning.loop import Call, CallCounter, walk
 from stepdistill.planning.sources import find_source
 from stepdistill.planning.trace import companions, outline, size_of, trace
+from stepdistill.settings import parse
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.plan import prepare, without_data
 from stepdistill.training.run import train

@@ -14,13 +14,14 @@ import torch
 from checkpoints import refusal
 
 from stepdistill import cli
-from stepdistill.config import CacheConfig, OptimizerConfig, RunConfig, load_config, parse
+from stepdistill.config import CacheConfig, OptimizerConfig, RunConfig, load_config
 from stepdistill.methods.base import Rollout, Terms
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.planning import Forecast, advice, lines, plan
 from stepdistill.planning.forecast import changed
 from stepdistill.planning.hardware import GPUS, gpu_named
 from stepdistill.planning.memory import optimizer_size, quantized_size
+from stepdistill.settings import parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 IDS = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}

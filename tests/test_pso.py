@@ -14,7 +14,7 @@ from checkpoints import refusal
 from torch import Tensor
 from toys import SCHEDULES, analytic_triple, batch_of, disturb, draws, four_modes, noise, setting, vp
 
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.methods.base import Batch, Progress, Rollout
 from stepdistill.methods.preference import REFERENCE, log_ratio, pairwise_loss, within
@@ -23,6 +23,7 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.sampler import sample
 from stepdistill.models.triple import GENERATOR, REAL_SCORE, Triple
 from stepdistill.rewards.base import REWARD, OwnReward
+from stepdistill.settings import parse
 from stepdistill.training.grids import Grid
 from stepdistill.training.run import open_run, train
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import stepdistill
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.data.tensors import TensorFolder
 from stepdistill.errors import Refusal
 from stepdistill.exporting.proof import Proof, QuantizedStudent
@@ -30,6 +30,7 @@ from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.quantization import Quantized, quantize, unpacked
 from stepdistill.models.triple import RoleLayout, Triple
 from stepdistill.registry import load_family
+from stepdistill.settings import parse
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.plan import prepare

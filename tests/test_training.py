@@ -14,8 +14,9 @@ import pytest
 import torch
 from methods import difference, saved
 
-from stepdistill.config import OptimizerConfig, RunConfig, parse
+from stepdistill.config import OptimizerConfig, RunConfig
 from stepdistill.errors import Refusal
+from stepdistill.settings import parse
 from stepdistill.training import checkpoint as checkpoints
 from stepdistill.training.environment import Environment
 from stepdistill.training.optimizers import RoleOptimizer, rate

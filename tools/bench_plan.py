@@ -21,8 +21,9 @@ from typing import Any
 
 from benchlib import CONFIGS, MODELS
 
-from stepdistill.config import RunConfig, parse
+from stepdistill.config import RunConfig
 from stepdistill.planning import plan
+from stepdistill.settings import parse
 
 
 @dataclass(frozen=True)

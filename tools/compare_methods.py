@@ -33,7 +33,7 @@ from torch import nn
 
 from stepdistill import api
 from stepdistill.assets import FLOW_TEACHER, FOLDER, resolve
-from stepdistill.config import RunConfig, Settings, load_config, parse
+from stepdistill.config import RunConfig, load_config
 from stepdistill.data.tensors import write_atomically
 from stepdistill.demo import TEACHER_ROW
 from stepdistill.errors import Refusal
@@ -42,6 +42,7 @@ from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.models.families.sd3 import T5_TOKENS
 from stepdistill.models.recipe import Recipe
 from stepdistill.planning.loop import CallCounter
+from stepdistill.settings import Settings, parse
 from stepdistill.training.run import train
 from stepdistill.training.session import DTYPES, Session
 from stepdistill.training.watch import Seen

@@ -9,7 +9,6 @@ from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
@@ -18,6 +17,7 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.sampler import GuidedState
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Mode, Triple
+from stepdistill.settings import Settings
 
 ConfigT = TypeVar("ConfigT", bound=Settings)
 RoleKind = Literal["generator", "fake_score"]

@@ -21,7 +21,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stepdistill.config import Settings, Switch
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast
 from stepdistill.diffusion.timesteps import spread, uniform_grid
@@ -34,6 +33,7 @@ from stepdistill.methods.ladders import few_step_recipe, ladder_of
 from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
+from stepdistill.settings import Settings, Switch
 
 TARGET = "target"
 """Role of the target network where it is an EMA of the generator."""

@@ -21,7 +21,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings
 from stepdistill.diffusion.schedule import broadcast
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.diffusion.trigflow import TrigFlow
@@ -33,6 +32,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.heads import AngleWeight
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import GENERATOR, Triple
+from stepdistill.settings import Settings
 
 WEIGHT = "weight"
 LADDERS: Mapping[int, tuple[float, ...]] = {1: (), 2: (1.3,), 4: (1.3, 1.1, 0.6)}

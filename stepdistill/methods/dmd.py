@@ -14,7 +14,6 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
@@ -24,6 +23,7 @@ from stepdistill.methods.base import Batch, Method, Needs, Progress, RoleKind, R
 from stepdistill.methods.ladders import few_step_recipe, ladder_of
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
+from stepdistill.settings import Settings
 
 
 class DMDConfig(Settings):

@@ -15,7 +15,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings, Switch
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
@@ -30,6 +29,7 @@ from stepdistill.models.blending import blend_role
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
+from stepdistill.settings import Settings, Switch
 
 
 class MomentConfig(Switch):

@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.transitions import TransitionKind
 from stepdistill.errors import Refusal
@@ -29,6 +28,7 @@ from stepdistill.methods.few_step import FewStep, FewStepConfig
 from stepdistill.methods.gan import GanConfig
 from stepdistill.methods.preference import REFERENCE, chosen_of, log_ratio, pairwise_loss, rewards_of
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
+from stepdistill.settings import Settings
 
 
 class PreferenceConfig(Settings):

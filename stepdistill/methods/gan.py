@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Switch
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Decode, Needs, Setting
@@ -16,6 +15,7 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss, seeded_head, seeded_maps_head
 from stepdistill.models.triple import FAKE_SCORE, Triple
 from stepdistill.models.vision import CRITIC, VISION, VisionEncoder
+from stepdistill.settings import Switch
 
 HEAD = "discriminator"
 

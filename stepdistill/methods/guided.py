@@ -20,7 +20,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import to_x0
 from stepdistill.diffusion.timesteps import NoiseLevels, trailing_ladder
@@ -32,6 +31,7 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.sampler import GuidedState, guided_state, guided_walk, relative_error
 from stepdistill.models.triple import GENERATOR, Triple
+from stepdistill.settings import Settings
 
 
 class GuidedConfig(Settings):

@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule, broadcast
@@ -21,6 +20,7 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.sampler import advance
 from stepdistill.models.triple import Triple
+from stepdistill.settings import Settings
 
 DmWeight = Literal["code", "paper", "exact_kl"]
 Exits = Literal["batch", "sample"]

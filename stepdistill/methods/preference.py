@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepdistill.config import Switch
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Decode
 from stepdistill.models.triple import Triple
 from stepdistill.rewards import HELD_OUT, REWARD
+from stepdistill.settings import Switch
 
 REFERENCE = "reference"
 """The generator as it was before preferences, frozen."""

@@ -19,7 +19,6 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import edges, part_of
 from stepdistill.errors import Refusal
@@ -34,6 +33,7 @@ from stepdistill.methods.consistency import (
 )
 from stepdistill.methods.gan import attach_discriminator
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
+from stepdistill.settings import Settings
 
 TRAJECTORY = "trajectory"
 """Role of the consistency model that scores the one-step samples."""

@@ -12,7 +12,6 @@ from typing import Literal, TypeVar
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config import Settings
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.timesteps import few_step_ladder
 from stepdistill.diffusion.transitions import Transition, TransitionKind
@@ -22,6 +21,7 @@ from stepdistill.methods.preference import REFERENCE
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import GENERATOR, REAL_SCORE, Triple
+from stepdistill.settings import Settings
 
 
 class TuningConfig(Settings):

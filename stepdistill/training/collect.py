@@ -13,7 +13,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from stepdistill.assets import resolve
-from stepdistill.config import ModelConfig, Settings
+from stepdistill.config import ModelConfig
 from stepdistill.data.index import Fingerprint, Kind, StoredDtype
 from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.data.tensors import ShardWriter, check_place, noise_for
@@ -29,6 +29,7 @@ from stepdistill.models.kernels import compile_blocks, lay_out
 from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.models.sampler import guided_walk, teacher_sample
 from stepdistill.registry import load_family
+from stepdistill.settings import Settings
 from stepdistill.training.grids import student_latents
 from stepdistill.training.run import open_run
 from stepdistill.training.session import DTYPES, device_of

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from stepdistill.config import Settings
 from stepdistill.data.prompts import PromptList
 from stepdistill.data.tensors import TensorFolder
 from stepdistill.data.trajectories import TrajectoryFolder
 from stepdistill.errors import Refusal
+from stepdistill.settings import Settings
 
 
 def check_pairs(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stepdistill.assets import resolve
-from stepdistill.config import RoleConfig, RunConfig, Settings, parse
+from stepdistill.config import RoleConfig, RunConfig
 from stepdistill.data.buckets import Buckets, sort_images
 from stepdistill.data.images import ImageSource
 from stepdistill.data.indexed import IndexedImages
@@ -26,6 +26,7 @@ from stepdistill.models.guidance_adapter import AdapterSettings
 from stepdistill.models.loading import inspect_checkpoint
 from stepdistill.models.triple import RoleLayout
 from stepdistill.registry import load_family, load_method
+from stepdistill.settings import Settings, parse
 from stepdistill.training.collected import check_pairs, check_trajectories
 from stepdistill.training.options import check_model_options, check_modes
 
