@@ -98,7 +98,7 @@ class Batch:
         cond, null: conditional and unconditional branch of the prompts.
         images, image_cond: scaled latents of real images and the conditioning of their captions.
         pair_noise, pair_latents, pair_cond: deterministic teacher pairs.
-        states, states_cond: states of the guided teacher's walks, and their conditioning, which says w.
+        states, states_cond: states of the guided teacher's walks for these prompts, and `cond`, told w.
         latent_shape: (C, h, w) of this batch's rollouts, which differs by bucket; None is the setting's.
         prompts: the texts of `cond`, for rewards; empty where nobody knows them.
         losers: scaled latents of the images that lose against `images`, told the same captions.

@@ -11,7 +11,7 @@ from stepdistill.data.buckets import BucketOrder, BucketSamples
 from stepdistill.data.images import ImageItem
 from stepdistill.data.indexed import IndexedImages
 from stepdistill.data.loader import Indexed, IndexStream, InOrder, Prefetcher, Samples
-from stepdistill.data.trajectories import TrajectoryFolder
+from stepdistill.data.trajectories import TrajectoryState
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.methods.base import Batch
 from stepdistill.models.conditioning import ImageSize
@@ -79,7 +79,9 @@ class BatchSource:
     @torch.no_grad()
     def _batch(self, samples: Sequence[int], items: list[TrainingImage] | None) -> Batch:
         encoder, plan = self.session.encoder, self.session.plan
-        prompts = [plan.prompts[self.prompts.index(g)] for g in samples]
+        states = self._states(samples)
+        own = [self.prompts.index(g) for g in samples] if states is None else [state.prompt for state in states]
+        prompts = [plan.prompts[index] for index in own]
         size = self._size(samples)
         sizes = [ImageSize.plain(*size)] * len(samples)
         cond, null = encoder.text(prompts, sizes), encoder.null(sizes)
@@ -88,9 +90,7 @@ class BatchSource:
             batch = self._with_images(batch, items, samples)
         if plan.pairs is not None and self.pairs is not None:
             batch = self._with_pairs(batch, samples, sizes)
-        if plan.trajectories is not None and self.states is not None:
-            batch = self._with_states(batch, plan.trajectories, self.states, samples, sizes)
-        return batch
+        return batch if states is None else self._with_states(batch, states)
 
     def _with_images(self, batch: Batch, images: Sequence[TrainingImage], samples: Sequence[int]) -> Batch:
         session, plan = self.session, self.session.plan
@@ -116,26 +116,23 @@ class BatchSource:
         cond = session.encoder.text([plan.prompts[item.prompt] for item in items], sizes)
         return replace(batch, pair_noise=noise, pair_latents=latents, pair_cond=cond)
 
-    def _with_states(
-        self,
-        batch: Batch,
-        trajectories: TrajectoryFolder,
-        order: IndexStream,
-        samples: Sequence[int],
-        sizes: Sequence[ImageSize],
-    ) -> Batch:
-        session, plan = self.session, self.session.plan
-        items = [trajectories[order.index(g)] for g in samples]
+    def _states(self, samples: Sequence[int]) -> list[TrajectoryState] | None:
+        """States of collected walks, whose prompts are the batch's then; None of a run without."""
+        folder, order = self.session.plan.trajectories, self.states
+        return None if folder is None or order is None else [folder[order.index(g)] for g in samples]
+
+    def _with_states(self, batch: Batch, states: Sequence[TrajectoryState]) -> Batch:
+        session = self.session
         x_t, target = (
             torch.stack(tensors).to(session.device, session.dtype)
-            for tensors in ([item.x_t for item in items], [item.target for item in items])
+            for tensors in ([state.x_t for state in states], [state.target for state in states])
         )
         t, plain, w = (
             torch.tensor(values, dtype=torch.float64, device=session.device)
-            for values in ([i.t for i in items], [i.plain for i in items], [i.w for i in items])
+            for values in ([s.t for s in states], [s.plain for s in states], [s.w for s in states])
         )
-        cond = session.encoder.text([plan.prompts[item.prompt] for item in items], sizes)
-        return replace(batch, states=GuidedState(x_t, t, target, plain.to(session.dtype)), states_cond=cond.told(w))
+        guided = GuidedState(x_t, t, target, plain.to(session.dtype))
+        return replace(batch, states=guided, states_cond=batch.cond.told(w))
 
 
 def sample_numbers(
