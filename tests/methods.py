@@ -111,6 +111,18 @@ CASES: Mapping[str, Case] = {
         period=2,
     ),
     "lcm": Case("lcm", {"guidance": 2.0, "steps": 2, "points": 10, "source": "pairs"}),
+    "lcm-told": Case(
+        "lcm",
+        {
+            "guidance": 3.0,
+            "guidance_range": [1.5, 6.0],
+            "tell_guidance": True,
+            "steps": 2,
+            "points": 10,
+            "source": "pairs",
+            "target": "ema",
+        },
+    ),
     "tcd": Case("tcd", {"guidance": 2.0, "guidance_range": [1.5, 2.5], "steps": 2, "target": "ema", "source": "pairs"}),
     "cm": Case(
         "cm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from methods import CASES, Bench
 from safetensors.torch import load_file
 from test_export import reproduced
 from torch import Tensor
-from toys import TEXT, ToyUNet, disturb, layouts, noise, unet, vp
+from toys import TEXT, ToyUNet, disturb, draws, layouts, noise, setting, unet, vp
 
 import stepdistill
 from stepdistill.errors import Refusal
+from stepdistill.methods.base import Batch, Progress
+from stepdistill.methods.lcm import LCM, LCMConfig
+from stepdistill.methods.tscd import TSCDConfig
 from stepdistill.models.adapters import LoraSettings
 from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.families.sd import SD
 from stepdistill.models.guidance import EmbeddingSettings, GuidanceEmbedding, guidance_embedding
 from stepdistill.models.recipe import Recipe
@@ -95,6 +100,57 @@ def test_gradients_reach_the_embedding_with_and_without_checkpointing(mode: str)
         assert value is None or torch.allclose(value, found[1][key], rtol=1e-10, atol=1e-14), key
 
 
+# ---------------------------------------------------------------- students of few steps
+
+
+@pytest.mark.parametrize("target", ["student", "ema"])
+def test_a_consistency_student_is_told_the_scale_of_its_teachers_step(
+    monkeypatch: pytest.MonkeyPatch, target: Literal["student", "ema"]
+) -> None:
+    """Student and target alike; whoever looks at the batch's own conditioning is told nothing."""
+    config = LCMConfig(guidance=3, guidance_range=(1.5, 6), tell_guidance=True, steps=2, points=10, target=target)
+    method = LCM(config, setting(vp()))
+    triple, scales, heard = embedded_triple("lora"), [], []
+    method.prepare(triple)
+    guided, x0 = Denoiser.guided, Denoiser.x0
+
+    def seen_guided(
+        self: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning, null: Conditioning, w: Tensor
+    ) -> Tensor:
+        scales.append(w)
+        return guided(self, x_t, t, cond, null, w)
+
+    def seen_x0(self: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        heard.append(cond.guidance)
+        return x0(self, x_t, t, cond)
+
+    monkeypatch.setattr(Denoiser, "guided", seen_guided)
+    monkeypatch.setattr(Denoiser, "x0", seen_x0)
+    cond = Conditioning(noise(2, 3, TEXT, seed=5))
+    batch = Batch(cond, cond, images=noise(2, 4, 8, 8), image_cond=cond)
+    leap = method.rollout(batch, triple, Progress(), draws(range(2)))
+    (w,) = scales
+    assert w.shape == (2,)
+    assert bool(((w >= 1.5) & (w <= 6)).all())
+    assert float(w[0]) != float(w[1])
+    assert [told.tolist() for told in heard] == [w.float().tolist()] * 2
+    assert leap.batch.cond.guidance is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"guidance": 3.0, "tell_guidance": True}, "guidance_range, which w is drawn from, is not set"),
+        ({"guidance": 9.0, "tell_guidance": True, "guidance_range": [1.5, 6.0]}, "is not within guidance_range"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LCMConfig.model_validate(options)
+    with pytest.raises(ValueError, match="score distils one guidance scale"):
+        TSCDConfig.model_validate({"guidance": 3.0, "tell_guidance": True, "guidance_range": [1.5, 6.0], "score": {}})
+
+
 # ---------------------------------------------------------------- exports
 
 
@@ -116,12 +172,21 @@ def run(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return make
 
 
-@pytest.mark.parametrize(("family", "layout"), [("sd", "lora"), ("sd", "full"), ("sdxl", "lora")])
+@pytest.mark.parametrize(
+    ("family", "layout", "case"),
+    [
+        ("sd", "lora", "guidance"),
+        ("sd", "full", "guidance"),
+        ("sdxl", "lora", "guidance"),
+        ("sd", "lora", "lcm-told"),
+        ("sdxl", "full", "lcm-told"),
+    ],
+)
 def test_stock_pipelines_tell_the_exported_network_its_guidance(
-    run: Callable[..., Path], tmp_path: Path, family: str, layout: str
+    run: Callable[..., Path], tmp_path: Path, family: str, layout: str, case: str
 ) -> None:
     """One call a step at any guidance_scale, and the proof's images by a script without this package."""
-    folder = stepdistill.export(run(family, layout), "pipeline", tmp_path / "export")
+    folder = stepdistill.export(run(family, layout, case), "pipeline", tmp_path / "export")
     recipe = Recipe.read(folder)
     assert recipe is not None
     assert recipe.guidance_scale == recipe.told_guidance == 3.0

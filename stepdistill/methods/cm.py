@@ -19,13 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import spread
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Progress, Setting
 from stepdistill.methods.consistency import Consistency, ConsistencyConfig, Predict, jump
-from stepdistill.methods.ladders import few_step_recipe
 from stepdistill.models.recipe import Recipe
 from stepdistill.models.triple import Triple
 
@@ -95,8 +93,8 @@ class CM(Consistency[CMConfig]):
         below = torch.erf((log_sigma - self.config.times_mean) / (math.sqrt(2) * self.config.times_std))
         return 1 + torch.bucketize(uniform, ((below - below[0]) / (below[-1] - below[0]))[1:-1], right=True)
 
-    def teacher(self, triple: Triple, batch: Batch, x0: Tensor, draws: Draws) -> Predict:
-        return super().teacher(triple, batch, x0, draws) if self.config.distil else lambda x, t: x0
+    def teacher(self, triple: Triple, batch: Batch, x0: Tensor, w: Tensor | float) -> Predict:
+        return super().teacher(triple, batch, x0, w) if self.config.distil else lambda x, t: x0
 
     def solve(self, teacher: Predict, x_s: Tensor, s: Tensor, e: Tensor) -> Tensor:
         """Heun: x_e = (alpha_e / alpha_s) x_s + (sigma_e - alpha_e s~_s) eps, the mean of eps at both ends."""
@@ -126,7 +124,7 @@ class CM(Consistency[CMConfig]):
 
     def recipe(self) -> Recipe:
         # the grid is not LCMScheduler's, which therefore gets no number of points
-        return few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
+        return self.walked()
 
     def _ratio(self, t: Tensor) -> Tensor:
         """s~ = sigma / alpha, SIGMA_MAX at most."""

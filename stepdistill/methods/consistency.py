@@ -65,8 +65,13 @@ class ConsistencyConfig(Settings):
     )
     guidance_range: tuple[float, float] | None = Field(
         None,
-        description="w of the teacher's step is drawn from here for each sample and not told to the student, which learns the "
-        "average; the released LoRA scripts do so. `guidance` alone by default",
+        description="w of the teacher's step is drawn from here for each sample; a student that is not told w learns the average, "
+        "as the released LoRA scripts have it. `guidance` alone by default",
+    )
+    tell_guidance: bool = Field(
+        False,
+        description="the student is told w by an embedding (time_cond_proj_dim) that stock pipelines feed with their guidance_scale, "
+        "as LCM published it: one student for every w of guidance_range, exported as a pipeline",
     )
     points: int = Field(50, ge=1, le=500, description="points of the grid: the teacher skips 1000 / points timesteps")
     source: Literal["images", "pairs"] = Field(
@@ -81,17 +86,26 @@ class ConsistencyConfig(Settings):
     target_decay: float = Field(0.95, ge=0, lt=1, description="of that EMA, per update")
 
     @model_validator(mode="after")
-    def _range_rises_from_one(self) -> ConsistencyConfig:
-        if self.guidance_range is not None and not 1 <= self.guidance_range[0] <= self.guidance_range[1]:
+    def _range_fits(self) -> ConsistencyConfig:
+        if self.guidance_range is None:
+            if self.tell_guidance:
+                raise ValueError("tell_guidance is true and guidance_range, which w is drawn from, is not set")
+            return self
+        low, high = self.guidance_range
+        if not 1 <= low <= high:
             raise ValueError(
                 f"guidance_range is {list(self.guidance_range)}, and w rises in it from 1 or more; mend it"
             )
+        if self.tell_guidance and not low <= self.guidance <= high:
+            raise ValueError(f"guidance {self.guidance:g} is not within guidance_range [{low:g}, {high:g}]")
         return self
 
     @property
     def absorbed(self) -> float:
-        """w that the student learns: the mean of the range where there is one."""
-        return self.guidance if self.guidance_range is None else sum(self.guidance_range) / 2
+        """w that the student learns: the mean of the range where there is one that it is not told of."""
+        if self.guidance_range is None or self.tell_guidance:
+            return self.guidance
+        return sum(self.guidance_range) / 2
 
 
 ConfigT = TypeVar("ConfigT", bound=ConsistencyConfig)
@@ -147,13 +161,15 @@ class Consistency(Method[ConfigT]):
         """x_e by one step of the teacher: DDIM, which for flow models is Euler."""
         return jump(self.schedule, x_s, teacher(x_s, s), s, e)
 
-    def teacher(self, triple: Triple, batch: Batch, x0: Tensor, draws: Draws) -> Predict:
-        """What the solver follows: the guided teacher. `x0` is what was noised."""
-        w: Tensor | float = self.config.guidance
-        if self.config.guidance_range is not None:
-            low, high = self.config.guidance_range
-            # a student that is told w would get it here, as `guidance` of the conditioning of its calls and the target's
-            w = low + (high - low) * draws.uniform("guidance")
+    def scale(self, draws: Draws) -> Tensor | float:
+        """w of the teacher's step, one for all or (B,)."""
+        if self.config.guidance_range is None:
+            return self.config.guidance
+        low, high = self.config.guidance_range
+        return low + (high - low) * draws.uniform("guidance")
+
+    def teacher(self, triple: Triple, batch: Batch, x0: Tensor, w: Tensor | float) -> Predict:
+        """What the solver follows: the teacher, guided by w. `x0` is what was noised."""
         return lambda x, t: triple.real_score.guided(x, t, batch.cond, batch.null, w)
 
     def start(self, uniform: Tensor, grid: Tensor) -> Tensor:
@@ -201,6 +217,10 @@ class Consistency(Method[ConfigT]):
     def roles(cls, config: ConfigT) -> Mapping[str, RoleKind]:
         return {GENERATOR: "generator"}
 
+    @classmethod
+    def guidance_told(cls, config: ConfigT) -> tuple[float, float] | None:
+        return config.guidance_range if config.tell_guidance else None
+
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         if self.config.target == "ema":
             triple.add_copy(TARGET, GENERATOR)
@@ -215,15 +235,17 @@ class Consistency(Method[ConfigT]):
         start = self.start(draws.uniform("start"), grid)
         end = self.end(start, draws.uniform("end"), progress)
         s, e, r = grid[start], grid[start - 1], grid[end]
-        noise = draws.normal("noise", x0.shape[1:])
+        noise, w = draws.normal("noise", x0.shape[1:]), self.scale(draws)
+        told = batch.cond.told(w) if self.config.tell_guidance else batch.cond
         # sampling starts from pure noise, which the noisiest state of a schedule with signal left at its end is not
         x_s = torch.where(broadcast(start == len(grid) - 1, x0).bool(), noise, self.schedule.add_noise(x0, noise, s))
         with torch.no_grad():
-            x_e = self.solve(self.teacher(triple, batch, x0, draws), x_s, s, e)
-            target = self.function(x_e, self._target_network(triple, x_e, e, batch), e, r)
+            x_e = self.solve(self.teacher(triple, batch, x0, w), x_s, s, e)
+            network = triple.denoiser(TARGET if self.config.target == "ema" else GENERATOR)
+            target = self.function(x_e, network.x0(x_e, e, told), e, r)
             target = torch.where(broadcast(end == start - 1, x_e).bool(), x_e, target)
         with torch.set_grad_enabled(GENERATOR in self.updates(progress)):
-            predicted = triple.generator.x0(x_s, s, batch.cond)
+            predicted = triple.generator.x0(x_s, s, told)
         level = self.level(end, grid, draws.uniform("level"), progress)
         return Leap(batch, x_s, s, predicted, r=r, target=target, weight=self.weight(s, e), level=level)
 
@@ -261,12 +283,18 @@ class Consistency(Method[ConfigT]):
         return self.config.target_decay
 
     def recipe(self) -> Recipe:
-        recipe = few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
+        recipe = self.walked()
         if recipe.scheduler_class not in ("LCMScheduler", "TCDScheduler"):
             return recipe
         # with any other number of steps these two choose among the points that were trained
         grid = {"original_inference_steps": self.config.points}
         return replace(recipe, scheduler_config={**recipe.scheduler_config, **grid})
+
+    def walked(self) -> Recipe:
+        """The recipe of the ladder; a student that is told its guidance is told it by the pipeline."""
+        w = self.config.guidance
+        plain = few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
+        return replace(plain, guidance_scale=w, told_guidance=w) if self.config.tell_guidance else plain
 
     # ---------------------------------------------------------------- pieces
 
@@ -278,9 +306,6 @@ class Consistency(Method[ConfigT]):
         if x0 is None or cond is None:
             raise ValueError(f"a batch without {self.config.source} reached a consistency method")
         return x0, replace(batch, cond=cond, null=batch.null.sized_like(cond))
-
-    def _target_network(self, triple: Triple, x_e: Tensor, e: Tensor, batch: Batch) -> Tensor:
-        return triple.denoiser(TARGET if self.config.target == "ema" else GENERATOR).x0(x_e, e, batch.cond)
 
     def _logits(
         self, triple: Triple, adversary: AdversaryConfig, x_r: Tensor, leap: Leap, purpose: str, draws: Draws
@@ -296,20 +321,3 @@ class Consistency(Method[ConfigT]):
 def jump(schedule: NoiseSchedule, x_t: Tensor, x0: Tensor, t: Time, r: Time) -> Tensor:
     """x_r = alpha_r x0 + sigma_r eps, with eps of (x_t, x0): a step of DDIM, of Euler for flow models."""
     return Transition(TransitionKind.DETERMINISTIC)(schedule, x_t, x0, t, r).mean
-
-
-def strategic(schedule: NoiseSchedule, eta: float) -> Transition:
-    """TCD's sampler: jump to (1 - eta) of the next time, then noise back up to it.
-
-    Stock schedulers do so for VP models; for flow models they know its two ends, Euler (0) and re-noising (1).
-
-    Raises:
-        Refusal: an eta between on a flow model.
-    """
-    if not schedule.is_flow:
-        return Transition(TransitionKind.TCD, eta)
-    if eta not in (0.0, 1.0):
-        raise Refusal(
-            f"method.eta is {eta:g} and stock schedulers of flow models take 0 (Euler) and 1 (re-noising) only: choose one"
-        )
-    return Transition(TransitionKind.DETERMINISTIC if eta == 0 else TransitionKind.RENOISE)

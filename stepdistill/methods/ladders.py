@@ -1,4 +1,4 @@
-"""Ladders that are written by hand, and the stock scheduler that walks a ladder as a student was trained to."""
+"""Ladders that are written by hand, transitions that stock schedulers know, and the one that walks as a student was trained to."""
 
 from __future__ import annotations
 
@@ -77,6 +77,23 @@ def _evenly_down_to(ladder: Sequence[float], train_steps: int) -> int:
             f"{gap} timesteps here alone: leave method.timesteps out, or choose another transition"
         )
     return round(ladder[-1])
+
+
+def strategic(schedule: NoiseSchedule, eta: float) -> Transition:
+    """TCD's sampler: jump to (1 - eta) of the next time, then noise back up to it.
+
+    Stock schedulers do so for VP models; for flow models they know its two ends, Euler (0) and re-noising (1).
+
+    Raises:
+        Refusal: an eta between on a flow model.
+    """
+    if not schedule.is_flow:
+        return Transition(TransitionKind.TCD, eta)
+    if eta not in (0.0, 1.0):
+        raise Refusal(
+            f"method.eta is {eta:g} and stock schedulers of flow models take 0 (Euler) and 1 (re-noising) only: choose one"
+        )
+    return Transition(TransitionKind.DETERMINISTIC if eta == 0 else TransitionKind.RENOISE)
 
 
 def ladder_of(schedule: NoiseSchedule, timesteps: Sequence[float]) -> tuple[float, ...]:

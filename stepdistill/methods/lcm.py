@@ -1,7 +1,8 @@
 """LCM: Latent Consistency Models (Luo et al., arXiv 2310.04378), and LCM-LoRA (arXiv 2311.05556).
 
 Every point of the guided teacher's trajectory is mapped to its clean end: r is the grid's lowest point. The teacher skips k
-timesteps at once (section 4.3), k = 20 on a grid of 50 points. A LoRA learns one fixed guidance scale, as PixArt-delta does.
+timesteps at once (section 4.3), k = 20 on a grid of 50 points. A LoRA learns one fixed guidance scale, as PixArt-delta does; with
+`tell_guidance` the student is told w as published, by an embedding that starts at zero.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ from stepdistill.methods.consistency import (
     AdversaryConfig,
     Consistency,
     ConsistencyConfig,
-    strategic,
 )
 from stepdistill.methods.gan import attach_discriminator
+from stepdistill.methods.ladders import strategic
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Triple
 
 

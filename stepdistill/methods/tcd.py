@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.methods.base import Progress, Setting
-from stepdistill.methods.consistency import Consistency, ConsistencyConfig, strategic
+from stepdistill.methods.consistency import Consistency, ConsistencyConfig
+from stepdistill.methods.ladders import strategic
 
 
 class TCDConfig(ConsistencyConfig):

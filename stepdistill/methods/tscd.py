@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
@@ -29,9 +29,9 @@ from stepdistill.methods.consistency import (
     Consistency,
     ConsistencyConfig,
     Leap,
-    strategic,
 )
 from stepdistill.methods.gan import attach_discriminator
+from stepdistill.methods.ladders import strategic
 from stepdistill.models.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 from stepdistill.settings import Settings
 
@@ -70,6 +70,12 @@ class TSCDConfig(ConsistencyConfig):
     gan: AdversaryConfig = AdversaryConfig(weight=0.0, features="fake_score")
     score: ScoreConfig | None = None
     eta: float | None = Field(None, ge=0, le=1, description="of the sampler; 1 by default, as for the unified LoRA")
+
+    @model_validator(mode="after")
+    def _scores_of_one_scale(self) -> TSCDConfig:
+        if self.tell_guidance and self.score is not None:
+            raise ValueError("score distils one guidance scale and tell_guidance is true")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,7 +209,7 @@ class Family(ABC):
     def _no_embedding(self) -> Refusal:
         return Refusal(
             f"the networks of {self.name!r} have no embedding of a guidance scale that stock pipelines feed: set "
-            "method.guidance_range to null for one fixed scale, or use method agd"
+            "method.guidance_range to null (of a consistency method method.tell_guidance to false), or use method agd"
         )
 
     @abstractmethod
