@@ -114,7 +114,7 @@ CASES: Mapping[str, Case] = {
     "lcm-told": Case(
         "lcm",
         {
-            "guidance": 3.0,
+            "guidance": 2.0,
             "guidance_range": [1.5, 6.0],
             "tell_guidance": True,
             "steps": 2,

@@ -189,7 +189,7 @@ def test_stock_pipelines_tell_the_exported_network_its_guidance(
     folder = stepdistill.export(run(family, layout, case), "pipeline", tmp_path / "export")
     recipe = Recipe.read(folder)
     assert recipe is not None
-    assert recipe.guidance_scale == recipe.told_guidance == 3.0
+    assert recipe.guidance_scale == recipe.told_guidance == CASES[case].options["guidance"]
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert pipe.unet.config.time_cond_proj_dim == 256
     pipe.set_progress_bar_config(disable=True)
