@@ -53,12 +53,13 @@ class RoleConfig(Settings):
     alpha_pattern: dict[RegularExpression, PositiveFloat] = Field(
         default_factory=dict, description="regular expression -> alpha, as in peft"
     )
-    kind: Literal["cross", "offset"] = Field(
+    kind: Literal["cross", "perceptron", "offset"] = Field(
         "cross",
-        description="of guidance adapters: attention over tokens of w, t and prompt, or a shift that they decide",
+        description="of guidance adapters: attention over tokens of w, t and prompt (as published); that and a perceptron of the "
+        "attention's input, which learns more; or a shift that the tokens decide",
     )
     width: int = Field(128, gt=0, description="channels of guidance adapters")
-    heads: int = Field(1, gt=0, description="attention heads of guidance adapters of kind cross, a divisor of width")
+    heads: int = Field(1, gt=0, description="attention heads of guidance adapters, a divisor of width")
     shared: bool = Field(False, description="one set of token encoders for all guidance adapters: half the parameters")
 
 

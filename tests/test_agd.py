@@ -31,7 +31,7 @@ from toys import CHANNELS, TEXT, draws  # isort: skip
 
 T = torch.tensor([249.0, 749.0])
 W = torch.tensor([2.0, 5.0], dtype=torch.float64)
-KINDS = [("cross", False), ("cross", True), ("offset", False)]
+KINDS = [("cross", False), ("cross", True), ("perceptron", False), ("perceptron", True), ("offset", False)]
 
 
 def text(count: int = 2, seed: int = 5) -> Conditioning:

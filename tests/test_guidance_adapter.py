@@ -30,7 +30,15 @@ from stepdistill.models.guidance_adapter import (
     positions,
 )
 
-KINDS = [("cross", False, 1), ("cross", True, 1), ("cross", False, 4), ("offset", False, 1), ("offset", True, 1)]
+KINDS = [
+    ("cross", False, 1),
+    ("cross", True, 1),
+    ("cross", False, 4),
+    ("perceptron", False, 4),
+    ("perceptron", True, 1),
+    ("offset", False, 1),
+    ("offset", True, 1),
+]
 CONFIGS = Path(families.__file__).parent / "configs"
 
 
@@ -350,7 +358,7 @@ def test_heads_are_attentions_on_slices_of_the_channels() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"width": 10, "heads": 4}, "divisor of the width"), ({"kind": "offset", "heads": 2}, "kind cross, or 1 head")],
+    [({"width": 10, "heads": 4}, "divisor of the width"), ({"kind": "offset", "heads": 2}, "another kind, or 1 head")],
 )
 def test_heads_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

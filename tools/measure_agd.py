@@ -126,7 +126,7 @@ def errors(session: Session, w: float, steps: int, prompts: Sequence[str]) -> tu
     scale, student = noise.new_full((len(prompts),), w), triple.denoiser(session.student)
     found, plain = [], []
     for state in guided_walk(triple.real_score, cond, null, noise, times, scale):
-        raw = student.estimate(state.x_t, state.t, cond.told(w)).raw
+        raw = student.raw(state.x_t, state.t, cond.told(w))
         found.append(relative_error(raw, state.target).mean())
         plain.append(state.plain.mean())
     return round(float(torch.stack(found).mean()), 6), round(float(torch.stack(plain).mean()), 6)

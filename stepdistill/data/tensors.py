@@ -198,6 +198,11 @@ class TensorFolder:
     def __len__(self) -> int:
         return self._index.count
 
+    @property
+    def shards(self) -> tuple[Path, ...]:
+        """Files, in the order of their samples."""
+        return tuple(self.folder / shard_name(number) for number in range(len(self._index.shards)))
+
     def place(self, index: int) -> tuple[Path, int]:
         """(shard, row) of a sample."""
         if not 0 <= index < len(self):

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stepdistill.data.index import Fingerprint, StoredDtype
@@ -36,6 +38,18 @@ class TrajectoryState:
     w: float
     plain: float
     prompt: int
+
+
+@dataclass(frozen=True)
+class TrajectoryStates:
+    """All states of a folder, in the order of their index; fields as of `TrajectoryState`, M rows each, times in float64."""
+
+    x_t: Tensor
+    target: Tensor
+    t: Tensor
+    w: Tensor
+    plain: Tensor
+    prompt: Tensor
 
 
 class TrajectoryWriter(ShardWriter):
@@ -96,3 +110,12 @@ class TrajectoryFolder:
                 for name in ("x_t", "target", "t", "plain")
             )
         return TrajectoryState(x_t.float(), target.float(), float(t), w, float(plain), int(prompt))
+
+    def whole(self) -> TrajectoryStates:
+        """All states at once, for sets that fit into memory."""
+        shards = [load_file(path) for path in self._folder.shards]
+        x_t, target, t, plain = (
+            torch.cat([s[name] for s in shards]).flatten(0, 1) for name in ("x_t", "target", "t", "plain")
+        )
+        w, prompt = (torch.cat([s[name] for s in shards]).repeat_interleave(self.keep) for name in ("w", "prompt"))
+        return TrajectoryStates(x_t.float(), target.float(), t.double(), w, plain, prompt)

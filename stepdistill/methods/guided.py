@@ -126,7 +126,7 @@ class Guided(Method[ConfigT]):
         """State after state: the memory of one, however long the walk."""
         assert isinstance(rollout, GuidedStates)
         for x_t, t, target, plain in zip(rollout.x_t, rollout.t, rollout.target, rollout.plain, strict=True):
-            found = triple.generator.estimate(x_t, t, rollout.told).raw
+            found = triple.generator.raw(x_t, t, rollout.told)
             error = relative_error(found, target)
             floor = self.config.relative
             loss = ((found - target).square() if floor is None else error / (plain + floor)).mean()

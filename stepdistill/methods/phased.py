@@ -192,7 +192,7 @@ class Phased(OnLadder[PhasedConfig]):
         x_t, x0, noise = interval_targets(self.schedule, x_s, eps, phase.s, t)
         alpha, sigma = self.schedule.levels(t, x_t)
         target = from_x0_eps(x0, noise, alpha, sigma, self.schedule.prediction)
-        error = (triple.fake_score.estimate(x_t, t, rollout.batch.cond).raw - target).square()
+        error = (triple.fake_score.raw(x_t, t, rollout.batch.cond) - target).square()
         if phase.s != self.schedule.clean_time:  # from a clean sample targets are bounded as they are
             _, spread = self.schedule.kernel(phase.s, t)
             error = error * broadcast((MAX_WEIGHT * spread.square()).clamp(max=1), error)

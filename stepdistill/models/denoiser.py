@@ -60,11 +60,14 @@ class Denoiser:
 
     def estimate(self, x_t: Tensor, t: Time, cond: Conditioning) -> Estimate:
         """Shapes: x_t (B, ...), t () or (B,) native times, cond of B rows."""
-        raw = full(self._forward(x_t, t, cond))
-        x = full(x_t)
+        raw, x = self.raw(x_t, t, cond), full(x_t)
         alpha, sigma = self.schedule.levels(t, x)
         prediction = self.schedule.prediction
         return Estimate(to_x0(raw, x, alpha, sigma, prediction), to_eps(raw, x, alpha, sigma, prediction), raw)
+
+    def raw(self, x_t: Tensor, t: Time, cond: Conditioning) -> Tensor:
+        """`estimate(...).raw` alone, without the conversions."""
+        return full(self._forward(x_t, t, cond))
 
     def x0(self, x_t: Tensor, t: Time, cond: Conditioning) -> Tensor:
         """The network's estimate of the clean sample."""

@@ -51,17 +51,18 @@ class AdapterSettings:
     """Hyperparameters; they travel with the weights.
 
     Attributes:
-        kind: `cross` looks at the module's input by attention over the tokens; `offset` shifts all positions alike.
+        kind: `cross` looks at the tokens from each position; `perceptron` gives what it saw there to a perceptron of the
+            module's input; `offset` shifts all positions alike.
         width: d of tokens and attention.
         shared: one set of token encoders for all adapters instead of one each: less than half the parameters.
         w_low, w_high: range of w that was trained; outside of it a warning is given once.
-        heads: of the attention of `cross`, a divisor of the width; one or many, the parameters are the same.
+        heads: of that attention, a divisor of the width; one or many, the parameters are the same.
 
     Raises:
         ValueError: the heads do not divide the width, or `offset`, which has no attention, has several.
     """
 
-    kind: Literal["cross", "offset"] = "cross"
+    kind: Literal["cross", "perceptron", "offset"] = "cross"
     width: int = 128
     shared: bool = False
     w_low: float = 1.0
@@ -75,7 +76,7 @@ class AdapterSettings:
             )
         if self.heads > 1 and self.kind == "offset":
             raise ValueError(
-                f"guidance adapters of kind offset have no attention and were given {self.heads} heads: choose kind cross, or 1 head"
+                f"guidance adapters of kind offset have no attention and were given {self.heads} heads: choose another kind, or 1 head"
             )
 
 
@@ -125,8 +126,8 @@ class Tokens(nn.Module):
         return torch.cat([self.guidance(told.w)[:, None], time[:, None], text], 1)
 
 
-class CrossAdapter(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V W_o + b with Q of the module's input and K, V of the tokens, d a head's; zero at first."""
+class AttentionOverTokens(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V with Q of the module's input and K, V of the tokens, d a head's: what adapters look with."""
 
     def __init__(self, channels: int, settings: AdapterSettings) -> None:
         super().__init__()
@@ -134,14 +135,11 @@ class CrossAdapter(nn.Module):
         self.query = nn.Linear(channels, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(width, channels)
         for linear in (self.query, self.key, self.value):
             nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
 
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden (B, N, C), tokens (B, S, d) -> (B, N, C)."""
+    def look(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """hidden (B, N, C), tokens (B, S, d) -> (B, N, d)."""
         tokens = tokens + positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens)
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -149,7 +147,42 @@ class CrossAdapter(nn.Module):
         )
         scores = query @ key.transpose(-1, -2) / math.sqrt(key.shape[-1])
         weights = scores.float().softmax(-1).to(scores) if scores.dtype.itemsize < 4 else scores.softmax(-1)
-        return self.out((weights @ value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return (weights @ value).transpose(1, 2).flatten(2)
+
+
+class CrossAdapter(AttentionOverTokens):
+    """W_o look(h, tokens) + b; zero at first."""
+
+    def __init__(self, channels: int, settings: AdapterSettings) -> None:
+        super().__init__(channels, settings)
+        self.out = _zero_linear(settings.width, channels)
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """hidden (B, N, C), tokens (B, S, d) -> (B, N, C)."""
+        return self.out(self.look(hidden, tokens))  # type: ignore[no-any-return]
+
+
+class PerceptronAdapter(AttentionOverTokens):
+    """W_o silu((1 + s) W_h LayerNorm(h) + W_c look(h, tokens)) + b, s of the tokens of w and t; 4 d inside, zero at first.
+
+    Ours, not the paper's: attention over tokens can only mix what the tokens say, and what guidance adds depends on the
+    input far more than that, so a perceptron of the input learns several times more of it in as many updates.
+    """
+
+    def __init__(self, channels: int, settings: AdapterSettings) -> None:
+        super().__init__(channels, settings)
+        width, inner = settings.width, 4 * settings.width
+        self.norm = nn.LayerNorm(channels)
+        self.hidden = nn.Linear(channels, inner)
+        self.bring = nn.Linear(width, inner)
+        self.scale = nn.Linear(width, inner)
+        self.out = _zero_linear(inner, channels)
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """hidden (B, N, C), tokens (B, S, d) -> (B, N, C)."""
+        scale = self.scale(tokens[:, 0] + tokens[:, 1])[:, None]
+        inner = (1 + scale) * self.hidden(self.norm(hidden)) + self.bring(self.look(hidden, tokens))
+        return self.out(nn.functional.silu(inner))  # type: ignore[no-any-return]
 
 
 class OffsetAdapter(nn.Module):
@@ -158,14 +191,18 @@ class OffsetAdapter(nn.Module):
     def __init__(self, channels: int, settings: AdapterSettings) -> None:
         super().__init__()
         width = settings.width
-        last = nn.Linear(width, channels)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), _zero_linear(width, channels))
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """hidden (B, N, C), tokens (B, S, d) -> (B, 1, C)."""
         return self.mlp(tokens[:, 0] + tokens[:, 1] + tokens[:, 2:].mean(1))[:, None]  # type: ignore[no-any-return]
+
+
+KINDS: dict[str, type[CrossAdapter | PerceptronAdapter | OffsetAdapter]] = {
+    "cross": CrossAdapter,
+    "perceptron": PerceptronAdapter,
+    "offset": OffsetAdapter,
+}
 
 
 class GuidanceAdapter(nn.Module):
@@ -191,11 +228,10 @@ class GuidanceAdapter(nn.Module):
             )
         stream = torch.Generator().manual_seed(seed)
         widths = settings.width, time_width(network), text_width(network)
-        kind = CrossAdapter if settings.kind == "cross" else OffsetAdapter
         with torch.random.fork_rng(devices=[]):  # initialisers draw from the global stream
             torch.manual_seed(seed)
             self.adapters = nn.ModuleDict(
-                {_key(name): kind(channels, settings) for name, (_, channels) in found.items()}
+                {_key(name): KINDS[settings.kind](channels, settings) for name, (_, channels) in found.items()}
             )
             owners = ["all"] if settings.shared else list(self.adapters)
             self.encoders = nn.ModuleDict({owner: Tokens(*widths, stream) for owner in owners})
@@ -479,6 +515,13 @@ def _last_linear(module: nn.Module) -> nn.Linear:
     embedders = [m for name, m in module.named_modules() if name.endswith("timestep_embedder")]
     linears = [m for m in (embedders[0] if embedders else module).modules() if isinstance(m, nn.Linear)]
     return linears[-1]
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 def _key(name: str) -> str:

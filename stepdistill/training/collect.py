@@ -54,7 +54,9 @@ class CollectConfig(Settings):
     dtype: StoredDtype = Field("float16", description="that trajectories are stored in")
     seed: int = 0
     batch_size: int = Field(8, gt=0)
-    shard_size: int = Field(256, gt=0)
+    shard_size: int | None = Field(
+        None, gt=0, description="latents, or trajectories, in a file; 256 latents or 16 trajectories by default"
+    )
     device: str | None = None
 
 
@@ -83,7 +85,7 @@ def collect(kind: Kind, config: CollectConfig, output: str | Path, resume: bool 
     prompts = read_prompts(config.prompts, config.prompt_column)
     source = _Teacher(config) if config.model is not None else _Student(config)
     fingerprint = _fingerprint(config, source, prompts)
-    with ShardWriter(folder, kind, fingerprint, config.shard_size) as writer:
+    with ShardWriter(folder, kind, fingerprint, config.shard_size or 256) as writer:
         done = writer.completed
         for texts, seeds, indices in _batches(config, prompts, done, "latent"):
             writer.write(torch.tensor(seeds), source.draw(texts, seeds), torch.tensor(indices))
@@ -103,7 +105,7 @@ def _collect_trajectories(config: CollectConfig, folder: Path) -> int:
     if teacher.denoiser.guide is not None:
         raise Refusal("trajectories are of a teacher that is guided by two calls: remove model.guidance_adapter")
     fingerprint = replace(_fingerprint(config, teacher, prompts), guidance=0.0, guidance_range=(low, high), keep=keep)
-    with TrajectoryWriter(folder, fingerprint, min(config.shard_size, 16), config.dtype) as writer:
+    with TrajectoryWriter(folder, fingerprint, config.shard_size or 16, config.dtype) as writer:
         done = writer.completed
         for texts, seeds, indices in _batches(config, prompts, done, "trajectory"):
             walks = teacher.walks(texts, seeds, keep)

@@ -1,0 +1,221 @@
+"""The run of `stepdistill train` for guidance adapters of a small network, on a GPU, with each update one CUDA graph.
+
+    stepdistill collect trajectories configs/fashion_trajectories.yaml --output data/fashion_trajectories
+    python tools/train_agd_graphed.py configs/fashion_agd_collected.yaml --output runs/fashion_agd
+
+A network of three million parameters leaves a GPU waiting for kernels to be launched; launched as one graph, an update takes a
+few milliseconds. The states, in their order, the loss, the rates and the clipping are those of `stepdistill train`, so that the
+two runs are one but for rounding (a test holds them against each other). What it leaves is a run's folder, with one checkpoint,
+that `export`, `train --resume` and `measure_agd.py` take. All states are held on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from stepdistill.config import RunConfig, TrainingConfig, load_config
+from stepdistill.data.loader import IndexStream
+from stepdistill.data.trajectories import TrajectoryStates
+from stepdistill.diffusion.draws import Draws, derive_seed
+from stepdistill.errors import Refusal
+from stepdistill.methods.base import Batch, Progress
+from stepdistill.methods.guided import GuidedStates
+from stepdistill.models.conditioning import Conditioning, ImageSize
+from stepdistill.models.triple import GENERATOR
+from stepdistill.training.folder import write_config
+from stepdistill.training.optimizers import rate
+from stepdistill.training.options import products
+from stepdistill.training.plan import Plan, prepare
+from stepdistill.training.processes import Processes
+from stepdistill.training.run import find_start
+from stepdistill.training.session import Session, open_session
+from stepdistill.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+ENCODED = 256
+"""Prompts that are encoded at a time."""
+
+
+class Update:
+    """One update on the states at `rows`, whose error and error without guidance are added to `seen`.
+
+    Args:
+        session: of a run on collected walks.
+        states: all of them, on the session's device.
+        batch: states in an update.
+    """
+
+    def __init__(self, session: Session, states: TrajectoryStates, batch: int) -> None:
+        self.session, self.states, device = session, states, session.device
+        self.config = session.plan.config.optimizers.generator
+        self.parameters = list(session.triple.parameters(GENERATOR).values())
+        graphed = device.type == "cuda"
+        self.rate = torch.tensor(self.config.lr, device=device)
+        self.adam = torch.optim.AdamW(
+            self.parameters,
+            lr=self.rate if graphed else self.config.lr,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+            capturable=graphed,
+            fused=graphed,
+        )
+        self.rows = torch.zeros(batch, dtype=torch.long, device=device)
+        self.seen = torch.zeros(2, dtype=torch.float64, device=device)
+        self.cond, self.cond_row = _conditionings(session, states)
+        self.replay: Callable[[], None] = self._captured() if graphed else self.run
+
+    def __call__(self, update: int, rows: Tensor) -> None:
+        """Update number `update` (0-based), on the states `rows` (B,)."""
+        lr = rate(self.config, update)
+        self.rate.fill_(lr)
+        if self.session.device.type != "cuda":
+            self.adam.param_groups[0]["lr"] = lr
+        self.rows.copy_(rows, non_blocking=True)
+        self.replay()
+
+    def run(self) -> None:
+        triple, method, states, rows = self.session.triple, self.session.method, self.states, self.rows
+        cond = self.cond[self.cond_row[rows]]
+        # (nothing is drawn in an update on collected states, and x0 is for losses that this method has not)
+        draws, progress = Draws(0, 0, GENERATOR, (), self.session.device), Progress(updates={GENERATOR: 0})
+        x_t = states.x_t[rows]
+        rollout = GuidedStates(
+            batch=Batch(cond, cond),
+            x_t=x_t[None],
+            t=states.t[rows][None],
+            x0=x_t,
+            target=states.target[rows][None],
+            plain=states.plain[rows][None],
+            told=cond.told(states.w[rows]),
+        )
+        for parameter in self.parameters:
+            parameter.grad = None
+        with triple.training(GENERATOR):
+            terms = method.loss(GENERATOR, rollout, triple, progress, draws)
+            terms.total.backward()
+        if self.config.clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        self.adam.step()
+        self.seen += torch.stack([terms.parts["error"], terms.parts["error_unguided"]])
+
+    def _captured(self) -> Callable[[], None]:
+        """The graph, which leaves parameters and moments as they are; they are put back after the passes before it."""
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, before, strict=True):
+                parameter.copy_(value)
+            for state in self.adam.state.values():
+                for moment in state.values():
+                    moment.zero_()
+            self.seen.zero_()
+        return graph.replay
+
+
+def _conditionings(session: Session, states: TrajectoryStates) -> tuple[Conditioning, Tensor]:
+    """What each prompt says, and the row of it for each index of the prompt list."""
+    plan, prompts = session.plan, session.plan.prompts
+    texts = list(dict.fromkeys(prompts[index] for index in range(len(prompts))))
+    places = {text: row for row, text in enumerate(texts)}
+    sizes = [ImageSize.plain(*plan.setting.size)] * len(texts)
+    with torch.no_grad():
+        parts = [
+            session.encoder.text(texts[start : start + ENCODED], sizes[start : start + ENCODED])
+            for start in range(0, len(texts), ENCODED)
+        ]
+    rows = torch.tensor([places[prompts[index]] for index in range(len(prompts))], device=session.device)
+    return Conditioning.cat(parts), rows[states.prompt]
+
+
+def train(config: RunConfig, folder: Path) -> Trainer:
+    """The whole run, into a folder. Raises Refusal as `stepdistill train`, and where the config asks for more than a graph does."""
+    find_start(config, folder, None)
+    plan, training = prepare(config), config.training
+    _check(plan)
+    processes = Processes(Accelerator(cpu=training.device == "cpu"), training)
+    trainer = Trainer(open_session(plan, processes.device), folder, processes)
+    session, device = trainer.session, processes.device
+    if plan.trajectories is None:
+        raise ValueError("a run on trajectories has none")
+    whole = plan.trajectories.whole()
+    states = TrajectoryStates(**{item.name: vars(whole)[item.name].to(device) for item in fields(whole)})
+    write_config(folder, config.model_copy(update={"output": str(folder)}))
+    order = IndexStream(len(plan.trajectories), derive_seed(training.seed, "trajectories"))
+    with products(training.tf32):
+        update = Update(session, states, training.batch_size)
+        _updates(update, order, training)
+    optimizer = trainer.optimizers[GENERATOR]
+    optimizer.load_state_dict(_named(update, optimizer.parameters))
+    trainer.counters.iteration = trainer.counters.updates[GENERATOR] = training.max_steps
+    if not trainer.save():
+        raise Refusal(f"the checkpoint could not be written to {str(folder)!r} (see above): make room and run again")
+    return trainer
+
+
+def _updates(update: Update, order: IndexStream, training: TrainingConfig) -> None:
+    """All of them, with a line in the log now and then."""
+    begun, size, told = time.perf_counter(), training.batch_size, 0
+    for done in range(training.max_steps):
+        rows = torch.tensor(order.indices(done * size, size))
+        update(done, rows.pin_memory() if update.rows.is_cuda else rows)
+        if (done + 1) % training.log_every == 0 or done + 1 == training.max_steps:
+            error, plain = (update.seen / (done + 1 - told)).tolist()
+            update.seen.zero_()
+            told, spent = done + 1, time.perf_counter() - begun
+            logger.info("update %d, %.1f s: error %.5f, %.2f x below no adapter", told, spent, error, plain / error)
+
+
+def _named(update: Update, parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """The moments as `RoleOptimizer` names them."""
+    return {
+        f"{name}|{key}": torch.as_tensor(value)
+        for name, parameter in parameters.items()
+        for key, value in update.adam.state.get(parameter, {}).items()
+    }
+
+
+def _check(plan: Plan) -> None:
+    training, kind = plan.config.training, plan.config.optimizers.generator.kind
+    asked = {
+        "method.name": (plan.config.method_name, "agd"),
+        "method.source": (plan.config.method.get("source"), "trajectories"),
+        "training.accumulation": (training.accumulation, 1),
+        "training.ema": (training.ema, 0),
+        "optimizers.generator.kind": (kind, "adamw"),
+    }
+    for key, (found, wanted) in asked.items():
+        if found != wanted:
+            raise Refusal(f"{key} is {found!r} and a graphed run has {wanted!r}: change it, or use 'stepdistill train'")
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="of method agd, with source: trajectories")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, as of 'stepdistill train' (repeatable)")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args(given)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.backends.cudnn.benchmark = True  # shapes never change
+    train(load_config(arguments.config, arguments.set), arguments.output)
+
+
+if __name__ == "__main__":
+    main()
