@@ -25,6 +25,7 @@ from stepdistill.models.guidance_adapter import (
     AdapterSettings,
     CrossAdapter,
     GuidanceAdapter,
+    PerceptronAdapter,
     load_guidance_adapter,
     metadata_of,
     positions,
@@ -82,28 +83,32 @@ def written(adapter: GuidanceAdapter, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("model", "width", "modules", "parameters"),
+    ("kind", "model", "width", "modules", "parameters"),
     [
         # 8 d^2 + 7 d + (C_time + 1) d + (C_text + 1) d + 2 d^2 + 2 C d + C a module, and published shares of the network
-        ("sdxl", 64, 70, 28_549_760),
-        ("sdxl", 128, 70, 62_750_720),
-        ("sdxl", 192, 70, 102_686_080),
-        ("sd21", 192, 16, 17_808_576),
-        ("sd15", 192, 16, 17_022_144),
+        ("cross", "sdxl", 64, 70, 28_549_760),
+        ("cross", "sdxl", 128, 70, 62_750_720),
+        ("cross", "sdxl", 192, 70, 102_686_080),
+        ("cross", "sd21", 192, 16, 17_808_576),
+        ("cross", "sd15", 192, 16, 17_022_144),
+        ("perceptron", "sdxl", 96, 70, 106_251_840),
+        ("perceptron", "sd21", 192, 16, 39_362_112),
+        ("perceptron", "sd15", 192, 16, 38_575_680),
     ],
 )
-def test_counts_of_public_networks(model: str, width: int, modules: int, parameters: int) -> None:
+def test_counts_of_public_networks(kind: Any, model: str, width: int, modules: int, parameters: int) -> None:
     config = json.loads((CONFIGS / model / "unet" / "config.json").read_text())
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(config)
-    adapter = GuidanceAdapter(network, AdapterSettings(width=width))
+    adapter = GuidanceAdapter(network, AdapterSettings(kind, width))
     count = sum(parameter.numel() for parameter in adapter.parameters())
     assert (len(adapter.adapters), count) == (modules, parameters)
     # the defaults stay below a twentieth of the network
     total = sum(parameter.numel() for parameter in network.parameters())
-    shared = GuidanceAdapter(network, AdapterSettings(width=width, shared=True))
+    shared = GuidanceAdapter(network, AdapterSettings(kind, width, shared=True))
     assert count < 0.05 * total
-    assert sum(parameter.numel() for parameter in shared.parameters()) < 0.5 * count
+    fewer = sum(parameter.numel() for parameter in shared.parameters())
+    assert fewer < (0.5 if kind == "cross" else 0.75) * count
 
 
 @pytest.mark.parametrize(("kind", "shared", "heads"), KINDS)
@@ -354,6 +359,19 @@ def test_heads_are_attentions_on_slices_of_the_channels() -> None:
     slices = [slice(0, 4), slice(4, 8)]
     each = [((query[..., s] @ key[..., s].mT) / 2).softmax(-1) @ value[..., s] for s in slices]
     assert torch.allclose(adapter(hidden, tokens), adapter.out(torch.cat(each, -1)), atol=1e-6)
+
+
+def test_a_perceptron_hears_input_and_tokens() -> None:
+    """silu((1 + s) W_h LayerNorm(h) + W_c look) by hand, s of the tokens of w and t."""
+    stream = torch.Generator().manual_seed(0)
+    adapter = PerceptronAdapter(12, AdapterSettings("perceptron", width=8, heads=2))
+    torch.nn.init.normal_(adapter.out.weight, generator=stream)
+    hidden, tokens = torch.randn(2, 5, 12, generator=stream), torch.randn(2, 4, 8, generator=stream)
+    normed = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    scale = 1 + adapter.scale(tokens[:, 0] + tokens[:, 1])[:, None]
+    inner = scale * adapter.hidden(normed) + adapter.bring(adapter.look(hidden, tokens))
+    assert inner.shape == (2, 5, 32)
+    assert torch.allclose(adapter(hidden, tokens), adapter.out(inner * inner.sigmoid()), atol=1e-5)
 
 
 @pytest.mark.parametrize(

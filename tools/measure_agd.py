@@ -1,6 +1,6 @@
 """Guidance adapters on the embedded teacher: half the network calls, against guided sampling, at several w.
 
-    stepdistill train configs/fashion_agd.yaml --output runs/fashion_agd
+    stepdistill train configs/fashion_agd_collected.yaml --output runs/fashion_agd
     python tools/measure_agd.py runs/fashion_agd --json tools/results/measure_agd.json
 
 Both samplers walk the adapter's own recipe, guided sampling with two calls a step, by stock diffusers. The judge, which nothing
