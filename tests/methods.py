@@ -30,11 +30,13 @@ class Case:
     Attributes:
         method, options: as in a config's `method`.
         period: iterations after which the pattern of updates repeats; resume is tested around it.
+        generator: more of the generator's section.
     """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     period: int = 1
+    generator: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def needs(self) -> Needs:
@@ -56,7 +58,7 @@ class Case:
     def role(self, mode: str) -> dict[str, Any]:
         """The generator's section, for a layout's mode or the one that the method knows."""
         modes = load_method(self.method).modes
-        return {"mode": mode if mode in modes else modes[0], "rank": 4, "alpha": 2, "width": 8}
+        return {"mode": mode if mode in modes else modes[0], "rank": 4, "alpha": 2, "width": 8, **self.generator}
 
 
 LATENT_GAN = {"weight": 1e-2, "features": "real_score", "reals": "pairs"}
@@ -152,7 +154,9 @@ CASES: Mapping[str, Case] = {
         },
     ),
     "agd-trajectories": Case(
-        "agd", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "source": "trajectories"}
+        "agd",
+        {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "source": "trajectories"},
+        generator={"kind": "perceptron", "rising": True},
     ),
     "agd": Case("agd", {"guidance": 3.0, "guidance_range": (1.0, 5.0), "steps": 2, "walk_steps": 2}),
     "guidance-fixed": Case("guidance", {"guidance": 3.0, "guidance_range": None, "steps": 2, "walk_steps": 2}),

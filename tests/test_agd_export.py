@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,9 @@ def run(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
     def make(family: str = "sd") -> Path:
         if not (root / family).exists():
-            config = Bench(tiny, root).config(CASES["agd"], 2, family=family, dtype="float32", ema=0.0, batch_size=2)
+            # the matrix has adapters as published, and these are not
+            case = replace(CASES["agd"], generator={"kind": "perceptron", "rising": True})
+            config = Bench(tiny, root).config(case, 2, family=family, dtype="float32", ema=0.0, batch_size=2)
             faster = config.optimizers.model_copy(
                 update={"generator": config.optimizers.generator.model_copy(update={"lr": 2e-2, "warmup": 0})}
             )

@@ -1,7 +1,7 @@
 """The run of `stepdistill train` for guidance adapters of a small network, on a GPU, with each update one CUDA graph.
 
     stepdistill collect trajectories configs/fashion_trajectories.yaml --output data/fashion_trajectories
-    python tools/train_agd_graphed.py configs/fashion_agd_collected.yaml --output runs/fashion_agd
+    python tools/train_agd_graphed.py configs/fashion_agd_collected.yaml --set training.device=cuda --output runs/fashion_agd
 
 A network of three million parameters leaves a GPU waiting for kernels to be launched; launched as one graph, an update takes a
 few milliseconds. The states, in their order, the loss, the rates and the clipping are those of `stepdistill train`, so that the

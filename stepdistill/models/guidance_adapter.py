@@ -51,15 +51,17 @@ class AdapterSettings:
     """Hyperparameters; they travel with the weights.
 
     Attributes:
-        kind: `cross` looks at the tokens from each position; `perceptron` gives what it saw there to a perceptron of the
-            module's input; `offset` shifts all positions alike.
+        kind: `cross` looks at the tokens from the module's input; `perceptron` computes on the module's input and output;
+            `offset` shifts all positions alike.
         width: d of tokens and attention.
         shared: one set of token encoders for all adapters instead of one each: less than half the parameters.
         w_low, w_high: range of w that was trained; outside of it a warning is given once.
-        heads: of that attention, a divisor of the width; one or many, the parameters are the same.
+        heads: of the attention of `cross`, a divisor of the width; one or many, the parameters are the same.
+        rising: what is added is multiplied by `strength(w)`, which w = 1 makes nothing of, as of guidance itself. Ours, not
+            the paper's: what adapters are left to learn is nearly the same at all w, and they learn it several times faster.
 
     Raises:
-        ValueError: the heads do not divide the width, or `offset`, which has no attention, has several.
+        ValueError: the heads do not divide the width, or a kind that has no attention has several.
     """
 
     kind: Literal["cross", "perceptron", "offset"] = "cross"
@@ -68,24 +70,26 @@ class AdapterSettings:
     w_low: float = 1.0
     w_high: float = 12.0
     heads: int = 1
+    rising: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(
                 f"guidance adapters of width {self.width} cannot have {self.heads} heads: choose a divisor of the width"
             )
-        if self.heads > 1 and self.kind == "offset":
+        if self.heads > 1 and self.kind != "cross":
             raise ValueError(
-                f"guidance adapters of kind offset have no attention and were given {self.heads} heads: choose another kind, or 1 head"
+                f"guidance adapters of kind {self.kind} have no attention and were given {self.heads} heads: choose kind cross, or 1 head"
             )
 
 
 @dataclass
 class Told:
-    """What the adapters know of the pass that is running; each (B, ...)."""
+    """What the adapters know of the pass that is running; each (B, ...), `strength` (B, 1, 1) or None for 1."""
 
     w: Tensor
     text: Tensor
+    strength: Tensor | None = None
     time: Tensor | None = None
     tokens: Tensor | None = None
 
@@ -126,8 +130,8 @@ class Tokens(nn.Module):
         return torch.cat([self.guidance(told.w)[:, None], time[:, None], text], 1)
 
 
-class AttentionOverTokens(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V with Q of the module's input and K, V of the tokens, d a head's: what adapters look with."""
+class CrossAdapter(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V W_o + b with Q of the module's input and K, V of the tokens, d a head's; zero at first."""
 
     def __init__(self, channels: int, settings: AdapterSettings) -> None:
         super().__init__()
@@ -135,11 +139,12 @@ class AttentionOverTokens(nn.Module):
         self.query = nn.Linear(channels, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
+        self.out = _zero_linear(width, channels)
         for linear in (self.query, self.key, self.value):
             nn.init.xavier_uniform_(linear.weight)
 
-    def look(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden (B, N, C), tokens (B, S, d) -> (B, N, d)."""
+    def forward(self, hidden: Tensor, attended: Tensor, tokens: Tensor) -> Tensor:
+        """Input hidden and output attended of the module, (B, N, C) each; tokens (B, S, d) -> (B, N, C)."""
         tokens = tokens + positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens)
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -147,41 +152,30 @@ class AttentionOverTokens(nn.Module):
         )
         scores = query @ key.transpose(-1, -2) / math.sqrt(key.shape[-1])
         weights = scores.float().softmax(-1).to(scores) if scores.dtype.itemsize < 4 else scores.softmax(-1)
-        return (weights @ value).transpose(1, 2).flatten(2)
+        return self.out((weights @ value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-class CrossAdapter(AttentionOverTokens):
-    """W_o look(h, tokens) + b; zero at first."""
+class PerceptronAdapter(nn.Module):
+    """W_o silu((1 + s) W_h LayerNorm(h) + W_a LayerNorm(a)) + b of input h and output a of the module; zero at first.
 
-    def __init__(self, channels: int, settings: AdapterSettings) -> None:
-        super().__init__(channels, settings)
-        self.out = _zero_linear(settings.width, channels)
-
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden (B, N, C), tokens (B, S, d) -> (B, N, C)."""
-        return self.out(self.look(hidden, tokens))  # type: ignore[no-any-return]
-
-
-class PerceptronAdapter(AttentionOverTokens):
-    """W_o silu((1 + s) W_h LayerNorm(h) + W_c look(h, tokens)) + b, s of the tokens of w and t; 4 d inside, zero at first.
-
-    Ours, not the paper's: attention over tokens can only mix what the tokens say, and what guidance adds depends on the
-    input far more than that, so a perceptron of the input learns several times more of it in as many updates.
+    s is of the token of w + token of t + mean of the text's; 4 d channels inside. Ours, not the paper's: an attention over
+    tokens can only mix what they say, while what guidance adds depends on h most of all, and a has looked at the prompt
+    already.
     """
 
     def __init__(self, channels: int, settings: AdapterSettings) -> None:
-        super().__init__(channels, settings)
-        width, inner = settings.width, 4 * settings.width
-        self.norm = nn.LayerNorm(channels)
+        super().__init__()
+        inner = 4 * settings.width
+        self.norm_hidden, self.norm_attended = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.hidden = nn.Linear(channels, inner)
-        self.bring = nn.Linear(width, inner)
-        self.scale = nn.Linear(width, inner)
+        self.attended = nn.Linear(channels, inner)
+        self.scale = nn.Linear(settings.width, inner)
         self.out = _zero_linear(inner, channels)
 
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden (B, N, C), tokens (B, S, d) -> (B, N, C)."""
-        scale = self.scale(tokens[:, 0] + tokens[:, 1])[:, None]
-        inner = (1 + scale) * self.hidden(self.norm(hidden)) + self.bring(self.look(hidden, tokens))
+    def forward(self, hidden: Tensor, attended: Tensor, tokens: Tensor) -> Tensor:
+        """Input hidden and output attended of the module, (B, N, C) each; tokens (B, S, d) -> (B, N, C)."""
+        scale = 1 + self.scale(_pooled(tokens))[:, None]
+        inner = scale * self.hidden(self.norm_hidden(hidden)) + self.attended(self.norm_attended(attended))
         return self.out(nn.functional.silu(inner))  # type: ignore[no-any-return]
 
 
@@ -193,9 +187,9 @@ class OffsetAdapter(nn.Module):
         width = settings.width
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), _zero_linear(width, channels))
 
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden (B, N, C), tokens (B, S, d) -> (B, 1, C)."""
-        return self.mlp(tokens[:, 0] + tokens[:, 1] + tokens[:, 2:].mean(1))[:, None]  # type: ignore[no-any-return]
+    def forward(self, hidden: Tensor, attended: Tensor, tokens: Tensor) -> Tensor:
+        """hidden, attended (B, N, C), not looked at; tokens (B, S, d) -> (B, 1, C)."""
+        return self.mlp(_pooled(tokens))[:, None]  # type: ignore[no-any-return]
 
 
 KINDS: dict[str, type[CrossAdapter | PerceptronAdapter | OffsetAdapter]] = {
@@ -374,7 +368,8 @@ class GuidanceAdapter(nn.Module):
             w = w.repeat_interleave(len(text) // len(w))  # num_images_per_prompt repeats each prompt in place
         if next(self.parameters()).device != text.device:
             self.to(text.device)
-        self._told = Told(w.expand(len(text)), text)
+        w = w.expand(len(text))
+        self._told = Told(w, text, strength(w)[:, None, None] if self.settings.rising else None)
 
     def _beside(self, name: str) -> Any:
         adapter = self.adapters[name]
@@ -384,12 +379,13 @@ class GuidanceAdapter(nn.Module):
             if told is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
+            attended = output[0] if isinstance(output, tuple) else output
             own = self._own_dtype()
             with torch.autocast(hidden.device.type, enabled=False):
-                more = adapter(hidden.to(own), self._tokens(name, told))
-            if isinstance(output, tuple):  # image and text stream
-                return (output[0] + more.to(output[0]), *output[1:])
-            return output + more.to(output)
+                more = adapter(hidden.to(own), attended.to(own), self._tokens(name, told))
+                more = more if told.strength is None else told.strength.to(more) * more
+            added = attended + more.to(attended)
+            return (added, *output[1:]) if isinstance(output, tuple) else added  # image and text stream
 
         return add
 
@@ -482,6 +478,12 @@ def adapted_modules(network: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
+def strength(w: Tensor) -> Tensor:
+    """(w - 1) / (1 + |w - 1| / 4): guidance's own slope at w = 1, less where it bends what a network makes of it."""
+    above = w - 1
+    return above / (1 + above.abs() / 4)
+
+
 def positions(count: int, width: int, device: torch.device | None = None) -> Tensor:
     """Sinusoidal code of places 0 .. count - 1, (count, width): sines, then cosines."""
     half = (width + 1) // 2
@@ -515,6 +517,11 @@ def _last_linear(module: nn.Module) -> nn.Linear:
     embedders = [m for name, m in module.named_modules() if name.endswith("timestep_embedder")]
     linears = [m for m in (embedders[0] if embedders else module).modules() if isinstance(m, nn.Linear)]
     return linears[-1]
+
+
+def _pooled(tokens: Tensor) -> Tensor:
+    """(B, S, d) -> (B, d): token of w + token of t + mean of the text's."""
+    return tokens[:, 0] + tokens[:, 1] + tokens[:, 2:].mean(1)
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -165,7 +165,7 @@ def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | No
     if config.mode == "adapter":
         low, high = told or (1.0, 1.0)
         try:
-            guide = AdapterSettings(config.kind, config.width, config.shared, low, high, config.heads)
+            guide = AdapterSettings(config.kind, config.width, config.shared, low, high, config.heads, config.rising)
         except ValueError as error:
             raise Refusal(str(error)) from error
         return RoleLayout("adapter", guide=guide)
