@@ -56,16 +56,18 @@ class RoleConfig(Settings):
     kind: Literal["cross", "perceptron", "offset"] = Field(
         "cross",
         description="of guidance adapters: attention over tokens of w, t and prompt (as published); a perceptron of the attention's "
-        "input and output that the tokens scale, which learns more; or a shift that they decide",
+        "input and output that the tokens scale; or a shift that they decide",
     )
     width: int = Field(128, gt=0, description="channels of guidance adapters")
     heads: int = Field(1, gt=0, description="attention heads of guidance adapters of kind cross, a divisor of width")
     rising: bool = Field(
         False,
-        description="what guidance adapters add grows with w - 1 and is nothing at w = 1, as guidance itself; not as published, and "
-        "learnt several times faster",
+        description="what guidance adapters add grows with w - 1 and is nothing at w = 1, as guidance itself; not as "
+        "published",
     )
-    shared: bool = Field(False, description="one set of token encoders for all guidance adapters: half the parameters")
+    shared: bool = Field(
+        False, description="one set of token encoders for all guidance adapters: half the parameters of kind cross"
+    )
 
 
 class OptimizerConfig(Settings):

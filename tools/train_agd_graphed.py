@@ -3,8 +3,8 @@
     stepdistill collect trajectories configs/fashion_trajectories.yaml --output data/fashion_trajectories
     python tools/train_agd_graphed.py configs/fashion_agd_collected.yaml --set training.device=cuda --output runs/fashion_agd
 
-A network of three million parameters leaves a GPU waiting for kernels to be launched; launched as one graph, an update takes a
-few milliseconds. The states, in their order, the loss, the rates and the clipping are those of `stepdistill train`, so that the
+A network of three million parameters leaves a GPU waiting for kernels to be launched; as one graph, an update is
+one launch. The states, in their order, the loss, the rates and the clipping are those of `stepdistill train`, so that the
 two runs are one but for rounding (a test holds them against each other). What it leaves is a run's folder, with one checkpoint,
 that `export`, `train --resume` and `measure_agd.py` take. All states are held on the device.
 """
@@ -162,8 +162,7 @@ def train(config: RunConfig, folder: Path) -> Trainer:
     with products(training.tf32):
         update = Update(session, states, training.batch_size)
         _updates(update, order, training)
-    optimizer = trainer.optimizers[GENERATOR]
-    optimizer.load_state_dict(_named(update, optimizer.parameters))
+    trainer.optimizers[GENERATOR].adam.state.update(update.adam.state)  # the parameters are the same objects
     trainer.counters.iteration = trainer.counters.updates[GENERATOR] = training.max_steps
     if not trainer.save():
         raise Refusal(f"the checkpoint could not be written to {str(folder)!r} (see above): make room and run again")
@@ -181,15 +180,6 @@ def _updates(update: Update, order: IndexStream, training: TrainingConfig) -> No
             update.seen.zero_()
             told, spent = done + 1, time.perf_counter() - begun
             logger.info("update %d, %.1f s: error %.5f, %.2f x below no adapter", told, spent, error, plain / error)
-
-
-def _named(update: Update, parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    """The moments as `RoleOptimizer` names them."""
-    return {
-        f"{name}|{key}": torch.as_tensor(value)
-        for name, parameter in parameters.items()
-        for key, value in update.adam.state.get(parameter, {}).items()
-    }
 
 
 def _check(plan: Plan) -> None:

@@ -54,11 +54,11 @@ class AdapterSettings:
         kind: `cross` looks at the tokens from the module's input; `perceptron` computes on the module's input and output;
             `offset` shifts all positions alike.
         width: d of tokens and attention.
-        shared: one set of token encoders for all adapters instead of one each: less than half the parameters.
+        shared: one set of token encoders for all adapters instead of one each: less than half the parameters of `cross`.
         w_low, w_high: range of w that was trained; outside of it a warning is given once.
         heads: of the attention of `cross`, a divisor of the width; one or many, the parameters are the same.
         rising: what is added is multiplied by `strength(w)`, which w = 1 makes nothing of, as of guidance itself. Ours, not
-            the paper's: what adapters are left to learn is nearly the same at all w, and they learn it several times faster.
+            the paper's: what adapters are left to learn is then nearly the same at all w.
 
     Raises:
         ValueError: the heads do not divide the width, or a kind that has no attention has several.
