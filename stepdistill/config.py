@@ -71,9 +71,13 @@ class RoleConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """AdamW for one role. Schedules count this role's own updates."""
+    """AdamW, or Muon, for one role. Schedules count this role's own updates."""
 
-    kind: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments in 8 bit, by bitsandbytes")
+    kind: Literal["adamw", "adamw8bit", "muon"] = Field(
+        "adamw",
+        description="adamw8bit: moments in 8 bit, by bitsandbytes; muon: Muon for matrices, its momentum the first of betas, AdamW "
+        "for what else there is",
+    )
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0)

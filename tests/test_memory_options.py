@@ -120,7 +120,7 @@ def stepped(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["adamw", pytest.param("adamw8bit", marks=needs_bitsandbytes)])
+@pytest.mark.parametrize("kind", ["adamw", "muon", pytest.param("adamw8bit", marks=needs_bitsandbytes)])
 def test_the_optimizer_s_state_is_saved_whole_and_may_live_in_main_memory(kind: str, device: str) -> None:
     plain = stepped(kind, device=device)
     for other in (
@@ -129,6 +129,40 @@ def test_the_optimizer_s_state_is_saved_whole_and_may_live_in_main_memory(kind: 
         stepped(kind, cut=3, offload=True, device=device),
     ):
         assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_muon_moves_all_directions_of_a_matrix_alike() -> None:
+    """Singular values of a first step: lr 0.2 sqrt(max(rows, columns)), as near as five iterations come (Jordan 2024: 0.7 to 1.2)."""
+    seeded = torch.Generator().manual_seed(0)
+    matrix, vector = nn.Parameter(torch.zeros(48, 16)), nn.Parameter(torch.zeros(16))
+    optimizer = RoleOptimizer({"m": matrix, "v": vector}, OptimizerConfig(lr=1e-2, kind="muon", weight_decay=0))
+    matrix.grad = torch.randn(48, 16, generator=seeded) * torch.logspace(-1, 1, 16)  # a hundredfold from first to last
+    vector.grad = torch.logspace(-3, 3, 16)
+    optimizer.step(0)
+    found = torch.linalg.svdvals(matrix.detach()) / (1e-2 * 0.2 * 48**0.5)
+    assert 0.6 < float(found.min()) < float(found.max()) < 1.3
+    assert torch.allclose(vector, torch.full((16,), -1e-2), rtol=1e-3)  # AdamW's first step is the sign's
+    assert {key for key in optimizer.state_dict()} == {"m|momentum_buffer", "v|exp_avg", "v|exp_avg_sq", "v|step"}
+    with pytest.raises(Refusal, match="of kind 'muon' and the config says 'adamw'"):
+        RoleOptimizer({"m": matrix, "v": vector}, OptimizerConfig(lr=1e-2)).load_state_dict(optimizer.state_dict())
+
+
+def test_muon_without_a_matrix_is_adamw() -> None:
+    vector = nn.Parameter(torch.zeros(3))
+    optimizer = RoleOptimizer({"v": vector}, OptimizerConfig(lr=1e-2, kind="muon"))
+    vector.grad = torch.ones(3)
+    optimizer.step(0)
+    again = RoleOptimizer({"v": vector}, OptimizerConfig(lr=1e-2, kind="muon"))
+    again.load_state_dict(optimizer.state_dict())
+    assert torch.equal(again.state_of(vector)["exp_avg"], optimizer.state_of(vector)["exp_avg"])
+
+
+def test_muon_is_refused_in_one_sentence(
+    config: Callable[..., RunConfig], no_weights: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "MUON_SINCE", "99.0")
+    with pytest.raises(Refusal, match=r"muon came with torch 99\.0, and this is torch .*: update torch"):
+        train(config(kind="muon"), tmp_path)
 
 
 @needs_bitsandbytes
@@ -151,7 +185,7 @@ def test_8_bit_moments_are_bytes() -> None:
         "step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"
     }  # fmt: skip
     assert {state[f"w|state{i}"].dtype for i in (1, 2)} == {torch.uint8}
-    with pytest.raises(Refusal, match="is an adamw8bit and the config says 'adamw'"):
+    with pytest.raises(Refusal, match="of kind 'adamw8bit' and the config says 'adamw'"):
         RoleOptimizer({"w": parameter}, OptimizerConfig(lr=1e-2)).load_state_dict(state)
 
 
@@ -173,13 +207,17 @@ def test_8_bits_are_refused_in_one_sentence(
 # ---------------------------------------------------------------- whole runs
 
 
-@needs_bitsandbytes
-def test_an_8_bit_run_resumes_exactly(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    train(config(3, kind="adamw8bit"), tmp_path / "whole")
-    train(config(2, kind="adamw8bit"), tmp_path / "broken")
-    train(config(3, kind="adamw8bit"), tmp_path / "broken", resume="latest")
+@pytest.mark.parametrize("kind", ["muon", pytest.param("adamw8bit", marks=needs_bitsandbytes)])
+def test_a_run_with_it_resumes_exactly(kind: str, config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    train(config(3, kind=kind), tmp_path / "whole")
+    train(config(2, kind=kind), tmp_path / "broken")
+    train(config(3, kind=kind), tmp_path / "broken", resume="latest")
     assert equal(saved(tmp_path / "whole"), saved(tmp_path / "broken"))
-    assert any(value.dtype == torch.uint8 for value in saved(tmp_path / "whole")["optimizer.generator"].values())
+    state = saved(tmp_path / "whole")["optimizer.generator"]
+    if kind == "muon":
+        assert any(key.endswith("|momentum_buffer") for key in state)
+    else:
+        assert any(value.dtype == torch.uint8 for value in state.values())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -423,6 +461,6 @@ def test_moments_come_back_in_the_parameters_own_layout() -> None:
     weight.grad = torch.randn_like(weight)
     before.step(0)
     after.load_state_dict({key: value.contiguous() for key, value in before.state_dict().items()})
-    moment = after.adam.state[weight]["exp_avg"]
+    moment = after.state_of(weight)["exp_avg"]
     assert moment.stride() == weight.stride()
-    assert torch.equal(moment, before.adam.state[weight]["exp_avg"])
+    assert torch.equal(moment, before.state_of(weight)["exp_avg"])

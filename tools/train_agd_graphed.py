@@ -1,11 +1,11 @@
-"""The run of `stepdistill train` for guidance adapters of a small network, on a GPU, with each update one CUDA graph.
+"""The run of `stepdistill train` for guidance adapters of a small network, on a GPU, with each gradient one CUDA graph.
 
     stepdistill collect trajectories configs/fashion_trajectories.yaml --output data/fashion_trajectories
     python tools/train_agd_graphed.py configs/fashion_agd_collected.yaml --set training.device=cuda --output runs/fashion_agd
 
-A network of three million parameters leaves a GPU waiting for kernels to be launched; as one graph, an update is
-one launch. The states, in their order, the loss, the rates and the clipping are those of `stepdistill train`, so that the
-two runs are one but for rounding (a test holds them against each other). What it leaves is a run's folder, with one checkpoint,
+A network of three million parameters leaves a GPU waiting for kernels to be launched; as one graph, a gradient is one launch.
+The states, in their order, the loss and the optimizer are those of `stepdistill train`, so that the two runs are one but for
+rounding (a test holds them against each other). What it leaves is a run's folder, with one checkpoint,
 that `export`, `train --resume` and `measure_agd.py` take. All states are held on the device.
 """
 
@@ -32,7 +32,7 @@ from stepdistill.methods.guided import GuidedStates
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.triple import GENERATOR
 from stepdistill.training.folder import write_config
-from stepdistill.training.optimizers import rate
+from stepdistill.training.optimizers import RoleOptimizer
 from stepdistill.training.options import products
 from stepdistill.training.plan import Plan, prepare
 from stepdistill.training.processes import Processes
@@ -45,8 +45,8 @@ ENCODED = 256
 """Prompts that are encoded at a time."""
 
 
-class Update:
-    """One update on the states at `rows`, whose error and error without guidance are added to `seen`.
+class Gradient:
+    """That of the loss on the states at `rows`, whose error and error without guidance are added to `seen`.
 
     Args:
         session: of a run on collected walks.
@@ -56,30 +56,14 @@ class Update:
 
     def __init__(self, session: Session, states: TrajectoryStates, batch: int) -> None:
         self.session, self.states, device = session, states, session.device
-        self.config = session.plan.config.optimizers.generator
         self.parameters = list(session.triple.parameters(GENERATOR).values())
-        graphed = device.type == "cuda"
-        self.rate = torch.tensor(self.config.lr, device=device)
-        self.adam = torch.optim.AdamW(
-            self.parameters,
-            lr=self.rate if graphed else self.config.lr,
-            betas=self.config.betas,
-            eps=self.config.eps,
-            weight_decay=self.config.weight_decay,
-            capturable=graphed,
-            fused=graphed,
-        )
         self.rows = torch.zeros(batch, dtype=torch.long, device=device)
         self.seen = torch.zeros(2, dtype=torch.float64, device=device)
         self.cond, self.cond_row = _conditionings(session, states)
-        self.replay: Callable[[], None] = self._captured() if graphed else self.run
+        self.replay: Callable[[], None] = self._captured() if device.type == "cuda" else self.run
 
-    def __call__(self, update: int, rows: Tensor) -> None:
-        """Update number `update` (0-based), on the states `rows` (B,)."""
-        lr = rate(self.config, update)
-        self.rate.fill_(lr)
-        if self.session.device.type != "cuda":
-            self.adam.param_groups[0]["lr"] = lr
+    def __call__(self, rows: Tensor) -> None:
+        """Leave it at the parameters, for the states `rows` (B,)."""
         self.rows.copy_(rows, non_blocking=True)
         self.replay()
 
@@ -103,14 +87,10 @@ class Update:
         with triple.training(GENERATOR):
             terms = method.loss(GENERATOR, rollout, triple, progress, draws)
             terms.total.backward()
-        if self.config.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        self.adam.step()
         self.seen += torch.stack([terms.parts["error"], terms.parts["error_unguided"]])
 
     def _captured(self) -> Callable[[], None]:
-        """The graph, which leaves parameters and moments as they are; they are put back after the passes before it."""
-        before = [parameter.detach().clone() for parameter in self.parameters]
+        """The graph, after the passes that it needs before it."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -120,13 +100,7 @@ class Update:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.run()
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, before, strict=True):
-                parameter.copy_(value)
-            for state in self.adam.state.values():
-                for moment in state.values():
-                    moment.zero_()
-            self.seen.zero_()
+        self.seen.zero_()
         return graph.replay
 
 
@@ -160,36 +134,35 @@ def train(config: RunConfig, folder: Path) -> Trainer:
     write_config(folder, config.model_copy(update={"output": str(folder)}))
     order = IndexStream(len(plan.trajectories), derive_seed(training.seed, "trajectories"))
     with products(training.tf32):
-        update = Update(session, states, training.batch_size)
-        _updates(update, order, training)
-    trainer.optimizers[GENERATOR].adam.state.update(update.adam.state)  # the parameters are the same objects
+        _updates(Gradient(session, states, training.batch_size), trainer.optimizers[GENERATOR], order, training)
     trainer.counters.iteration = trainer.counters.updates[GENERATOR] = training.max_steps
     if not trainer.save():
         raise Refusal(f"the checkpoint could not be written to {str(folder)!r} (see above): make room and run again")
     return trainer
 
 
-def _updates(update: Update, order: IndexStream, training: TrainingConfig) -> None:
+def _updates(gradient: Gradient, optimizer: RoleOptimizer, order: IndexStream, training: TrainingConfig) -> None:
     """All of them, with a line in the log now and then."""
     begun, size, told = time.perf_counter(), training.batch_size, 0
     for done in range(training.max_steps):
         rows = torch.tensor(order.indices(done * size, size))
-        update(done, rows.pin_memory() if update.rows.is_cuda else rows)
+        gradient(rows.pin_memory() if gradient.rows.is_cuda else rows)
+        optimizer.clip()
+        optimizer.step(done)
         if (done + 1) % training.log_every == 0 or done + 1 == training.max_steps:
-            error, plain = (update.seen / (done + 1 - told)).tolist()
-            update.seen.zero_()
+            error, plain = (gradient.seen / (done + 1 - told)).tolist()
+            gradient.seen.zero_()
             told, spent = done + 1, time.perf_counter() - begun
             logger.info("update %d, %.1f s: error %.5f, %.2f x below no adapter", told, spent, error, plain / error)
 
 
 def _check(plan: Plan) -> None:
-    training, kind = plan.config.training, plan.config.optimizers.generator.kind
+    training = plan.config.training
     asked = {
         "method.name": (plan.config.method_name, "agd"),
         "method.source": (plan.config.method.get("source"), "trajectories"),
         "training.accumulation": (training.accumulation, 1),
         "training.ema": (training.ema, 0),
-        "optimizers.generator.kind": (kind, "adamw"),
     }
     for key, (found, wanted) in asked.items():
         if found != wanted:

@@ -74,7 +74,7 @@ def _small_grid(config: RunConfig, processes: int) -> Change | None:
 
 def _small_moments(role: RoleKind, config: RunConfig, processes: int) -> Change | None:
     chosen = {"generator": config.optimizers.generator, "fake_score": config.optimizers.fake_score}[role]
-    if chosen.kind == "adamw8bit":
+    if chosen.kind != "adamw":
         return None
     small = chosen.model_copy(update={"kind": "adamw8bit"})
     return f"optimizers.{role}.kind=adamw8bit", changed(config, "optimizers", **{role: small})

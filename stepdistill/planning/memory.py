@@ -163,9 +163,10 @@ def quantized_size(weight: Tensor, kind: str) -> int:
 
 
 def optimizer_size(parameters: Iterable[Tensor], config: OptimizerConfig) -> int:
-    """Bytes that AdamW keeps from its first step on: two moments and a float32 count for each tensor."""
-    if config.kind == "adamw":
-        return sum(2 * _bytes(parameter) + 4 for parameter in parameters)
+    """Bytes that an optimizer keeps from its first step on: AdamW two moments and a float32 count for each tensor, Muon one."""
+    if config.kind != "adamw8bit":
+        muon = config.kind == "muon"
+        return sum(_bytes(p) if muon and p.ndim == 2 else 2 * _bytes(p) + 4 for p in parameters)
     return sum(
         2 * (p.numel() + 4 * -(-p.numel() // MOMENT_BLOCK)) if p.numel() >= MOMENT_LEAST else 8 * p.numel()
         for p in parameters

@@ -1,10 +1,11 @@
-"""One AdamW per role; its learning rate is a pure function of the role's own updates."""
+"""One optimizer per role, AdamW or Muon; its learning rate is a pure function of the role's own updates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from stepdistill.training.offload import OffloadedState
 
 CODES = ("qmap1", "qmap2")
 """What the 256 codes of 8-bit moments mean: one tensor for all parameters, saved once."""
+SIGNS = {"state1": "adamw8bit", "momentum_buffer": "muon"}
+"""What only one kind's state holds -> that kind."""
+MUON_SINCE = "2.9"
 
 
 def rate(config: OptimizerConfig, update: int) -> float:
@@ -30,7 +34,11 @@ def rate(config: OptimizerConfig, update: int) -> float:
 
 
 class RoleOptimizer:
-    """AdamW over a role's named parameters, with a state that is tensors by name.
+    """An optimizer over a role's named parameters, with a state that is tensors by name.
+
+    Muon (Jordan 2024) orthogonalises the momentum of a matrix, so that all its directions move alike. It knows matrices only:
+    what else there is has AdamW beside it. Its steps are of AdamW's size (Liu et al. 2025: 0.2 sqrt(max(rows, columns))), so
+    that one rate serves both; its momentum is the first of `betas`.
 
     Args:
         parameters: by name, all on one device.
@@ -38,7 +46,8 @@ class RoleOptimizer:
         offload: the state lives in main memory between steps.
 
     Raises:
-        Refusal: adamw8bit without its package, or on a device or dtype that it does not know.
+        Refusal: adamw8bit without its package, or on a device or dtype that it does not know; muon without a torch that
+            has it.
     """
 
     def __init__(
@@ -47,8 +56,9 @@ class RoleOptimizer:
         self.config = config
         self.parameters = dict(parameters)
         owned = list(self.parameters.values())
-        self.adam = _adamw8bit(owned, config) if config.kind == "adamw8bit" else _adamw(owned, config)
-        self._offloaded = OffloadedState(self.adam.state) if offload else None
+        self.parts = KINDS[config.kind](owned, config)
+        self._part = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        self._offloaded = [OffloadedState(part.state) for part in self.parts] if offload else []
 
     def clip(self) -> Tensor:
         """Norm of the summed gradient before clipping, float64 scalar; gradients are clipped in place."""
@@ -63,53 +73,66 @@ class RoleOptimizer:
     def step(self, update: int) -> float:
         """Apply the gradients with the rate of this update, and return the rate."""
         lr = rate(self.config, update)
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        if self._offloaded is None:
-            self.adam.step()
-            return lr
-        self._offloaded.fetch()
-        self.adam.step()
-        self._offloaded.release()
+        for offloaded in self._offloaded:
+            offloaded.fetch()
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+        for offloaded in self._offloaded:
+            offloaded.release()
         return lr
 
     def zero_grad(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What the optimizer keeps for a parameter, by its own names; empty before the first step."""
+        state: dict[str, Any] = self._part[parameter].state.get(parameter, {})
+        return state
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the next update depends on, as `NAME|KEY`; empty before the first step.
 
-        Keys: `exp_avg`, `exp_avg_sq` and `step`; in 8 bit `state1` and `state2` (moments, float32 for small parameters),
-        `absmax1` and `absmax2` (scales of their blocks), `step`, and without a name `qmap1` and `qmap2` (see CODES).
+        Keys: `exp_avg`, `exp_avg_sq` and `step`; `momentum_buffer` of Muon's matrices; in 8 bit `state1` and `state2`
+        (moments, float32 for small parameters), `absmax1` and `absmax2` (scales of their blocks), `step`, and without a name
+        `qmap1` and `qmap2` (see CODES).
         """
         return {
             f"{'' if key in CODES else name}|{key}": torch.as_tensor(value)
             for name, parameter in self.parameters.items()
-            for key, value in self.adam.state.get(parameter, {}).items()
+            for key, value in self.state_of(parameter).items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state_dict`, for the same parameters.
 
         Raises:
-            Refusal: the state was saved by the other kind of optimizer.
+            Refusal: the state was saved by another kind of optimizer.
         """
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, quantity = key.rpartition("|")
             found.setdefault(name, {})[quantity] = value
         codes = {key: value.to(self._device) for key, value in found.pop("", {}).items()}
-        saved = "adamw8bit" if any("state1" in values for values in found.values()) else "adamw"
-        if found and saved != self.config.kind:
+        signs = {SIGNS[key] for values in found.values() for key in values if key in SIGNS}
+        saved = next(iter(signs), "adamw")
+        if found and saved != self._kind:
             raise Refusal(
-                f"the saved optimizer is an {saved} and the config says {self.config.kind!r}: set optimizers.*.kind to {saved}"
+                f"the saved optimizer is of kind {saved!r} and the config says {self.config.kind!r}: set optimizers.*.kind to {saved}"
             )
         for name, parameter in self.parameters.items():
             if name in found:
                 values = {key: self._placed(key, value, parameter) for key, value in found[name].items()}
-                self.adam.state[parameter] = {**values, **codes} if "absmax1" in values else values
-        if self._offloaded is not None:
-            self._offloaded.release()
+                self._part[parameter].state[parameter] = {**values, **codes} if "absmax1" in values else values
+        for offloaded in self._offloaded:
+            offloaded.release()
+
+    @property
+    def _kind(self) -> str:
+        """As a saved state tells: Muon that has no matrix is AdamW."""
+        return "adamw" if self.config.kind == "muon" and not _matrices(self._part) else self.config.kind
 
     @property
     def _device(self) -> torch.device:
@@ -125,7 +148,8 @@ class RoleOptimizer:
         if self.config.kind == "adamw8bit":
             return int(value)
         # fused AdamW keeps its step counts beside the parameters
-        return value.to(parameter.device if self.adam.param_groups[0]["fused"] else "cpu", copy=True)
+        fused = self._part[parameter].param_groups[0]["fused"]
+        return value.to(parameter.device if fused else "cpu", copy=True)
 
 
 def check_adamw8bit(device: torch.device, dtype: torch.dtype) -> None:
@@ -146,11 +170,20 @@ def check_adamw8bit(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def _adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def check_muon() -> None:
+    """Raises Refusal where torch has no Muon yet."""
+    if torch.__version__ < MUON_SINCE:
+        raise Refusal(
+            f"the optimizer muon came with torch {MUON_SINCE}, and this is torch {torch.__version__}: update torch, or set "
+            "optimizers.*.kind to adamw"
+        )
+
+
+def _adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     # (a fused step takes sharded and whole parameters only apart)
     fused = all(p.device.type == "cuda" and not isinstance(p, DTensor) for p in parameters)
     # one tensor at a time on the CPU: foreach would hold a temporary as large as all parameters together
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         parameters,
         lr=config.lr,
         betas=(float(config.betas[0]), float(config.betas[1])),
@@ -159,14 +192,36 @@ def _adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch
         fused=fused or None,
         foreach=None if fused else False,
     )
+    return [adamw]
 
 
-def _adamw8bit(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _muon(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    check_muon()
+    matrices = _matrices(parameters)
+    others = [parameter for parameter in parameters if parameter.ndim != 2]
+    parts: list[torch.optim.Optimizer] = _adamw(others, config) if others else []
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices,
+            lr=config.lr,
+            momentum=float(config.betas[0]),
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        parts.append(muon)
+    return parts
+
+
+def _matrices(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.ndim == 2]
+
+
+def _adamw8bit(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     for parameter in parameters:
         check_adamw8bit(parameter.device, parameter.dtype)
     from bitsandbytes.optim import AdamW8bit
 
-    optimizer: torch.optim.Optimizer = AdamW8bit(
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
-    return optimizer
+    return [AdamW8bit(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)]
+
+
+KINDS = {"adamw": _adamw, "adamw8bit": _adamw8bit, "muon": _muon}

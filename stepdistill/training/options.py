@@ -15,7 +15,7 @@ from stepdistill.models.families.base import Family
 from stepdistill.models.kernels import check_xformers
 from stepdistill.models.quantization import check_quantization
 from stepdistill.models.triple import Mode
-from stepdistill.training.optimizers import check_adamw8bit
+from stepdistill.training.optimizers import check_adamw8bit, check_muon
 
 
 def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, RoleKind]) -> None:
@@ -90,6 +90,7 @@ def describe_options(config: RunConfig) -> list[str]:
         "the EMA in main memory": "ema" in training.offload,
     }
     said |= {f"8-bit AdamW for the {name.replace('_', ' ')}": kind == "adamw8bit" for name, kind in kinds.items()}
+    said |= {f"Muon for the {name.replace('_', ' ')}": kind == "muon" for name, kind in kinds.items()}
     caches = [f"caches in {config.cache.folder!r}"] if config.cache is not None else []
     return [words for words, is_set in said.items() if is_set] + caches
 
@@ -112,6 +113,8 @@ def check_training_options(
     in_8_bit = [section for section in roles.values() if kinds[section] == "adamw8bit"]
     if in_8_bit:
         check_adamw8bit(device, torch.float64 if config.model.dtype == "float64" else torch.float32)
+    if any(kinds[section] == "muon" for section in roles.values()):
+        check_muon()
     for tracker in config.training.trackers:
         if find_spec(tracker) is None:
             raise Refusal(
@@ -157,7 +160,7 @@ def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], needs: 
         "model.compile": (config.model.compile, "false"),
         "model.channels_last": (config.model.channels_last, "false"),
         "training.offload": (bool(config.training.offload), "[]"),
-        **{f"optimizers.{section}.kind": (True, "adamw") for section in in_8_bit},
+        **{f"optimizers.{section}.kind": (kinds[section] != "adamw", "adamw") for section in roles.values()},
     }
     for key, (is_set, default) in whole_only.items():
         if sharded and is_set:
