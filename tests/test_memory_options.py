@@ -252,6 +252,7 @@ def test_options_are_said_in_the_log(
         ({"model__compile": True}, r"model\.compile"),
         ({"training__offload": ["ema"]}, r"training\.offload"),
         pytest.param({"kind": "adamw8bit"}, r"optimizers\.fake_score\.kind", marks=needs_bitsandbytes),
+        ({"kind": "muon"}, r"optimizers\.fake_score\.kind"),
     ],
 )
 def test_sharded_networks_are_whole_tensors_no_more(

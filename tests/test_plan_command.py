@@ -214,6 +214,7 @@ def test_sizes_in_eight_and_four_bits() -> None:
     assert optimizer_size([large, little], OptimizerConfig(lr=1.0)) == 2 * 4 * (4096 + 10) + 2 * 4
     small = OptimizerConfig(lr=1.0, kind="adamw8bit")
     assert optimizer_size([large, little], small) == 2 * (4096 + 16 * 4) + 8 * 10
+    assert optimizer_size([large, little], OptimizerConfig(lr=1.0, kind="muon")) == 4 * 4096 + 2 * 4 * 10 + 4
 
 
 def test_time_follows_from_work_and_card(small: Callable[..., RunConfig]) -> None:
