@@ -142,7 +142,7 @@ def test_muon_moves_all_directions_of_a_matrix_alike() -> None:
     found = torch.linalg.svdvals(matrix.detach()) / (1e-2 * 0.2 * 48**0.5)
     assert 0.6 < float(found.min()) < float(found.max()) < 1.3
     assert torch.allclose(vector, torch.full((16,), -1e-2), rtol=1e-3)  # AdamW's first step is the sign's
-    assert {key for key in optimizer.state_dict()} == {"m|momentum_buffer", "v|exp_avg", "v|exp_avg_sq", "v|step"}
+    assert set(optimizer.state_dict()) == {"m|momentum_buffer", "v|exp_avg", "v|exp_avg_sq", "v|step"}
     with pytest.raises(Refusal, match="of kind 'muon' and the config says 'adamw'"):
         RoleOptimizer({"m": matrix, "v": vector}, OptimizerConfig(lr=1e-2)).load_state_dict(optimizer.state_dict())
 

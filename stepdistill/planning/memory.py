@@ -12,6 +12,7 @@ from stepdistill.models.triple import REAL_SCORE
 from stepdistill.planning.hardware import RUNTIME
 from stepdistill.planning.report import Memory, Parameters, Part
 from stepdistill.planning.trace import GRID, IMAGES, TEXT, Phase, companions, size_of
+from stepdistill.training.optimizers import is_matrix
 from stepdistill.training.session import EMA, Session
 
 NF4_BLOCK = 64
@@ -166,7 +167,7 @@ def optimizer_size(parameters: Iterable[Tensor], config: OptimizerConfig) -> int
     """Bytes that an optimizer keeps from its first step on: AdamW two moments and a float32 count for each tensor, Muon one."""
     if config.kind != "adamw8bit":
         muon = config.kind == "muon"
-        return sum(_bytes(p) if muon and p.ndim == 2 else 2 * _bytes(p) + 4 for p in parameters)
+        return sum(_bytes(p) if muon and is_matrix(p) else 2 * _bytes(p) + 4 for p in parameters)
     return sum(
         2 * (p.numel() + 4 * -(-p.numel() // MOMENT_BLOCK)) if p.numel() >= MOMENT_LEAST else 8 * p.numel()
         for p in parameters

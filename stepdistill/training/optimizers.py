@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -132,7 +132,7 @@ class RoleOptimizer:
     @property
     def _kind(self) -> str:
         """As a saved state tells: Muon that has no matrix is AdamW."""
-        return "adamw" if self.config.kind == "muon" and not _matrices(self._part) else self.config.kind
+        return "adamw" if self.config.kind == "muon" and not any(map(is_matrix, self._part)) else self.config.kind
 
     @property
     def _device(self) -> torch.device:
@@ -197,8 +197,8 @@ def _adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[
 
 def _muon(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     check_muon()
-    matrices = _matrices(parameters)
-    others = [parameter for parameter in parameters if parameter.ndim != 2]
+    matrices = [parameter for parameter in parameters if is_matrix(parameter)]
+    others = [parameter for parameter in parameters if not is_matrix(parameter)]
     parts: list[torch.optim.Optimizer] = _adamw(others, config) if others else []
     if matrices:
         muon = torch.optim.Muon(
@@ -212,8 +212,9 @@ def _muon(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[t
     return parts
 
 
-def _matrices(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return [parameter for parameter in parameters if parameter.ndim == 2]
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether Muon steps it; AdamW does elsewhere."""
+    return parameter.ndim == 2
 
 
 def _adamw8bit(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:

@@ -89,8 +89,8 @@ def describe_options(config: RunConfig) -> list[str]:
         "the optimizers' state in main memory between steps": "optimizer" in training.offload,
         "the EMA in main memory": "ema" in training.offload,
     }
-    said |= {f"8-bit AdamW for the {name.replace('_', ' ')}": kind == "adamw8bit" for name, kind in kinds.items()}
-    said |= {f"Muon for the {name.replace('_', ' ')}": kind == "muon" for name, kind in kinds.items()}
+    words = {"adamw8bit": "8-bit AdamW", "muon": "Muon"}
+    said |= {f"{words[kind]} for the {name.replace('_', ' ')}": True for name, kind in kinds.items() if kind in words}
     caches = [f"caches in {config.cache.folder!r}"] if config.cache is not None else []
     return [words for words, is_set in said.items() if is_set] + caches
 
