@@ -22,8 +22,9 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -31,7 +32,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stepdistill.data.index import INDEX, shard_name
-from stepdistill.data.tensors import file_hash, write_atomically
+from stepdistill.data.tensors import MAPPED, file_hash, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,13 @@ class FileHashes:
         self._fresh = {}
 
 
+class _Place(NamedTuple):
+    """Shard of an entry, and names of its tensors."""
+
+    shard: str
+    parts: tuple[str, ...]
+
+
 class EntryFolder:
     """Reads the entries of one encoder; a folder that is not there yet has none.
 
@@ -136,24 +144,26 @@ class EntryFolder:
         self.root, self.identity = root, identity
         self.path = root / identity.folder
         self.shards: dict[str, int] = {}
-        self._shard_of: dict[str, str] = {}
+        self._places: dict[str, _Place] = {}
+        self._opened = lru_cache(MAPPED)(safe_open)
         self.reload()
 
     def __len__(self) -> int:
-        return len(self._shard_of)
+        return len(self._places)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._shard_of
+        return key in self._places
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
-        # opened anew each time: mapping a shard is cheap, and nothing is shared between threads or processes
-        with safe_open(self.path / self._shard_of[key], framework="pt") as shard:
-            names = [name for name in shard.keys() if name.startswith(f"{key}/")]  # noqa: SIM118
-            return {name.removeprefix(f"{key}/"): shard.get_tensor(name) for name in names}
+        place = self._places[key]
+        shard = self._opened(self.path / place.shard, framework="pt")
+        # clones: what is done to an entry must not reach the mapped shard
+        return {part: shard.get_tensor(f"{key}/{part}").clone() for part in place.parts}
 
     def reload(self) -> None:
         """Read the index and the headers of the shards; what does not fit it is left out, with a warning."""
-        self.shards, self._shard_of = {}, {}
+        self.shards, self._places = {}, {}
+        self._opened.cache_clear()
         if not (self.path / INDEX).is_file():
             return
         listed = _read_index(self.path / INDEX, self.identity)
@@ -162,20 +172,21 @@ class EntryFolder:
             return
         for name, size in listed.items():
             try:
-                keys = self._keys(name, size)
+                names = self._names(name, size)
             except (SafetensorError, OSError) as error:
                 log.warning("dropping %s (%s): its entries are made anew", self.path / name, _one_line(error))
                 continue
             self.shards[name] = size
-            self._shard_of |= dict.fromkeys(keys, name)
+            self._places |= _places(name, names)
 
-    def include(self, name: str, size: int, keys: Iterable[str]) -> None:
-        """Take in a shard of `size` bytes that was just written, and say so in the index."""
+    def include(self, name: str, size: int, names: Iterable[str]) -> None:
+        """Take in a shard of `size` bytes and these tensors that was just written, and say so in the index."""
         shards = {**self.shards, name: size}
         content = {"schema": SCHEMA, "identity": asdict(self.identity), "shards": shards}
         write_atomically(self.path / INDEX, (json.dumps(content, indent=2) + "\n").encode())
         self.shards = shards
-        self._shard_of |= dict.fromkeys(keys, name)
+        self._opened.cache_clear()
+        self._places |= _places(name, names)
 
     def predecessor(self) -> EncoderIdentity | None:
         """The encoder of the same kind that entries were last made of, where it is another one."""
@@ -186,12 +197,12 @@ class EntryFolder:
                 return found
         return None
 
-    def _keys(self, name: str, size: int) -> set[str]:
+    def _names(self, name: str, size: int) -> list[str]:
         path = self.path / name
         if path.stat().st_size != size:
             raise OSError(f"{path.stat().st_size} bytes where {size} were written")
         with safe_open(path, framework="pt") as shard:
-            return {key.partition("/")[0] for key in shard.keys()}  # noqa: SIM118
+            return list(shard.keys())
 
 
 class EntryWriter:
@@ -237,12 +248,22 @@ class EntryWriter:
         while shard_name(number) in self.entries.shards:
             number += 1
         name = shard_name(number)
-        content = save(
-            {f"{key}/{part}": tensor for key, tensors in self._pending.items() for part, tensor in tensors.items()}
-        )
+        tensors = {f"{key}/{part}": tensor for key, entry in self._pending.items() for part, tensor in entry.items()}
+        content = save(tensors)
         write_atomically(self.entries.path / name, content)
-        self.entries.include(name, len(content), self._pending)
+        self.entries.include(name, len(content), tensors)
         self._pending = {}
+
+
+def _places(shard: str, names: Iterable[str]) -> dict[str, _Place]:
+    """Where entries are, by key, given the names of all tensors of a shard."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        key, _, part = name.partition("/")
+        parts.setdefault(key, []).append(part)
+    shared: dict[_Place, _Place] = {}  # entries of an encoder are alike, and there may be millions
+    places = {key: _Place(shard, tuple(found)) for key, found in parts.items()}
+    return {key: shared.setdefault(place, place) for key, place in places.items()}
 
 
 def _digest(text: str) -> str:

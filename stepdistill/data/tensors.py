@@ -16,12 +16,12 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from stepdistill.data.index import (
@@ -39,6 +39,9 @@ from stepdistill.errors import Refusal
 
 log = logging.getLogger(__name__)
 
+MAPPED = 4096
+"""Shards that stay mapped, of each folder; a process may hold some sixty thousand mappings."""
+
 
 @dataclass(frozen=True)
 class PairItem:
@@ -52,6 +55,11 @@ class PairItem:
     def noise(self) -> Tensor:
         """Initial noise, (C, h, w), float32."""
         return noise_for(self.seed, self.latents.shape)
+
+
+def float32_copy(mapped: Tensor) -> Tensor:
+    """A tensor of its own: what is done to it must not reach the mapped shard."""
+    return mapped.to(torch.float32, copy=True)
 
 
 def noise_for(seed: int, shape: Sequence[int]) -> Tensor:
@@ -194,6 +202,7 @@ class TensorFolder:
         self.fingerprint = self._index.fingerprint
         self.shape = self._index.shape or ()
         self._ends = tuple(accumulate(self._index.shards))
+        self._mapped = lru_cache(MAPPED)(load_file)
 
     def __len__(self) -> int:
         return self._index.count
@@ -203,19 +212,16 @@ class TensorFolder:
         """Files, in the order of their samples."""
         return tuple(self.folder / shard_name(number) for number in range(len(self._index.shards)))
 
-    def place(self, index: int) -> tuple[Path, int]:
-        """(shard, row) of a sample."""
+    def place(self, index: int) -> tuple[Mapping[str, Tensor], int]:
+        """(tensors of its shard, row) of a sample. They are mapped: what is not looked at is not read."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a folder of {len(self)}")
         number = bisect_right(self._ends, index)
-        return self.folder / shard_name(number), index - self._ends[number] + self._index.shards[number]
+        return self._mapped(self.folder / shard_name(number)), index - self._ends[number] + self._index.shards[number]
 
     def __getitem__(self, index: int) -> PairItem:
-        path, row = self.place(index)
-        # opened anew each time: mapping a shard is cheap, and nothing is shared between threads or forked processes
-        with safe_open(path, framework="pt") as shard:
-            seed, latents, prompt = (shard.get_slice(name)[row : row + 1][0] for name in ("seed", "latents", "prompt"))
-        return PairItem(int(seed), latents.float(), int(prompt))
+        shard, row = self.place(index)
+        return PairItem(int(shard["seed"][row]), float32_copy(shard["latents"][row]), int(shard["prompt"][row]))
 
 
 def file_hash(path: Path) -> str:

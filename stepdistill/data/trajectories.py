@@ -1,7 +1,7 @@
 """Trajectories of a guided teacher, on disk: states that it walked through, and what it said there.
 
 A sample is one walk of `keep` states; shards and index are those of `data/tensors.py`. What the network saw is stored (x_t on
-the schedule's own scale), so that no sampler's scaling need be known. Reading a state maps its shard and copies that state.
+the schedule's own scale), so that no sampler's scaling need be known. Shards are mapped; reading a state copies that state.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from stepdistill.data.index import Fingerprint, StoredDtype
-from stepdistill.data.tensors import ShardWriter, TensorFolder
+from stepdistill.data.tensors import ShardWriter, TensorFolder, float32_copy
 from stepdistill.errors import Refusal
 
 
@@ -101,15 +100,10 @@ class TrajectoryFolder:
     def __getitem__(self, index: int) -> TrajectoryState:
         if not 0 <= index < len(self):
             raise IndexError(f"state {index} of a folder of {len(self)}")
-        path, row = self._folder.place(index // self.keep)
-        state = index % self.keep
-        with safe_open(path, framework="pt") as shard:
-            w, prompt = (float(shard.get_slice(name)[row : row + 1][0]) for name in ("w", "prompt"))
-            x_t, target, t, plain = (
-                shard.get_slice(name)[row : row + 1, state : state + 1][0, 0]
-                for name in ("x_t", "target", "t", "plain")
-            )
-        return TrajectoryState(x_t.float(), target.float(), float(t), w, float(plain), int(prompt))
+        shard, row = self._folder.place(index // self.keep)
+        x_t, target, t, plain = (shard[name][row, index % self.keep] for name in ("x_t", "target", "t", "plain"))
+        w, prompt = float(shard["w"][row]), int(shard["prompt"][row])
+        return TrajectoryState(float32_copy(x_t), float32_copy(target), float(t), w, float(plain), prompt)
 
     def whole(self) -> TrajectoryStates:
         """All states at once, for sets that fit into memory."""
