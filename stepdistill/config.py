@@ -83,7 +83,12 @@ class OptimizerConfig(Settings):
     weight_decay: float = Field(0.01, ge=0)
     eps: float = Field(1e-8, gt=0)
     warmup: int = Field(0, ge=0, description="linear warm-up, in this role's updates")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up and `hold`")
+    hold: int = Field(
+        0,
+        ge=0,
+        description="updates at the full rate before linear or cosine falls: until then, a run may be resumed to be made longer",
+    )
     decay_updates: int = Field(0, ge=0, description="updates over which linear or cosine falls to 0")
     clip: float = Field(10.0, ge=0, description="gradient norm; 0 is off")
 
@@ -93,6 +98,11 @@ class OptimizerConfig(Settings):
             raise ValueError(
                 f"the schedule is {self.schedule} and decay_updates is 0, so the rate would never fall; give the updates that its "
                 "fall takes"
+            )
+        if self.schedule == "constant" and self.hold:
+            raise ValueError(
+                f"the schedule is constant and hold is {self.hold}, after which nothing falls; set schedule to linear or cosine, or "
+                "hold to 0"
             )
         return self
 

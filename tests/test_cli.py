@@ -95,6 +95,7 @@ def test_help_is_fast() -> None:
         ({"method__reward": {"name": "critic:colour"}}, "it has no weight, which leaves it off"),
         ({"method__reward": {"weight": 0.1}}, "a weight and no name"),
         ({"optimizers": {"generator": {"lr": 1e-4, "schedule": "cosine"}}}, "the updates that its fall takes"),
+        ({"optimizers": {"generator": {"lr": 1e-4, "hold": 10}}}, "after which nothing falls"),
         ({"roles__generator": {"rank_pattern": {"to_q": 0}}}, "greater than 0"),
         ({"roles__generator": {"alpha_pattern": {"*.to_q": 4}}}, "not a regular expression"),
     ],

@@ -232,6 +232,8 @@ def test_open_run_and_refusals(config: Callable[..., RunConfig], tmp_path: Path)
 def test_rates() -> None:
     cosine = OptimizerConfig(lr=1.0, warmup=4, schedule="cosine", decay_updates=10)
     assert [rate(cosine, u) for u in (0, 3, 4, 9, 14, 99)] == pytest.approx([0.25, 1, 1, 0.5, 0, 0])
+    held = cosine.model_copy(update={"schedule": "linear", "hold": 100})
+    assert [rate(held, u) for u in (0, 3, 4, 104, 109, 114, 999)] == pytest.approx([0.25, 1, 1, 1, 0.5, 0, 0])
     assert rate(OptimizerConfig(lr=2.0, schedule="linear", decay_updates=4), 1) == pytest.approx(1.5)
     assert rate(OptimizerConfig(lr=2.0), 10**6) == 2.0
 

@@ -24,12 +24,12 @@ MUON_SINCE = "2.9"
 
 
 def rate(config: OptimizerConfig, update: int) -> float:
-    """Learning rate of the update with index `update` (0-based): linear warm-up, then constant, linear or cosine."""
+    """Learning rate of the update with index `update` (0-based): linear warm-up, held, then constant, linear or cosine."""
     if update < config.warmup:
         return config.lr * (update + 1) / config.warmup
     if config.schedule == "constant" or config.decay_updates == 0:
         return config.lr
-    share = min(1.0, (update - config.warmup) / config.decay_updates)
+    share = min(1.0, max(0, update - config.warmup - config.hold) / config.decay_updates)
     return config.lr * (1 - share if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
 
 
