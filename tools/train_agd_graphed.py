@@ -32,12 +32,11 @@ from stepdistill.methods.guided import GuidedStates
 from stepdistill.models.conditioning import Conditioning, ImageSize
 from stepdistill.models.triple import GENERATOR
 from stepdistill.training.folder import write_config
-from stepdistill.training.optimizers import RoleOptimizer
 from stepdistill.training.options import products
 from stepdistill.training.plan import Plan, prepare
 from stepdistill.training.processes import Processes
 from stepdistill.training.run import find_start
-from stepdistill.training.session import Session, open_session
+from stepdistill.training.session import EMA, Session, open_session
 from stepdistill.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -134,21 +133,24 @@ def train(config: RunConfig, folder: Path) -> Trainer:
     write_config(folder, config.model_copy(update={"output": str(folder)}))
     order = IndexStream(len(plan.trajectories), derive_seed(training.seed, "trajectories"))
     with products(training.tf32):
-        _updates(Gradient(session, states, training.batch_size), trainer.optimizers[GENERATOR], order, training)
+        _updates(Gradient(session, states, training.batch_size), trainer, order, training)
     trainer.counters.iteration = trainer.counters.updates[GENERATOR] = training.max_steps
     if not trainer.save():
         raise Refusal(f"the checkpoint could not be written to {str(folder)!r} (see above): make room and run again")
     return trainer
 
 
-def _updates(gradient: Gradient, optimizer: RoleOptimizer, order: IndexStream, training: TrainingConfig) -> None:
+def _updates(gradient: Gradient, trainer: Trainer, order: IndexStream, training: TrainingConfig) -> None:
     """All of them, with a line in the log now and then."""
+    optimizer, triple = trainer.optimizers[GENERATOR], trainer.session.triple
     begun, size, told = time.perf_counter(), training.batch_size, 0
     for done in range(training.max_steps):
         rows = torch.tensor(order.indices(done * size, size))
         gradient(rows.pin_memory() if gradient.rows.is_cuda else rows)
         optimizer.clip()
         optimizer.step(done)
+        if training.ema > 0:
+            triple.lerp_role(EMA, GENERATOR, 1 - training.ema)
         if (done + 1) % training.log_every == 0 or done + 1 == training.max_steps:
             error, plain = (gradient.seen / (done + 1 - told)).tolist()
             gradient.seen.zero_()
@@ -162,7 +164,6 @@ def _check(plan: Plan) -> None:
         "method.name": (plan.config.method_name, "agd"),
         "method.source": (plan.config.method.get("source"), "trajectories"),
         "training.accumulation": (training.accumulation, 1),
-        "training.ema": (training.ema, 0),
     }
     for key, (found, wanted) in asked.items():
         if found != wanted:
