@@ -26,6 +26,8 @@ from stepdistill.models.guidance_adapter import (
     CrossAdapter,
     GuidanceAdapter,
     PerceptronAdapter,
+    Tokens,
+    Told,
     load_guidance_adapter,
     metadata_of,
     positions,
@@ -392,6 +394,20 @@ def test_a_perceptron_computes_on_input_and_output() -> None:
     inner = scale * adapter.hidden(normed(hidden)) + adapter.attended(normed(attended))
     assert inner.shape == (2, 5, 32)
     assert torch.allclose(adapter(hidden, attended, tokens), adapter.out(inner * inner.sigmoid()), atol=1e-5)
+
+
+def test_one_token_of_the_mean_is_the_mean_of_the_tokens() -> None:
+    stream = torch.Generator().manual_seed(0)
+    told = Told(
+        torch.tensor([1.5, 7.0]), torch.randn(2, 6, 5, generator=stream), time=torch.randn(2, 12, generator=stream)
+    )
+    each = Tokens(8, 12, 5, torch.Generator().manual_seed(1))
+    one = Tokens(8, 12, 5, torch.Generator().manual_seed(1), each=False)
+    one.load_state_dict(each.state_dict())
+    many, few = each(told), one(told)
+    assert (many.shape, few.shape) == ((2, 8, 8), (2, 3, 8))
+    assert torch.equal(many[:, :2], few[:, :2])
+    assert torch.allclose(many[:, 2:].mean(1), few[:, 2], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,17 @@ class ScalarEncoder(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Tokens (B, 2 + L, d) of w, of the network's own time embedding, and of the L text embeddings."""
+    """Tokens (B, 2 + L, d) of w, of the network's own time embedding, and of the L text embeddings.
 
-    def __init__(self, width: int, time_width: int, text_width: int, stream: torch.Generator) -> None:
+    With `each` false, one token stands for all text, (B, 3, d): their mean, which is all that adapters without attention look
+    at, and a matrix product for one token instead of L.
+    """
+
+    def __init__(
+        self, width: int, time_width: int, text_width: int, stream: torch.Generator, *, each: bool = True
+    ) -> None:
         super().__init__()
+        self.each = each
         self.guidance = ScalarEncoder(width, stream)
         self.time = nn.Linear(time_width, width)
         self.text = nn.Linear(text_width, width)
@@ -126,8 +133,9 @@ class Tokens(nn.Module):
         if told.time is None:
             raise RuntimeError("the network reached an attention before it embedded its time")
         like = self.time.weight
-        time, text = self.time(told.time.to(like)), self.text(told.text.to(like))
-        return torch.cat([self.guidance(told.w)[:, None], time[:, None], text], 1)
+        text = told.text.to(like) if self.each else told.text.to(like).mean(1, keepdim=True)
+        time = self.time(told.time.to(like))
+        return torch.cat([self.guidance(told.w)[:, None], time[:, None], self.text(text)], 1)
 
 
 class CrossAdapter(nn.Module):
@@ -228,7 +236,8 @@ class GuidanceAdapter(nn.Module):
                 {_key(name): KINDS[settings.kind](channels, settings) for name, (_, channels) in found.items()}
             )
             owners = ["all"] if settings.shared else list(self.adapters)
-            self.encoders = nn.ModuleDict({owner: Tokens(*widths, stream) for owner in owners})
+            each = settings.kind == "cross"
+            self.encoders = nn.ModuleDict({owner: Tokens(*widths, stream, each=each) for owner in owners})
         self._w: Tensor | float | None = None
         self._told: Told | None = None
         self._warned = False
