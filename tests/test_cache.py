@@ -59,6 +59,14 @@ def test_entries_come_back_as_they_were(tmp_path: Path) -> None:
     assert index["shards"] == {path.name: path.stat().st_size for path in entries.path.glob("*.safetensors")}
 
 
+def test_what_is_done_to_an_entry_stays_with_it(tmp_path: Path) -> None:
+    """Shards stay mapped, and the next reader wants what was written."""
+    entries = filled(tmp_path, 1)
+    for tensor in entries[text_key("0")].values():
+        tensor.add_(1)
+    assert holds(entries, 0)
+
+
 def test_a_second_writer_adds(tmp_path: Path) -> None:
     filled(tmp_path, 3)
     entries = EntryFolder(tmp_path, IDENTITY)

@@ -87,6 +87,18 @@ def test_the_dtype_is_said_and_read(wanted: Callable[..., CollectConfig], tmp_pa
     assert (stored.t, stored.w) == (exact.t, exact.w)
 
 
+def test_what_is_done_to_a_state_stays_with_it(wanted: Callable[..., CollectConfig], tmp_path: Path) -> None:
+    """Shards stay mapped, and the next reader wants what was written."""
+    collect("trajectories", wanted(count=2, dtype="float32"), tmp_path / "t")
+    folder = TrajectoryFolder(tmp_path / "t")
+    before = folder[4]
+    for tensor in (folder[4].x_t, folder[4].target):
+        tensor.zero_()
+    assert torch.equal(folder[4].x_t, before.x_t)
+    assert torch.equal(folder[4].target, before.target)
+    assert float(before.x_t.abs().sum()) > 0
+
+
 def test_a_broken_collection_goes_on_bit_for_bit(wanted: Callable[..., CollectConfig], tmp_path: Path) -> None:
     """After some walks, with another batch size, over a damaged shard; a walk depends on its own seed alone."""
     collect("trajectories", wanted(), tmp_path / "whole")
