@@ -342,13 +342,25 @@ def test_loading_takes_the_right_file_alone(tiny: Callable[..., Path], tmp_path:
         load_guidance_adapter(pipe, file)
 
 
-def test_half_precision_keeps_softmax_and_sum_in_float32(tiny: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(("kind", "shared", "heads"), KINDS)
+def test_beside_half_precision_only_products_are_in_half(
+    tiny: Callable[..., Path], kind: Any, shared: bool, heads: int
+) -> None:
+    """Weights stay float32, and so do the Fourier features of w, whose phases half precision could not hold."""
     pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
-    adapter = grown(GuidanceAdapter(pipe.unet, AdapterSettings(width=16)), 0.05).attach(pipe.unet)
+    settings = AdapterSettings(kind=kind, width=16, shared=shared, heads=heads, rising=True)
+    adapter = grown(GuidanceAdapter(pipe.unet, settings), 0.05).attach(pipe.unet)
     adapter.w = 5.0
     given = inputs(pipe)
+    seen: set[tuple[bool, torch.dtype]] = set()
+    for name, module in adapter.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            encodes = name.startswith("encoders.")
+            module.register_forward_hook(lambda _m, _a, out, encodes=encodes: seen.add((encodes, out.dtype)))
     with torch.no_grad():
         exact = pipe.unet(**given, timestep=500).sample
+        assert seen == {(True, torch.float32), (False, torch.float32)}
+        seen.clear()
         pipe.unet.bfloat16()
         half = {
             key: value.bfloat16() if isinstance(value, Tensor) else value
@@ -356,6 +368,8 @@ def test_half_precision_keeps_softmax_and_sum_in_float32(tiny: Callable[..., Pat
         }  # fmt: skip
         rough = pipe.unet(**half, timestep=500).sample
     assert rough.dtype == torch.bfloat16
+    assert seen == {(True, torch.float32), (False, torch.bfloat16)}
+    assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
     assert float((rough.float() - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
 

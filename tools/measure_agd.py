@@ -5,8 +5,10 @@
 
 Both samplers walk the adapter's own recipe, guided sampling with two calls a step, by stock diffusers. The judge, which nothing
 is trained against, takes the Frechet distances. Relative errors are ||pred - target||^2 / ||target||^2 over the states of guided
-walks of the same number of steps; wall times are of alternating batches in this process, decoding included. A network as small
-as this one keeps a GPU waiting, whatever it is given: distances may be taken there, times say something on a CPU alone.
+walks of the same number of steps; wall times are of alternating batches in this process, decoding included, and the ratio of
+times is the median over pairs of batches that were drawn one after the other, which what else the machine does moves least. A
+network as small as this one keeps a GPU waiting, whatever it is given: distances may be taken there, times say something on a
+CPU alone.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def measure(folder: Path, session: Session, scales: Sequence[float], images: int
     for w in scales:
         guided = replace(recipe, guidance_scale=w, told_guidance=None)
         drawn: dict[str, list[np.ndarray]] = {"guided": [], "adapter": []}
-        seconds = {"guided": 0.0, "adapter": 0.0}
+        seconds: dict[str, list[float]] = {"guided": [], "adapter": []}
         for start in range(0, images, BATCH):
             rows = slice(start, start + BATCH)
             for name in drawn:
@@ -87,21 +89,21 @@ def measure(folder: Path, session: Session, scales: Sequence[float], images: int
                     artefact.pipeline, prompts[rows], seeds[rows], recipe=guided if name == "guided" else recipe,
                     adapter=artefact.adapter, guidance=w if name == "adapter" else None, batch_size=BATCH,
                 )  # fmt: skip
-                seconds[name] += time.perf_counter() - begun
+                seconds[name].append(time.perf_counter() - begun)
         found = {}
         for name, calls in (("guided", 2 * steps), ("adapter", steps)):
             scores = scorer.score(np.concatenate(drawn[name]), prompts)
             values = {
                 k: round(getattr(scores, k), 5) for k in ("frechet", "prompt_accuracy", "diversity", "saturation")
             }
-            found[name] = Sampled(calls, **values, seconds_per_image=round(seconds[name] / images, 5))
+            found[name] = Sampled(calls, **values, seconds_per_image=round(sum(seconds[name]) / images, 5))
         error, plain = errors(session, w, steps, prompts[:states])
         line = Line(
             w,
             found["guided"],
             found["adapter"],
             round(found["adapter"].frechet / found["guided"].frechet, 4),
-            round(seconds["adapter"] / seconds["guided"], 4),
+            round(float(np.median(np.divide(seconds["adapter"], seconds["guided"]))), 4),
             error,
             plain,
         )

@@ -327,8 +327,7 @@ class GuidanceAdapter(nn.Module):
             embedded = output[-1] if isinstance(output, tuple) else output
             told.time = embedded.expand(len(told.w), -1)
             if self.settings.shared:  # here, since blocks may be checkpointed, which must not share what they compute
-                with torch.autocast(told.text.device.type, enabled=False):
-                    told.tokens = self.encoders["all"](told)
+                told.tokens = self._encoded("all", told)
 
         self._handles = [
             network.register_forward_pre_hook(_Begin(self, type(network)), with_kwargs=True),
@@ -389,17 +388,20 @@ class GuidanceAdapter(nn.Module):
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
             attended = output[0] if isinstance(output, tuple) else output
-            own = self._own_dtype()
-            with torch.autocast(hidden.device.type, enabled=False):
-                more = adapter(hidden.to(own), attended.to(own), self._tokens(name, told))
+            tokens = self._encoded(name, told) if told.tokens is None else told.tokens
+            own, like = self._own_dtype(), attended.dtype
+            half = like in (torch.float16, torch.bfloat16)  # without a cache, which CUDA graphs would read later
+            with torch.autocast(attended.device.type, like if half else None, enabled=half, cache_enabled=False):
+                more = adapter(hidden.to(own), attended.to(own), tokens)
                 more = more if told.strength is None else told.strength.to(more) * more
             added = attended + more.to(attended)
             return (added, *output[1:]) if isinstance(output, tuple) else added  # image and text stream
 
         return add
 
-    def _tokens(self, name: str, told: Told) -> Tensor:
-        return self.encoders[name](told) if told.tokens is None else told.tokens
+    def _encoded(self, owner: str, told: Told) -> Tensor:
+        with torch.autocast(told.text.device.type, enabled=False):  # half precision cannot hold the phases of w
+            return self.encoders[owner](told)  # type: ignore[no-any-return]
 
     def _own_dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
