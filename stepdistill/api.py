@@ -62,7 +62,7 @@ def cache(config: RunConfig) -> Filled:
 
 
 def leave_processes() -> None:
-    """End the group of processes that a distributed `distill` joined; nothing where there is one process."""
+    """End the group of processes that a distributed `distill` or `collect` joined; nothing where there is one process."""
     PartialState().destroy_process_group()
 
 

@@ -144,6 +144,7 @@ def collect(
     from stepdistill.settings import read_settings
 
     count = api.collect(kind.value, read_settings(api.CollectConfig, config, overrides), output, resume)
+    api.leave_processes()
     typer.echo(f"{count} {kind.value} in {output}")
 
 

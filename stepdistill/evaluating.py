@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 
 from stepdistill.api import dtype_of, export, natural_format
@@ -33,7 +32,7 @@ from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting import check_output
 from stepdistill.exporting.artefact import SCHEDULERS, Artefact, compares_prompts, draw, load_artefact
-from stepdistill.training.session import device_of
+from stepdistill.training.session import place_of
 
 
 def evaluate(
@@ -90,7 +89,7 @@ def evaluate(
         raise Refusal(f"the scheduler {scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
     plan = _changed(load_protocol(protocol), features, resize, metrics)
     wanted = prompt_set(plan, prompts, num_images, seeds_per_prompt)
-    place = _place(device)
+    place = place_of(device)
     extractor = load_extractor(plan.features, resize=plan.resize, device=place, download=download)
     scores = PictureScores(
         ClipScorer(clip, place, download=download) if clip is not None else None,
@@ -204,7 +203,7 @@ def evaluate_images(
         resize=resize,
         metrics=tuple(expand(metrics)),
     )
-    extractor = load_extractor(features, resize=resize, device=_place(device), download=download)
+    extractor = load_extractor(features, resize=resize, device=place_of(device), download=download)
     return evaluate_folders(
         images, reference, plan, extractor, Path(output), recursive=recursive, allow_lossy=allow_lossy,
         save_statistics=Path(save_statistics) if save_statistics is not None else None,
@@ -217,14 +216,6 @@ def compare(first: str | Path, second: str | Path) -> str:
     if names[0] == names[1] or not all(names):
         names = [str(first), str(second)]
     return compare_reports(Report.read(first), Report.read(second), (names[0], names[1]))
-
-
-def _place(device: str | None) -> torch.device:
-    """Where this process computes: as told, or its own card among several processes'. Raises Refusal."""
-    state = PartialState(cpu=device == "cpu")
-    if device is None and state.num_processes > 1:
-        return state.device
-    return device_of(device)
 
 
 def _changed(plan: Protocol, features: str | None, resize: ResizeMode | None, metrics: Sequence[str]) -> Protocol:

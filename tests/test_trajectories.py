@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from methods import CASES, Bench
 
 from stepdistill.data.tensors import TensorFolder
@@ -116,6 +120,43 @@ def test_a_broken_collection_goes_on_bit_for_bit(wanted: Callable[..., CollectCo
         TrajectoryFolder(tmp_path / "broken")
     collect("trajectories", wanted(), tmp_path / "broken", resume=True)
     assert content(tmp_path / "broken").keys() == content(tmp_path / "whole").keys()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_a_collection(wanted: Callable[..., CollectConfig], tmp_path: Path, processes: int) -> None:
+    """Each draws its own walks, in the order of one process, shard by shard; and they go on with what one has left."""
+    config = wanted(count=11)
+    collect("trajectories", config, tmp_path / "one")
+    collect("trajectories", wanted(count=2), tmp_path / "many")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
+    script = tmp_path / "counted.py"
+    script.write_text(
+        """
+import os
+from pathlib import Path
+from stepdistill.cli import main
+from stepdistill.training import collect
+seeds, walks = [], collect._Teacher.walks
+collect._Teacher.walks = lambda self, texts, own, keep: seeds.extend(own) or walks(self, texts, own, keep)
+try:
+    main()
+finally:
+    Path(__file__).with_name(f"rank{os.environ['RANK']}").write_text(" ".join(map(str, seeds)))
+"""
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script),
+        "collect", "trajectories", str(path), "--output", str(tmp_path / "many"), "--resume",
+    ]  # fmt: skip
+    here = str(Path(__file__).parent.parent)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": here}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert content(tmp_path / "many") == content(tmp_path / "one")
+    seeds = [(tmp_path / f"rank{rank}").read_text().split() for rank in range(processes)]
+    assert len(set().union(*seeds)) == sum(map(len, seeds)) == 9
+    assert all(seeds)
 
 
 @pytest.mark.parametrize(

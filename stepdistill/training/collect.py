@@ -1,15 +1,23 @@
-"""Data sets that methods need, drawn from a teacher (`pairs`, `trajectories`) or a student (`samples`): resumable, with progress."""
+"""Data sets that methods need, drawn from a teacher (`pairs`, `trajectories`) or a student (`samples`): resumable, with progress.
+
+Several processes draw a batch each and the main one writes them, in the order in which one process would have drawn them: a
+sample depends on its own seed, so a folder does not tell how many there were.
+"""
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from pydantic import Field
+from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.assets import resolve
@@ -32,9 +40,9 @@ from stepdistill.registry import load_family
 from stepdistill.settings import Settings
 from stepdistill.training.grids import student_latents
 from stepdistill.training.run import open_run
-from stepdistill.training.session import DTYPES, device_of
+from stepdistill.training.session import DTYPES, place_of
 
-logger = logging.getLogger(__name__)
+WriterT = TypeVar("WriterT", bound=ShardWriter)
 
 
 class CollectConfig(Settings):
@@ -66,7 +74,7 @@ def collect(kind: Kind, config: CollectConfig, output: str | Path, resume: bool 
     Raises:
         Refusal: a non-empty folder without `resume`, pairs of a student, or data made by another config.
     """
-    folder = Path(output)
+    folder, place = Path(output), place_of(config.device)
     check_place(folder)
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise Refusal(
@@ -81,18 +89,20 @@ def collect(kind: Kind, config: CollectConfig, output: str | Path, resume: bool 
             f"{kind} are made by a deterministic teacher, and 'run' names a student: set 'model', or collect samples"
         )
     if kind == "trajectories":
-        return _collect_trajectories(config, folder)
+        return _collect_trajectories(config, folder, place)
     prompts = read_prompts(config.prompts, config.prompt_column)
-    source = _Teacher(config) if config.model is not None else _Student(config)
+    source = _Teacher(config, place) if config.model is not None else _Student(config, place)
     fingerprint = _fingerprint(config, source, prompts)
-    with ShardWriter(folder, kind, fingerprint, config.shard_size or 256) as writer:
-        done = writer.completed
-        for texts, seeds, indices in _batches(config, prompts, done, "latent"):
-            writer.write(torch.tensor(seeds), source.draw(texts, seeds), torch.tensor(indices))
+    with _alone(lambda: ShardWriter(folder, kind, fingerprint, config.shard_size or 256)) as writer:
+        done = _completed(writer)
+        draws = _drawn(config, prompts, done, "latent", lambda texts, seeds: {"latents": source.draw(texts, seeds)})
+        for rows in draws:
+            if writer is not None:
+                writer.write(rows["seed"], rows["latents"], rows["prompt"])
     return max(done, config.count)
 
 
-def _collect_trajectories(config: CollectConfig, folder: Path) -> int:
+def _collect_trajectories(config: CollectConfig, folder: Path, place: torch.device) -> int:
     """Guided walks with one w each; see `collect`."""
     low, high = config.guidance_range
     keep = config.keep or config.steps
@@ -101,15 +111,15 @@ def _collect_trajectories(config: CollectConfig, folder: Path) -> int:
             f"guidance_range is [{low:g}, {high:g}] and {keep} states are kept of {config.steps} steps: give a rising range from 0 up, "
             "and keep no more states than steps"
         )
-    prompts, teacher = read_prompts(config.prompts, config.prompt_column), _Teacher(config)
+    prompts, teacher = read_prompts(config.prompts, config.prompt_column), _Teacher(config, place)
     if teacher.denoiser.guide is not None:
         raise Refusal("trajectories are of a teacher that is guided by two calls: remove model.guidance_adapter")
     fingerprint = replace(_fingerprint(config, teacher, prompts), guidance=0.0, guidance_range=(low, high), keep=keep)
-    with TrajectoryWriter(folder, fingerprint, config.shard_size or 16, config.dtype) as writer:
-        done = writer.completed
-        for texts, seeds, indices in _batches(config, prompts, done, "trajectory"):
-            walks = teacher.walks(texts, seeds, keep)
-            writer.write_walks({"seed": torch.tensor(seeds), "prompt": torch.tensor(indices), **walks})
+    with _alone(lambda: TrajectoryWriter(folder, fingerprint, config.shard_size or 16, config.dtype)) as writer:
+        done = _completed(writer)
+        for rows in _drawn(config, prompts, done, "trajectory", lambda texts, seeds: teacher.walks(texts, seeds, keep)):
+            if writer is not None:
+                writer.write_walks(rows)
     return max(done, config.count)
 
 
@@ -128,23 +138,56 @@ def _fingerprint(config: CollectConfig, source: _Teacher | _Student, prompts: Pr
     )
 
 
-def _batches(
-    config: CollectConfig, prompts: PromptList, done: int, unit: str
-) -> Iterator[tuple[list[str], list[int], list[int]]]:
-    """(texts, seeds, prompt indices) of what is still to be drawn, batch by batch, with progress."""
-    with tqdm(total=config.count, initial=done, unit=unit, dynamic_ncols=True) as bar:
-        for start in range(done, config.count, config.batch_size):
-            rows = range(start, min(start + config.batch_size, config.count))
-            indices = [row % len(prompts) for row in rows]
-            seeds = [derive_seed(config.seed, "collect", row) for row in rows]
-            yield [prompts[index] for index in indices], seeds, indices
-            bar.update(len(rows))
+@contextmanager
+def _alone(made: Callable[[], WriterT]) -> Iterator[WriterT | None]:
+    """A writer in the main process alone, None in the others."""
+    state = PartialState()
+    state.wait_for_everyone()  # all have looked at the folder as it was
+    if not state.is_main_process:
+        yield None
+        return
+    writer = made()
+    with writer:
+        yield writer
+
+
+def _completed(writer: ShardWriter | None) -> int:
+    """What the folder held, in all processes."""
+    return int(gather_object([0 if writer is None else writer.completed])[0])
+
+
+def _drawn(
+    config: CollectConfig,
+    prompts: PromptList,
+    done: int,
+    unit: str,
+    draw: Callable[[list[str], list[int]], Mapping[str, Tensor]],
+) -> Iterator[dict[str, Tensor]]:
+    """Columns of what is still to be drawn, batch by batch and in order, with progress: a batch of each process at a time.
+
+    `draw` makes columns of texts and seeds, (B, ...) each; `seed` and `prompt` (B,) are put beside them.
+    """
+    state = PartialState()
+    hidden = not state.is_main_process
+    with tqdm(total=config.count, initial=done, unit=unit, dynamic_ncols=True, disable=hidden) as bar:
+        for start in range(done, config.count, config.batch_size * state.num_processes):
+            first = start + config.batch_size * state.process_index
+            indices = range(first, min(first + config.batch_size, config.count))
+            own: list[dict[str, Tensor]] = []
+            if indices:
+                seeds = [derive_seed(config.seed, "collect", index) for index in indices]
+                columns = draw([prompts[index % len(prompts)] for index in indices], seeds)
+                places = torch.tensor([index % len(prompts) for index in indices])
+                own = [{"seed": torch.tensor(seeds), "prompt": places, **{k: v.cpu() for k, v in columns.items()}}]
+            for rows in gather_object(own):
+                yield rows
+                bar.update(len(rows["seed"]))
 
 
 class _Teacher:
     """Deterministic, guided draws of a checkpoint."""
 
-    def __init__(self, config: CollectConfig) -> None:
+    def __init__(self, config: CollectConfig, place: torch.device) -> None:
         if config.model is None:
             raise ValueError("no model in the config")
         model = config.model
@@ -155,7 +198,7 @@ class _Teacher:
         self.shape = info.latent_shape(self.size)
         self.schedule: NoiseSchedule = info.schedule.for_tokens(self.shape[1] * self.shape[2] // 4)
         self.family = load_family(info.family)
-        self.device = device_of(config.device)
+        self.device = place
         self.checkpoint = load_checkpoint(info, DTYPES[model.dtype], self.device, quantization=model.quantization)
         lay_out(self.checkpoint.network, model.attention, model.channels_last)
         if model.compile:
@@ -205,10 +248,10 @@ class _Teacher:
 class _Student:
     """Draws of a run's student by its recipe."""
 
-    def __init__(self, config: CollectConfig) -> None:
+    def __init__(self, config: CollectConfig, place: torch.device) -> None:
         if config.run is None:
             raise ValueError("no run in the config")
-        self.session, iteration = open_run(config.run, config.device)
+        self.session, iteration = open_run(config.run, str(place))
         plan = self.session.plan
         self.name, self.precision = f"{config.run}@{iteration}", plan.config.model.dtype
         self.size = plan.setting.size

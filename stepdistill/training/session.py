@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
@@ -153,6 +154,14 @@ def settle(session: Session) -> None:
     if config.model.compile:
         for network in (triple.base, *triple.networks.values()):
             compile_blocks(network)
+
+
+def place_of(name: str | None) -> torch.device:
+    """Where this process computes: as told, or its own card among several processes'. Raises as `device_of`."""
+    state = PartialState(cpu=name == "cpu")
+    if name is None and state.num_processes > 1:
+        return state.device
+    return device_of(name)
 
 
 def device_of(name: str | None) -> torch.device:
