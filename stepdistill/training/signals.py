@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
 logger = logging.getLogger(__name__)
+SAME = 2.0
+"""Seconds within which a second signal is the first one, come twice: a launcher passes on to its processes what a terminal or
+a cluster has sent to all of them."""
 
 
 @dataclass
@@ -21,13 +25,16 @@ class Stop:
 
 @contextmanager
 def graceful() -> Iterator[Stop]:
-    """SIGINT and SIGTERM set `asked`; a second one raises KeyboardInterrupt. Handlers are restored afterwards."""
-    stop = Stop()
+    """SIGINT and SIGTERM set `asked`; one that comes later raises KeyboardInterrupt. Handlers are restored afterwards."""
+    stop, first = Stop(), 0.0
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if stop.asked:
+        nonlocal first
+        if not stop.asked:
+            first = time.monotonic()
+            logger.warning("signal %d: finishing this iteration, then saving; once more stops at once", number)
+        elif time.monotonic() - first > SAME:
             raise KeyboardInterrupt
-        logger.warning("signal %d: finishing this iteration, then saving; once more stops at once", number)
         stop.asked = True
 
     try:

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from stepdistill.methods.base import Batch, Progress, Rollout, Stage, Terms
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.models.triple import Triple
 from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training import signals
 from stepdistill.training.processes import check_launcher
 from stepdistill.training.run import train
 from stepdistill.training.trainer import Trainer
@@ -333,17 +336,30 @@ def test_resume_around_a_stage_boundary(
     assert checkpoints.read(path).facts.counters.updates == {"generator": 2, "fake_score": 3}
 
 
-def test_a_second_signal_stops_at_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what was saved before is there."""
-    import signal
+def test_a_later_signal_stops_at_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest checkpoint is then the one before."""
+    monkeypatch.setattr(signals, "SAME", 0.05)
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
     at_iteration(monkeypatch, 3, twice)
     with pytest.raises(KeyboardInterrupt):
-        train(bench.config(DMD2_CASE, 6, save_every=2), tmp_path / "run")
+        train(bench.config(DMD2_CASE, 5, save_every=2), tmp_path / "run")
     assert checkpoints.steps(tmp_path / "run/checkpoints") == [2]
     monkeypatch.undo()  # or the resumed run, which comes by iteration 3 again, takes the test session down
-    assert train(bench.config(DMD2_CASE, 6), tmp_path / "run", resume="latest").finished
+    assert train(bench.config(DMD2_CASE, 5), tmp_path / "run", resume="latest").finished
+
+
+def test_one_signal_that_comes_twice_is_one(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun hands on what a terminal or a cluster sent to all processes: its workers get it a second time."""
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    at_iteration(monkeypatch, 3, twice)
+    assert not train(bench.config(DMD2_CASE, 5), tmp_path / "run").finished
+    assert checkpoints.steps(tmp_path / "run/checkpoints") == [4]
