@@ -156,11 +156,15 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         folder = api.export(arguments.run, "guidance-adapter", Path(scratch) / "adapter", device=arguments.device)
         lines = measure(folder, session, arguments.scales, arguments.images, arguments.states)
+    error = float(np.mean([line.error for line in lines]))
+    alone = float(np.mean([line.error_unguided for line in lines]))
+    print(f"all of them: error {alone:.4f} -> {error:.4f} ({alone / error:.2f} x less)")
     if arguments.json is not None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         record = {
             "commit": commit, "iteration": iteration, "images": arguments.images, "device": _named(session.device),
             "adapter_parameters": trained, "base_parameters": whole, "threads": arguments.threads,
+            "error": round(error, 6), "error_unguided": round(alone, 6),
             "lines": [asdict(line) for line in lines],
         }  # fmt: skip
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
