@@ -361,6 +361,13 @@ def test_beside_half_precision_only_products_are_in_half(
         exact = pipe.unet(**given, timestep=500).sample
         assert seen == {(True, torch.float32), (False, torch.float32)}
         seen.clear()
+        adapter.products = torch.bfloat16
+        close = pipe.unet(**given, timestep=500).sample
+        assert seen == {(True, torch.float32), (False, torch.bfloat16)}
+        assert close.dtype == torch.float32
+        assert 0 < float((close - exact).abs().max()) < 0.01 * float(exact.abs().max())
+        seen.clear()
+        adapter.products = None
         pipe.unet.bfloat16()
         half = {
             key: value.bfloat16() if isinstance(value, Tensor) else value
@@ -370,6 +377,10 @@ def test_beside_half_precision_only_products_are_in_half(
     assert rough.dtype == torch.bfloat16
     assert seen == {(True, torch.float32), (False, torch.bfloat16)}
     assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
+    seen.clear()
+    adapter.products = torch.float32
+    pipe.unet(**half, timestep=500)
+    assert seen == {(True, torch.float32), (False, torch.float32)}
     assert float((rough.float() - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
 

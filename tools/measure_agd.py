@@ -1,7 +1,7 @@
 """Guidance adapters on the embedded teacher: half the network calls, against guided sampling, at several w.
 
     stepdistill train configs/fashion_agd_collected.yaml --output runs/fashion_agd
-    python tools/measure_agd.py runs/fashion_agd --json tools/results/measure_agd.json
+    python tools/measure_agd.py runs/fashion_agd --products bfloat16 --json tools/results/measure_agd.json
 
 Both samplers walk the adapter's own recipe, guided sampling with two calls a step, by stock diffusers. The judge, which nothing
 is trained against, takes the Frechet distances. Relative errors are ||pred - target||^2 / ||target||^2 over the states of guided
@@ -33,9 +33,10 @@ from stepdistill.errors import Refusal
 from stepdistill.evaluation.fashion import IMAGES, Scorer, evaluation_set
 from stepdistill.exporting.artefact import draw, load_artefact
 from stepdistill.models.conditioning import ImageSize
+from stepdistill.models.guidance_adapter import GuidanceAdapter
 from stepdistill.models.sampler import guided_walk, relative_error
 from stepdistill.training.run import open_run
-from stepdistill.training.session import Session
+from stepdistill.training.session import DTYPES, Session
 
 BATCH = 64
 
@@ -65,7 +66,9 @@ class Line:
     error_unguided: float
 
 
-def measure(folder: Path, session: Session, scales: Sequence[float], images: int, states: int) -> list[Line]:
+def measure(
+    folder: Path, session: Session, scales: Sequence[float], images: int, states: int, products: torch.dtype | None
+) -> list[Line]:
     """A line for each w, of the exported adapter and of the run's live one."""
     prompts, seeds = evaluation_set(images)
     scorer, lines = Scorer(), []
@@ -75,6 +78,10 @@ def measure(folder: Path, session: Session, scales: Sequence[float], images: int
     recipe = adapted.recipe
     if recipe is None or adapted.adapter is None:
         raise Refusal(f"{str(folder)!r} holds no guidance adapter: give a run of method agd")
+    live = session.triple.denoiser(session.student).guide
+    for adapter in (adapted.adapter, live):
+        if isinstance(adapter, GuidanceAdapter):
+            adapter.products = products
     steps = recipe.num_inference_steps
     for w in scales:
         guided = replace(recipe, guidance_scale=w, told_guidance=None)
@@ -146,16 +153,23 @@ def main() -> None:
     parser.add_argument("--states", type=int, default=64, help="walks for the relative errors")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--products",
+        choices=sorted(DTYPES),
+        default=None,
+        help="precision of the adapters' products; the network's, float32",
+    )
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    products = None if arguments.products is None else DTYPES[arguments.products]
     session, iteration = open_run(arguments.run, arguments.device)
     trained = sum(p.numel() for p in session.triple.network_parameters(session.student).values())
     whole = sum(p.numel() for p in session.triple.base.parameters())
     print(f"{trained:,} parameters beside {whole:,} ({trained / whole:.1%}), iteration {iteration}")
     with TemporaryDirectory() as scratch:
         folder = api.export(arguments.run, "guidance-adapter", Path(scratch) / "adapter", device=arguments.device)
-        lines = measure(folder, session, arguments.scales, arguments.images, arguments.states)
+        lines = measure(folder, session, arguments.scales, arguments.images, arguments.states, products)
     error = float(np.mean([line.error for line in lines]))
     alone = float(np.mean([line.error_unguided for line in lines]))
     print(f"all of them: error {alone:.4f} -> {error:.4f} ({alone / error:.2f} x less)")
@@ -164,6 +178,7 @@ def main() -> None:
         record = {
             "commit": commit, "iteration": iteration, "images": arguments.images, "device": _named(session.device),
             "adapter_parameters": trained, "base_parameters": whole, "threads": arguments.threads,
+            "products": arguments.products or "float32",
             "error": round(error, 6), "error_unguided": round(alone, 6),
             "lines": [asdict(line) for line in lines],
         }  # fmt: skip

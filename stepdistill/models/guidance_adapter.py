@@ -9,6 +9,7 @@ an export ships it as it is:
     image = pipe("a photo", guidance_scale=1.0).images[0]          # half the network calls of guidance_scale=7.5
     adapter.w = 5.0                                                 # or one w a row; None turns it off
     adapter.watch(other)                                            # another pipeline on the same network, as of from_pipe
+    adapter.products = torch.bfloat16                               # beside a float32 network, too
 
 The network keeps its parameter names: adapters live in hooks, so that LoRAs load before and after, and attention processors,
 `torch.compile` and CPU offload are none of their business.
@@ -215,6 +216,9 @@ class GuidanceAdapter(nn.Module):
         settings: of the adapters.
         seed: of their first weights.
 
+    Attributes:
+        products: precision of the adapters' matrix products, whatever that of the network; None is the network's.
+
     Raises:
         ValueError: the network has no attention that looks at a prompt.
     """
@@ -238,6 +242,7 @@ class GuidanceAdapter(nn.Module):
             owners = ["all"] if settings.shared else list(self.adapters)
             each = settings.kind == "cross"
             self.encoders = nn.ModuleDict({owner: Tokens(*widths, stream, each=each) for owner in owners})
+        self.products: torch.dtype | None = None
         self._w: Tensor | float | None = None
         self._told: Told | None = None
         self._warned = False
@@ -389,7 +394,7 @@ class GuidanceAdapter(nn.Module):
             hidden = args[0] if args else kwargs["hidden_states"]
             attended = output[0] if isinstance(output, tuple) else output
             tokens = self._encoded(name, told) if told.tokens is None else told.tokens
-            own, like = self._own_dtype(), attended.dtype
+            own, like = self._own_dtype(), self.products or attended.dtype
             half = like in (torch.float16, torch.bfloat16)  # without a cache, which CUDA graphs would read later
             with torch.autocast(attended.device.type, like if half else None, enabled=half, cache_enabled=False):
                 more = adapter(hidden.to(own), attended.to(own), tokens)
