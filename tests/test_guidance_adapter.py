@@ -384,6 +384,14 @@ def test_beside_half_precision_only_products_are_in_half(
     assert float((rough.float() - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
 
+@pytest.mark.parametrize("value", ["bfloat16", torch.float8_e4m3fn, torch.int8, 16])
+def test_products_are_in_a_float_that_autocast_knows(tiny: Callable[..., Path], value: Any) -> None:
+    adapter = GuidanceAdapter(DiffusionPipeline.from_pretrained(tiny("sd")).unet, AdapterSettings(width=16))
+    with pytest.raises(ValueError, match=r"asked for in .*: give torch\.bfloat16"):
+        adapter.products = value
+    assert adapter.products is None
+
+
 def test_places_are_told_apart() -> None:
     code = positions(79, 16)
     assert code.shape == (79, 16)

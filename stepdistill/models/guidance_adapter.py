@@ -43,6 +43,7 @@ ADAPTED: dict[type[nn.Module], str] = {
     SanaTransformerBlock: "attn2",
 }
 """Block of a network -> its attention that is adapted: the one that looks at the prompt."""
+HALVES = (torch.bfloat16, torch.float16)
 TIMED = ("time_embedding", "time_text_embed", "time_embed")
 """Where a network embeds its time."""
 
@@ -216,9 +217,6 @@ class GuidanceAdapter(nn.Module):
         settings: of the adapters.
         seed: of their first weights.
 
-    Attributes:
-        products: precision of the adapters' matrix products, whatever that of the network; None is the network's.
-
     Raises:
         ValueError: the network has no attention that looks at a prompt.
     """
@@ -242,7 +240,7 @@ class GuidanceAdapter(nn.Module):
             owners = ["all"] if settings.shared else list(self.adapters)
             each = settings.kind == "cross"
             self.encoders = nn.ModuleDict({owner: Tokens(*widths, stream, each=each) for owner in owners})
-        self.products: torch.dtype | None = None
+        self._products: torch.dtype | None = None
         self._w: Tensor | float | None = None
         self._told: Told | None = None
         self._warned = False
@@ -261,6 +259,23 @@ class GuidanceAdapter(nn.Module):
         if value is not None:
             self.warn_outside(value)
         self._w = value
+
+    @property
+    def products(self) -> torch.dtype | None:
+        """Precision of the adapters' matrix products, whatever that of the network; None is the network's.
+
+        Raises:
+            ValueError: set to what is neither None nor float32, bfloat16 or float16 of torch.
+        """
+        return self._products
+
+    @products.setter
+    def products(self, value: torch.dtype | None) -> None:
+        if value not in (None, torch.float32, *HALVES):
+            raise ValueError(
+                f"products of guidance adapters were asked for in {value!r}: give torch.bfloat16, torch.float16, torch.float32 or None"
+            )
+        self._products = value
 
     def warn_outside(self, value: Tensor | float) -> None:
         """Warn, once, where a w is not one that was trained."""
@@ -394,8 +409,8 @@ class GuidanceAdapter(nn.Module):
             hidden = args[0] if args else kwargs["hidden_states"]
             attended = output[0] if isinstance(output, tuple) else output
             tokens = self._encoded(name, told) if told.tokens is None else told.tokens
-            own, like = self._own_dtype(), self.products or attended.dtype
-            half = like in (torch.float16, torch.bfloat16)  # without a cache, which CUDA graphs would read later
+            own, like = self._own_dtype(), self._products or attended.dtype
+            half = like in HALVES  # without a cache, which CUDA graphs would read later
             with torch.autocast(attended.device.type, like if half else None, enabled=half, cache_enabled=False):
                 more = adapter(hidden.to(own), attended.to(own), tokens)
                 more = more if told.strength is None else told.strength.to(more) * more
