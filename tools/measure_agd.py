@@ -75,13 +75,10 @@ def measure(
     base, adapted = (
         load_artefact(resolve(TEACHER), lora, torch.float32, str(session.device)) for lora in (None, folder)
     )
-    recipe = adapted.recipe
-    if recipe is None or adapted.adapter is None:
+    recipe, live = adapted.recipe, session.triple.denoiser(session.student).guide
+    if recipe is None or adapted.adapter is None or not isinstance(live, GuidanceAdapter):
         raise Refusal(f"{str(folder)!r} holds no guidance adapter: give a run of method agd")
-    live = session.triple.denoiser(session.student).guide
-    for adapter in (adapted.adapter, live):
-        if isinstance(adapter, GuidanceAdapter):
-            adapter.products = products
+    adapted.adapter.products = live.products = products
     steps = recipe.num_inference_steps
     for w in scales:
         guided = replace(recipe, guidance_scale=w, told_guidance=None)
@@ -155,7 +152,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--products",
-        choices=sorted(DTYPES),
+        choices=("float32", "bfloat16", "float16"),
         default=None,
         help="precision of the adapters' products; the network's, float32",
     )

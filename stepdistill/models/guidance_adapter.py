@@ -44,6 +44,7 @@ ADAPTED: dict[type[nn.Module], str] = {
 }
 """Block of a network -> its attention that is adapted: the one that looks at the prompt."""
 HALVES = (torch.bfloat16, torch.float16)
+"""What autocast takes products in."""
 TIMED = ("time_embedding", "time_text_embed", "time_embed")
 """Where a network embeds its time."""
 
