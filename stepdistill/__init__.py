@@ -12,31 +12,31 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Refusal": "errors",
-    "RunConfig": "config",
-    "load_config": "config",
-    "distill": "api",
-    "dry_run": "api",
-    "cache": "api",
-    "collect": "api",
-    "CollectConfig": "api",
-    "export": "api",
-    "sample": "api",
-    "load_teacher": "api",
-    "evaluate": "evaluating",
-    "evaluate_images": "evaluating",
-    "compare": "evaluating",
-    "quickstart": "demo",
-    "plan": "planning",
-    "Forecast": "planning",
+    "RunConfig": "config.schema",
+    "load_config": "config.schema",
+    "distill": "api.training",
+    "dry_run": "api.training",
+    "cache": "api.training",
+    "collect": "api.training",
+    "CollectConfig": "api.training",
+    "export": "api.training",
+    "sample": "api.training",
+    "load_teacher": "api.training",
+    "evaluate": "api.evaluating",
+    "evaluate_images": "api.evaluating",
+    "compare": "api.evaluating",
+    "quickstart": "api.quickstart",
+    "plan": "planning.plan",
+    "Forecast": "planning.plan",
 }
 
 if TYPE_CHECKING:
-    from stepdistill.api import CollectConfig, cache, collect, distill, dry_run, export, load_teacher, sample
-    from stepdistill.config import RunConfig, load_config
-    from stepdistill.demo import quickstart
+    from stepdistill.api.evaluating import compare, evaluate, evaluate_images
+    from stepdistill.api.quickstart import quickstart
+    from stepdistill.api.training import CollectConfig, cache, collect, distill, dry_run, export, load_teacher, sample
+    from stepdistill.config.schema import RunConfig, load_config
     from stepdistill.errors import Refusal
-    from stepdistill.evaluating import compare, evaluate, evaluate_images
-    from stepdistill.planning import Forecast, plan
+    from stepdistill.planning.plan import Forecast, plan
 
 __all__ = [
     "CollectConfig", "Forecast", "Refusal", "RunConfig", "cache", "collect", "compare", "distill", "dry_run", "evaluate",

@@ -56,7 +56,7 @@ def quickstart(
     ] = False,
 ) -> None:
     """Distil the embedded teacher into 4 steps, measure it, and write a LoRA that plain diffusers loads."""
-    from stepdistill.demo import quickstart as run
+    from stepdistill.api.quickstart import quickstart as run
 
     typer.echo(run(output, remeasure=remeasure).text())
 
@@ -70,8 +70,8 @@ def train(
     dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, load no weight.")] = False,
 ) -> None:
     """Distil a checkpoint."""
-    from stepdistill import api
-    from stepdistill.config import load_config
+    from stepdistill.api import training as api
+    from stepdistill.config.schema import load_config
 
     run_config = load_config(config, overrides)
     if dry_run:
@@ -99,8 +99,8 @@ def cache(
     overrides: Overrides = None,
 ) -> None:
     """Encode the prompts and images of a training config once, for all its runs."""
-    from stepdistill import api
-    from stepdistill.config import load_config
+    from stepdistill.api import training as api
+    from stepdistill.config.schema import load_config
 
     done = api.cache(load_config(config, overrides))
     typer.echo(
@@ -118,10 +118,10 @@ def plan(
     json: Annotated[Path | None, typer.Option(help="Write the plan here as well.")] = None,
 ) -> None:
     """Say what a run will take in memory, work and time; downloads nothing and loads no weight."""
-    from stepdistill.config import load_config
-    from stepdistill.data.tensors import check_file
-    from stepdistill.planning import lines
-    from stepdistill.planning import plan as run
+    from stepdistill.config.schema import load_config
+    from stepdistill.data.latents.tensors import check_file
+    from stepdistill.planning.plan import lines
+    from stepdistill.planning.plan import plan as run
 
     if json is not None:
         check_file(json)
@@ -140,8 +140,8 @@ def collect(
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted collection.")] = False,
 ) -> None:
     """Make the data sets that methods need, from a teacher or a student."""
-    from stepdistill import api
-    from stepdistill.settings import read_settings
+    from stepdistill.api import training as api
+    from stepdistill.config.reading import read_settings
 
     count = api.collect(kind.value, read_settings(api.CollectConfig, config, overrides), output, resume)
     api.leave_processes()
@@ -168,7 +168,7 @@ def sample(
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, dpm++2m, lcm, tcd or unipc.")] = None,
 ) -> None:
     """Draw images with a model, and a LoRA if one is given: PNG files and a grid."""
-    from stepdistill import api
+    from stepdistill.api import training as api
 
     paths = api.sample(
         model, output, lora=lora, prompt=prompt, prompts=prompts, steps=steps, guidance=guidance,
@@ -188,7 +188,7 @@ def export(
     best: Annotated[bool, typer.Option(help="The checkpoint that evaluation liked best, not the newest.")] = False,
 ) -> None:
     """Write the student as a LoRA, guidance adapters or a pipeline, and prove that stock diffusers reproduces it."""
-    from stepdistill import api
+    from stepdistill.api import training as api
 
     folder = api.export(
         run, format.value, output, half=half, push_to_hub=push_to_hub, checkpoint="best" if best else "latest"
@@ -237,7 +237,7 @@ def evaluate(
     download: Annotated[bool, typer.Option(help="Allow fetching weights that are not on this machine.")] = False,
 ) -> None:
     """Measure a model by a named protocol, or two image folders against each other: report.json, .md and .html."""
-    from stepdistill import evaluating
+    from stepdistill.api import evaluating
     from stepdistill.evaluation.report import markdown
 
     chosen = [name.strip() for name in (metrics or "").split(",") if name.strip()]
@@ -285,7 +285,7 @@ def compare(
     second: Annotated[Path, typer.Argument(help="The other one.")],
 ) -> None:
     """Two reports in one table; refused where their protocols differ."""
-    from stepdistill import evaluating
+    from stepdistill.api import evaluating
 
     typer.echo(evaluating.compare(first, second))
 
@@ -293,7 +293,7 @@ def compare(
 @app.command("list")
 def listing(what: Annotated[Listing, typer.Argument(help="What to list.")]) -> None:
     """Names that configs may use."""
-    from stepdistill.registry import family_names, method_names
+    from stepdistill.config.registry import family_names, method_names
 
     if what is Listing.protocols:
         from stepdistill.evaluation.protocols import protocol_names
@@ -312,9 +312,9 @@ def options(
     ] = None,
 ) -> None:
     """What a config may say, with defaults, ranges and meanings, as YAML to copy from."""
-    from stepdistill.config import RunConfig
-    from stepdistill.optionlist import option_lines
-    from stepdistill.registry import load_method
+    from stepdistill.config.listing import option_lines
+    from stepdistill.config.registry import load_method
+    from stepdistill.config.schema import RunConfig
 
     section = RunConfig if method is None else load_method(method).Config
     typer.echo("\n".join(option_lines(section)))

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPi
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizerFast, CLIPVisionConfig
 
 from stepdistill.assets import FOLDER
-from stepdistill.registry import load_family
+from stepdistill.config.registry import load_family
 
 # one thread: the networks are tiny, and a second one waits in a busy loop for its turn on a machine that is shared
 torch.set_num_threads(1)

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import yaml
-from methods import CASES, FULLEST
 from PIL import Image
+from support.method_cases import CASES, FULLEST
 
 import stepdistill
 from stepdistill import cli
-from stepdistill.config import RunConfig
-from stepdistill.methods.tscd import ScoreConfig
-from stepdistill.optionlist import option_lines
-from stepdistill.registry import METHODS, load_method
+from stepdistill.config.listing import option_lines
+from stepdistill.config.registry import METHODS, load_method
+from stepdistill.config.schema import RunConfig
+from stepdistill.methods.consistency.tscd import ScoreConfig
 
 
 @pytest.fixture

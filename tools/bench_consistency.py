@@ -19,10 +19,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stepdistill.config import load_config
+from stepdistill.config.schema import load_config
+from stepdistill.training.evaluation_hook import Seen
 from stepdistill.training.run import train
 from stepdistill.training.session import Session
-from stepdistill.training.watch import Seen
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("scm", "tbcm")

@@ -22,12 +22,12 @@ import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from stepdistill.evaluation.features import INTERNAL_BATCH, FeatureExtractor, FeatureRecord
-from stepdistill.evaluation.frechet import frechet_between
 from stepdistill.evaluation.images import Picture
-from stepdistill.evaluation.inception import inception_layers
 from stepdistill.evaluation.measure import measure_images
-from stepdistill.evaluation.statistics import FeatureStatistics
+from stepdistill.evaluation.metrics.frechet import frechet_between
+from stepdistill.evaluation.metrics.statistics import FeatureStatistics
+from stepdistill.evaluation.networks.features import INTERNAL_BATCH, FeatureExtractor, FeatureRecord
+from stepdistill.evaluation.networks.inception import inception_layers
 
 WIDTH = 2048
 

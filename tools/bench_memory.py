@@ -52,11 +52,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from stepdistill.config.registry import load_family
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods.base import Progress
 from stepdistill.methods.gan import HEAD
-from stepdistill.models.triple import FAKE_SCORE, GENERATOR, RoleLayout
-from stepdistill.registry import load_family
+from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, RoleLayout
 
 COPIES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtype of the full networks of three copies."""

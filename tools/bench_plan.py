@@ -21,9 +21,9 @@ from typing import Any
 
 from benchlib import CONFIGS, MODELS
 
-from stepdistill.config import RunConfig
-from stepdistill.planning import plan
-from stepdistill.settings import parse
+from stepdistill.config.reading import parse
+from stepdistill.config.schema import RunConfig
+from stepdistill.planning.plan import plan
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ import torch
 from benchlib import GB, MODELS, forget_peak, network_size, resident
 from contestants import LAYOUTS, PLAIN, Case, ours, plain
 
-from stepdistill.registry import method_names
+from stepdistill.config.registry import method_names
 
 SHAPE = (
     "model",

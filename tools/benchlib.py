@@ -12,20 +12,20 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from stepdistill.config import OptimizerConfig
+from stepdistill.assets import FOLDER
+from stepdistill.config.registry import load_family, load_method
+from stepdistill.config.schema import OptimizerConfig
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.families.base import Family
+from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.methods.base import Batch, Method, Progress, Setting
-from stepdistill.models import families
-from stepdistill.models.adapters import LoraSettings
-from stepdistill.models.conditioning import Conditioning, ImageSize
-from stepdistill.models.families.base import Family
-from stepdistill.models.triple import FAKE_SCORE, GENERATOR, RoleLayout, Triple
-from stepdistill.registry import load_family, load_method
+from stepdistill.roles.lora import LoraSettings
+from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, RoleLayout, Triple
 from stepdistill.training.optimizers import RoleOptimizer
 
 GB = 1e9
-CONFIGS = Path(families.__file__).parent / "configs"
+CONFIGS = FOLDER / "public_configs"
 ROLES = (GENERATOR, FAKE_SCORE)
 GAN_WEIGHT = 5e-3
 """Of DMD2's published runs."""

@@ -31,21 +31,21 @@ from diffusers import SD3Transformer2DModel
 from pydantic import Field
 from torch import nn
 
-from stepdistill import api
+from stepdistill.api import training as api
+from stepdistill.api.quickstart import TEACHER_ROW
 from stepdistill.assets import FLOW_TEACHER, FOLDER, resolve
-from stepdistill.config import RunConfig, load_config
-from stepdistill.data.tensors import write_atomically
-from stepdistill.demo import TEACHER_ROW
+from stepdistill.config.reading import Settings, parse
+from stepdistill.config.schema import RunConfig, load_config
+from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.fashion import Scorer, evaluation_set
-from stepdistill.exporting.artefact import draw, load_artefact
-from stepdistill.models.families.sd3 import T5_TOKENS
-from stepdistill.models.recipe import Recipe
+from stepdistill.families.recipe import Recipe
+from stepdistill.families.sd3 import T5_TOKENS
+from stepdistill.inference.artifact import draw, load_artefact
 from stepdistill.planning.loop import CallCounter
-from stepdistill.settings import Settings, parse
+from stepdistill.training.evaluation_hook import Seen
 from stepdistill.training.run import train
 from stepdistill.training.session import DTYPES, Session
-from stepdistill.training.watch import Seen
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "teacher"))
 from countedzeros import count_zeros

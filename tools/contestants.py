@@ -15,14 +15,14 @@ from plain_dmd2 import PlainDMD2
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from stepdistill.config.registry import load_family
 from stepdistill.diffusion.draws import Draws, derive_seed
+from stepdistill.families.common.clip import tokenizer_of
+from stepdistill.families.common.tiny import seeded
+from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Progress
-from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.families.clip import tokenizer_of
-from stepdistill.models.families.tiny import seeded
-from stepdistill.models.heads import seeded_head
-from stepdistill.models.triple import FAKE_SCORE, GENERATOR, RoleLayout
-from stepdistill.registry import load_family
+from stepdistill.roles.heads import seeded_head
+from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, RoleLayout
 
 PLAIN = "three networks"
 LAYOUTS = ("lora/lora", "lora/full", "full/full")

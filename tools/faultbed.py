@@ -18,9 +18,9 @@ from typing import Any, Literal
 import yaml
 from PIL import Image
 
+from stepdistill.config.registry import load_family
 from stepdistill.errors import Refusal
-from stepdistill.registry import load_family
-from stepdistill.training import checkpoint as checkpoints
+from stepdistill.training.run_folder import checkpoints
 
 Kind = Literal["points", "images"]
 FAULTY = Path(__file__).with_name("faulty.py")

@@ -27,9 +27,9 @@ from stepdistill import cli
 from stepdistill.data.loader import Samples
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods.base import Progress, Rollout, Terms
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.models.triple import FAKE_SCORE, Triple
-from stepdistill.training import checkpoint
+from stepdistill.methods.matching.dmd2 import DMD2
+from stepdistill.roles.triple import FAKE_SCORE, Triple
+from stepdistill.training.run_folder import checkpoints as checkpoint
 from stepdistill.training.trainer import Trainer
 
 TRACKERS: Mapping[str, type[tracking.GeneralTracker]] = {"tensorboard": tracking.TensorBoardTracker}

@@ -25,16 +25,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from stepdistill import api
+from stepdistill.api import training as api
 from stepdistill.assets import TEACHER, resolve
-from stepdistill.data.tensors import write_atomically
+from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.diffusion.timesteps import trailing_ladder
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.fashion import IMAGES, Scorer, evaluation_set
-from stepdistill.exporting.artefact import draw, load_artefact
-from stepdistill.models.conditioning import ImageSize
-from stepdistill.models.guidance_adapter import GuidanceAdapter
-from stepdistill.models.sampler import guided_walk, relative_error
+from stepdistill.families.conditioning import ImageSize
+from stepdistill.inference.artifact import draw, load_artefact
+from stepdistill.roles.guidance_adapter import GuidanceAdapter
+from stepdistill.roles.sampler import guided_walk, relative_error
 from stepdistill.training.run import open_run
 from stepdistill.training.session import DTYPES, Session
 

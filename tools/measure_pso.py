@@ -25,17 +25,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepdistill.assets import FOLDER
-from stepdistill.config import RunConfig, load_config
-from stepdistill.data.looks import sharpness
+from stepdistill.config.schema import RunConfig, load_config
+from stepdistill.data.appearance import sharpness
+from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.data.prompts import read_prompts
-from stepdistill.data.tensors import write_atomically
 from stepdistill.diffusion.draws import Draws
-from stepdistill.evaluation.frechet import frechet_of_features
-from stepdistill.evaluation.judge import Judge
+from stepdistill.evaluation.metrics.frechet import frechet_of_features
+from stepdistill.evaluation.networks.judge import Judge
 from stepdistill.evaluation.text import win_rate
-from stepdistill.models.conditioning import ImageSize
+from stepdistill.families.conditioning import ImageSize
 from stepdistill.rewards import load_reward
-from stepdistill.training.grids import as_floats, save_images, student_latents
+from stepdistill.training.monitoring.grids import as_floats, save_images, student_latents
 from stepdistill.training.run import open_run, train
 from stepdistill.training.session import Session
 

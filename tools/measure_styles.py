@@ -27,14 +27,14 @@ from measure_pso import ROOT, Measured, Pixels, add_training, drawn, keep, tell,
 from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
-from stepdistill.config import RunConfig, load_config
+from stepdistill.config.schema import RunConfig, load_config
 from stepdistill.data import fashion
-from stepdistill.data.looks import sharpness
+from stepdistill.data.appearance import sharpness
 from stepdistill.data.prompts import read_prompts
-from stepdistill.evaluation.frechet import frechet_of_features
-from stepdistill.evaluation.judge import Judge
+from stepdistill.evaluation.metrics.frechet import frechet_of_features
+from stepdistill.evaluation.networks.judge import Judge
 from stepdistill.evaluation.text import win_rate
-from stepdistill.training.grids import save_images
+from stepdistill.training.monitoring.grids import save_images
 from stepdistill.training.run import open_run, train
 from stepdistill.training.session import Session
 

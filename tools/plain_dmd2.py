@@ -2,7 +2,7 @@
 
 Three whole networks (teacher, generator, fake score), a call of the teacher for each branch of the guidance, text encoders
 that run at every iteration, AdamW over two whole networks. Nothing here knows of the package's Triple or Denoiser. Noise
-comes from the same `Draws`, so that losses can be held against the package's own (`tests/test_bench_step.py` does).
+comes from the same `Draws`, so that losses can be held against the package's own (`tests/tools/test_bench_step.py` does).
 """
 
 from __future__ import annotations

@@ -22,21 +22,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stepdistill.config import RunConfig, TrainingConfig, load_config
+from stepdistill.config.schema import RunConfig, TrainingConfig, load_config
+from stepdistill.data.latents.trajectories import TrajectoryStates
 from stepdistill.data.loader import IndexStream
-from stepdistill.data.trajectories import TrajectoryStates
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.errors import Refusal
+from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.methods.base import Batch, Progress
-from stepdistill.methods.guided import GuidedStates
-from stepdistill.models.conditioning import Conditioning, ImageSize
-from stepdistill.models.triple import GENERATOR
-from stepdistill.training.folder import write_config
+from stepdistill.methods.guidance.regression import GuidedStates
+from stepdistill.roles.triple import GENERATOR
+from stepdistill.training.distributed import Processes
 from stepdistill.training.options import products
-from stepdistill.training.plan import Plan, prepare
-from stepdistill.training.processes import Processes
 from stepdistill.training.run import find_start
+from stepdistill.training.run_folder.logs import write_config
 from stepdistill.training.session import EMA, Session, open_session
+from stepdistill.training.setup import Plan, prepare
 from stepdistill.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)

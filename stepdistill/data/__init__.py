@@ -1,0 +1,1 @@
+"""Prompts, images and latents: everything that a run reads."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from stepdistill.data import hub
+from stepdistill.data.images import datasets_library as hub
 from stepdistill.errors import Refusal
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from stepdistill.data.tensors import check_place, write_atomically
+from stepdistill.data.latents.tensors import check_place, write_atomically
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.images import Picture, read_all, shard
 from stepdistill.evaluation.protocols import PromptSet

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
+from stepdistill.data.appearance import saturation
 from stepdistill.data.fashion import BACKGROUNDS, COLOURS, GARMENTS, parse_caption
-from stepdistill.data.looks import saturation
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import Refusal
-from stepdistill.evaluation.diversity import pairwise_diversity
-from stepdistill.evaluation.frechet import frechet_between, noise_floor
-from stepdistill.evaluation.judge import Judge
-from stepdistill.evaluation.statistics import FeatureStatistics
+from stepdistill.evaluation.metrics.diversity import pairwise_diversity
+from stepdistill.evaluation.metrics.frechet import frechet_between, noise_floor
+from stepdistill.evaluation.metrics.statistics import FeatureStatistics
+from stepdistill.evaluation.networks.judge import Judge
 
 SEEDS_PER_PROMPT = 4
 IMAGES = 1536

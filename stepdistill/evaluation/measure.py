@@ -14,22 +14,23 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
-from stepdistill.data import looks
-from stepdistill.data.tensors import file_hash
+from stepdistill.data import appearance as looks
+from stepdistill.data.latents.tensors import file_hash
 from stepdistill.errors import Refusal
-from stepdistill.evaluation import diversity, kernels
-from stepdistill.evaluation.features import FeatureExtractor
-from stepdistill.evaluation.frechet import (
+from stepdistill.evaluation.images import Picture, PixelChain, list_images, read_all, shard
+from stepdistill.evaluation.metrics import diversity
+from stepdistill.evaluation.metrics import mmd as kernels
+from stepdistill.evaluation.metrics.frechet import (
     frechet_between,
     frechet_error,
     frechet_infinity,
     frechet_of_features,
     noise_floor,
 )
-from stepdistill.evaluation.images import Picture, PixelChain, list_images, read_all, shard
-from stepdistill.evaluation.manifold import manifold
+from stepdistill.evaluation.metrics.prdc import manifold
+from stepdistill.evaluation.metrics.statistics import FeatureStatistics, load_stored
+from stepdistill.evaluation.networks.features import FeatureExtractor
 from stepdistill.evaluation.protocols import Metric
-from stepdistill.evaluation.statistics import FeatureStatistics, load_stored
 
 logger = logging.getLogger(__name__)
 KEEP_FEATURES: frozenset[Metric] = frozenset(

@@ -19,8 +19,8 @@ from stepdistill.errors import Refusal
 from stepdistill.evaluation.drawing import Drawn
 from stepdistill.evaluation.fashion import attribute_shares
 from stepdistill.evaluation.images import Picture, PixelChain, shard
-from stepdistill.evaluation.judge import Judge
-from stepdistill.evaluation.perceptual import Lpips
+from stepdistill.evaluation.metrics.lpips import Lpips
+from stepdistill.evaluation.networks.judge import Judge
 from stepdistill.evaluation.protocols import Metric, PromptSet
 from stepdistill.evaluation.text import (
     CONVENTIONS,

@@ -16,12 +16,12 @@ from typing import Literal
 from pydantic import Field
 
 from stepdistill.assets import FOLDER
+from stepdistill.config.reading import Settings, read_settings
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.fashion import SEED, evaluation_set
 from stepdistill.evaluation.images import PixelChain, Quantize
-from stepdistill.evaluation.resize import ResizeMode
-from stepdistill.settings import Settings, read_settings
+from stepdistill.evaluation.networks.resize import ResizeMode
 
 PROTOCOLS = FOLDER / "protocols"
 

@@ -18,11 +18,10 @@ from accelerate import PartialState
 
 from stepdistill.assets import FOLDER
 from stepdistill.data.fashion import parse_caption
-from stepdistill.data.tensors import write_atomically
+from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.drawing import Drawn, Sampler, claim, draw_missing
 from stepdistill.evaluation.fashion import SEED
-from stepdistill.evaluation.features import FeatureExtractor
 from stepdistill.evaluation.images import Picture
 from stepdistill.evaluation.measure import (
     KEEP_FEATURES,
@@ -34,6 +33,7 @@ from stepdistill.evaluation.measure import (
     merge,
     read_reference,
 )
+from stepdistill.evaluation.networks.features import FeatureExtractor
 from stepdistill.evaluation.page import html_page
 from stepdistill.evaluation.pictures import PictureScores, score_pictures
 from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, qualified, text_hash

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizerFast
 
 from stepdistill.errors import Refusal
-from stepdistill.evaluation.features import CLIP_DEVIATION, CLIP_MEAN, as_tensor, standardised, weights_hash
 from stepdistill.evaluation.images import Picture, PixelChain
+from stepdistill.evaluation.networks.features import CLIP_DEVIATION, CLIP_MEAN, as_tensor, standardised, weights_hash
 from stepdistill.rewards.aesthetic import load_head
 
 logger = logging.getLogger(__name__)

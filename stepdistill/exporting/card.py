@@ -8,10 +8,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from stepdistill.assets import resolve
-from stepdistill.exporting.lora import expert_files
 from stepdistill.exporting.proof import loader_arguments
-from stepdistill.models.families.base import CheckpointInfo, Family
-from stepdistill.models.recipe import Recipe
+from stepdistill.families.base import CheckpointInfo, Family
+from stepdistill.families.recipe import Recipe
+from stepdistill.inference.lora_files import expert_files
 
 
 def write_card(

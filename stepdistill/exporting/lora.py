@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.errors import Refusal
-from stepdistill.models.adapters import LoraSettings
-from stepdistill.models.recipe import Recipe
-from stepdistill.models.triple import Triple
-
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "lora_kohya.safetensors"
-RECIPE_KEY = "stepdistill_recipe"
-
-
-def expert_files(file: str, experts: int) -> list[str]:
-    """Names of the files of a student: `file` itself for one expert, NAME_expert_1.safetensors and so on for several."""
-    stem, dot, suffix = file.rpartition(".")
-    return [file] if experts <= 1 else [f"{stem}_expert_{k}{dot}{suffix}" for k in range(1, experts + 1)]
+from stepdistill.families.recipe import Recipe
+from stepdistill.inference.lora_files import RECIPE_KEY
+from stepdistill.roles.lora import LoraSettings
+from stepdistill.roles.triple import Triple
 
 
 def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -98,13 +87,6 @@ def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtyp
         "ss_network_alpha": str(lora.alpha),
     }
     save_file(tensors, path, {"format": "pt", **metadata, RECIPE_KEY: recipe.to_json()})
-
-
-def recipe_of(path: Path) -> Recipe | None:
-    """The recipe inside a LoRA file, None where it has none."""
-    with safe_open(path, "pt") as file:
-        metadata: Mapping[str, str] = file.metadata() or {}
-    return Recipe.from_json(metadata[RECIPE_KEY]) if RECIPE_KEY in metadata else None
 
 
 def _plain(value: Any) -> Any:

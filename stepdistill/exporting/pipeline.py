@@ -11,10 +11,10 @@ from torch import nn
 
 from stepdistill.errors import Refusal
 from stepdistill.exporting.lora import alpha_of, lora_tensors, settings_of
-from stepdistill.models.families.base import Checkpoint
-from stepdistill.models.guidance import GuidanceEmbedding
-from stepdistill.models.recipe import Recipe
-from stepdistill.models.triple import Triple
+from stepdistill.families.base import Checkpoint
+from stepdistill.families.common.guidance_embedding import GuidanceEmbedding
+from stepdistill.families.recipe import Recipe
+from stepdistill.roles.triple import Triple
 
 
 def write_pipeline(

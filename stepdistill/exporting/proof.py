@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.errors import Refusal
-from stepdistill.exporting.calls import seeded_steps
-from stepdistill.exporting.experts import Experts
-from stepdistill.models.conditioning import ImageSize
-from stepdistill.models.families.base import Checkpoint
-from stepdistill.models.recipe import Recipe
-from stepdistill.models.sampler import student_sample
-from stepdistill.models.triple import REAL_SCORE, Triple
+from stepdistill.families.base import Checkpoint
+from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.recipe import Recipe
+from stepdistill.inference.calls import seeded_steps
+from stepdistill.inference.experts import Experts
+from stepdistill.roles.sampler import student_sample
+from stepdistill.roles.triple import REAL_SCORE, Triple
 
 FILE = "proof.safetensors"
 TOLERANCE = 1e-4

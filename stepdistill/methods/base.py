@@ -9,15 +9,15 @@ from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
+from stepdistill.config.reading import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import Refusal
-from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.recipe import Recipe
-from stepdistill.models.sampler import GuidedState
-from stepdistill.models.triple import FAKE_SCORE, GENERATOR, Mode, Triple
-from stepdistill.settings import Settings
+from stepdistill.families.conditioning import Conditioning
+from stepdistill.families.recipe import Recipe
+from stepdistill.roles.sampler import GuidedState
+from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Mode, Triple
 
 ConfigT = TypeVar("ConfigT", bound=Settings)
 RoleKind = Literal["generator", "fake_score"]

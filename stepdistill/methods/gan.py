@@ -7,15 +7,15 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
+from stepdistill.config.reading import Switch
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.errors import Refusal
+from stepdistill.families.conditioning import Conditioning
+from stepdistill.frozen.vision import CRITIC, VISION, VisionEncoder
 from stepdistill.methods.base import Batch, Decode, Needs, Setting
 from stepdistill.methods.parts import LevelConfig
-from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.heads import GanLoss, discriminator_loss, generator_loss, seeded_head, seeded_maps_head
-from stepdistill.models.triple import FAKE_SCORE, Triple
-from stepdistill.models.vision import CRITIC, VISION, VisionEncoder
-from stepdistill.settings import Switch
+from stepdistill.roles.heads import GanLoss, discriminator_loss, generator_loss, seeded_head, seeded_maps_head
+from stepdistill.roles.triple import FAKE_SCORE, Triple
 
 HEAD = "discriminator"
 

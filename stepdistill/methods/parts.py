@@ -10,17 +10,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stepdistill.config.reading import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule, broadcast
 from stepdistill.diffusion.timesteps import NoiseLevels
 from stepdistill.diffusion.transitions import Transition
+from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Batch, Rollout
-from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.sampler import advance
-from stepdistill.models.triple import Triple
-from stepdistill.settings import Settings
+from stepdistill.roles.denoiser import Denoiser
+from stepdistill.roles.sampler import advance
+from stepdistill.roles.triple import Triple
 
 DmWeight = Literal["code", "paper", "exact_kl"]
 Exits = Literal["batch", "sample"]

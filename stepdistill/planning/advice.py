@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-from stepdistill.config import CacheConfig, RunConfig
+from stepdistill.config.schema import CacheConfig, RunConfig
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import RoleKind
 from stepdistill.planning.forecast import Planner, changed

@@ -8,7 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from stepdistill.config import OptimizerConfigs, RunConfig
+from stepdistill.config.reading import Settings
+from stepdistill.config.schema import OptimizerConfigs, RunConfig
 from stepdistill.data.prompts import BUILTIN, read_prompts
 from stepdistill.planning.hardware import UTILISATION, Gpu
 from stepdistill.planning.loop import Walk, walk
@@ -17,11 +18,10 @@ from stepdistill.planning.meter import Flops
 from stepdistill.planning.report import GB, Compute, Disk, Forecast, NetworkCalls
 from stepdistill.planning.sources import find_source
 from stepdistill.planning.trace import IMAGES, TEXT, Trace, outline, trace
-from stepdistill.settings import Settings
-from stepdistill.training.caching import image_bytes, prompt_bytes
+from stepdistill.training.inputs.caching import image_bytes, prompt_bytes
 from stepdistill.training.options import check_combinations
-from stepdistill.training.plan import Plan, without_data
 from stepdistill.training.session import Session
+from stepdistill.training.setup import Plan, without_data
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stepdistill.config.registry import nearest
 from stepdistill.errors import Refusal
-from stepdistill.registry import nearest
 
 UTILISATION = 0.4
 """Assumed share of the published rate that a training step reaches; runs of U-Nets are commonly between 0.3 and 0.5."""

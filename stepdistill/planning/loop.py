@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stepdistill.diffusion.draws import Draws
+from stepdistill.families.analytic import Analytic, Mixture, MixtureNetwork
+from stepdistill.families.conditioning import Conditioning
+from stepdistill.frozen.vision import VISION, VisionEncoder
 from stepdistill.methods.base import Batch, Method, Progress, Rollout
-from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.families.analytic import Analytic, Mixture, MixtureNetwork
-from stepdistill.models.sampler import GuidedState
-from stepdistill.models.triple import REAL_SCORE, RoleLayout, Triple
-from stepdistill.models.vision import VISION, VisionEncoder
 from stepdistill.planning.meter import Flops
 from stepdistill.rewards.base import HELD_OUT, REWARD, OwnReward
-from stepdistill.training.batches import sample_numbers
-from stepdistill.training.plan import Plan
+from stepdistill.roles.sampler import GuidedState
+from stepdistill.roles.triple import REAL_SCORE, RoleLayout, Triple
+from stepdistill.training.inputs.batches import sample_numbers
+from stepdistill.training.setup import Plan
 
 ROLLOUT = "rollout"
 COUNTED = 120

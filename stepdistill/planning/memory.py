@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from stepdistill.config import OptimizerConfig, RunConfig
-from stepdistill.models.triple import REAL_SCORE
+from stepdistill.config.schema import OptimizerConfig, RunConfig
 from stepdistill.planning.hardware import RUNTIME
 from stepdistill.planning.report import Memory, Parameters, Part
 from stepdistill.planning.trace import GRID, IMAGES, TEXT, Phase, companions, size_of
+from stepdistill.roles.triple import REAL_SCORE
 from stepdistill.training.optimizers import is_matrix
 from stepdistill.training.session import EMA, Session
 

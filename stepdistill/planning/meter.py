@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from stepdistill.planning.ghost import Ghost, Memory, run
+from stepdistill.planning.fake_tensors import Ghost, Memory, run
 
 HALF = (torch.bfloat16, torch.float16)
 

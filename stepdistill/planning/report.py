@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
+from stepdistill.config.reading import Settings
 from stepdistill.errors import Refusal
-from stepdistill.settings import Settings
 
 GB = 10**9
 

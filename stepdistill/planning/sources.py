@@ -8,13 +8,13 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from stepdistill.assets import resolve
-from stepdistill.config import ModelConfig
+from stepdistill.config.registry import load_family
+from stepdistill.config.schema import ModelConfig
 from stepdistill.errors import Refusal
-from stepdistill.models.families.base import CheckpointInfo
-from stepdistill.models.families.public import PUBLIC
-from stepdistill.models.families.single_file import CONFIGS, FAMILY_OF
-from stepdistill.models.loading import inspect_checkpoint, is_hub_id
-from stepdistill.registry import load_family
+from stepdistill.families.base import CheckpointInfo
+from stepdistill.families.checkpoints.loading import inspect_checkpoint, is_hub_id
+from stepdistill.families.checkpoints.public import PUBLIC
+from stepdistill.families.checkpoints.single_file import CONFIGS, FAMILY_OF
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import Refusal
+from stepdistill.families.base import Checkpoint
+from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.methods.base import Batch, Progress
-from stepdistill.models.conditioning import Conditioning, ImageSize
-from stepdistill.models.families.base import Checkpoint
-from stepdistill.models.sampler import GuidedState
-from stepdistill.planning.ghost import Unknowable, hollow
+from stepdistill.planning.fake_tensors import Unknowable, hollow
 from stepdistill.planning.loop import CallCounter, Walk, run_micro_batch
 from stepdistill.planning.meter import Flops, Meter, normalise_in_float32
-from stepdistill.training.plan import Plan
+from stepdistill.roles.sampler import GuidedState
 from stepdistill.training.session import DTYPES, Session, assemble
+from stepdistill.training.setup import Plan
 
 TEXT, IMAGES, GRID = "encode text", "encode images", "draw grid"
 TIME = 500.0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepdistill.errors import Refusal
-from stepdistill.models.vision import is_outline
+from stepdistill.frozen.vision import is_outline
 from stepdistill.rewards.base import Reward
 from stepdistill.rewards.clip import DEFAULT, ClipReward, load_clip
 from stepdistill.rewards.stack import linear_stack

@@ -13,8 +13,8 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
+from stepdistill.config.registry import REWARDS, nearest
 from stepdistill.errors import Refusal
-from stepdistill.registry import REWARDS, nearest
 
 REWARD, HELD_OUT = "reward", "held_out_reward"
 """In `Triple.frozen`: the one that is optimised, and one that is looked at."""

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from stepdistill.errors import Refusal
-from stepdistill.models.families.clip import tokenizer_of
-from stepdistill.models.families.single_file import CONFIGS
-from stepdistill.models.vision import CLIP_DEVIATION, CLIP_MEAN, config_of, is_outline
+from stepdistill.families.checkpoints.single_file import CONFIGS
+from stepdistill.families.common.clip import tokenizer_of
+from stepdistill.frozen.vision import CLIP_DEVIATION, CLIP_MEAN, config_of, is_outline
 from stepdistill.rewards.base import Reward
 
 DEFAULT, PICKSCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"

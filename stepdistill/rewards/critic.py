@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepdistill.config.registry import nearest
 from stepdistill.data.fashion import COLOURS, GARMENTS, parse_caption
 from stepdistill.errors import Refusal
-from stepdistill.models.critic import Critic
-from stepdistill.models.vision import load_critic
-from stepdistill.registry import nearest
+from stepdistill.frozen.critic import Critic
+from stepdistill.frozen.vision import load_critic
 from stepdistill.rewards.base import Reward
 
 LUMA = (0.299, 0.587, 0.114)

@@ -18,7 +18,7 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from stepdistill.errors import Refusal
-from stepdistill.models.vision import config_of, is_outline
+from stepdistill.frozen.vision import config_of, is_outline
 from stepdistill.rewards.base import Reward
 from stepdistill.rewards.clip import ClipPixels
 from stepdistill.rewards.stack import linear_stack

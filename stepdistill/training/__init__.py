@@ -1,1 +1,1 @@
-"""Runs things: a session is built from a config, the trainer turns it into checkpoints, collect makes data sets."""
+"""Trains: a session is built from a config, and the trainer turns it into checkpoints."""

@@ -21,24 +21,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.assets import resolve
-from stepdistill.config import ModelConfig
-from stepdistill.data.index import Fingerprint, Kind, StoredDtype
+from stepdistill.config.reading import Settings
+from stepdistill.config.registry import load_family
+from stepdistill.config.schema import ModelConfig
+from stepdistill.data.latents.index import Fingerprint, Kind, StoredDtype
+from stepdistill.data.latents.tensors import ShardWriter, check_place, noise_for
+from stepdistill.data.latents.trajectories import TrajectoryWriter
 from stepdistill.data.prompts import PromptList, read_prompts
-from stepdistill.data.tensors import ShardWriter, check_place, noise_for
-from stepdistill.data.trajectories import TrajectoryWriter
 from stepdistill.diffusion.draws import Draws, derive_seed, generator
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.timesteps import trailing_ladder
 from stepdistill.errors import Refusal
-from stepdistill.models.conditioning import ImageSize
-from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.guidance import read_guide
-from stepdistill.models.kernels import compile_blocks, lay_out
-from stepdistill.models.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.models.sampler import guided_walk, teacher_sample
-from stepdistill.registry import load_family
-from stepdistill.settings import Settings
-from stepdistill.training.grids import student_latents
+from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.families.conditioning import ImageSize
+from stepdistill.roles.denoiser import Denoiser
+from stepdistill.roles.guidance_conditioning import read_guide
+from stepdistill.roles.sampler import guided_walk, teacher_sample
+from stepdistill.runtime.kernels import compile_blocks, lay_out
+from stepdistill.training.monitoring.grids import student_latents
 from stepdistill.training.run import open_run
 from stepdistill.training.session import DTYPES, place_of
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stepdistill.methods.base import Stage
-from stepdistill.models.guidance_adapter import AdapterSettings
-from stepdistill.models.triple import RoleLayout
+from stepdistill.roles.guidance_adapter import AdapterSettings
+from stepdistill.roles.triple import RoleLayout
 from stepdistill.training.options import describe_options
-from stepdistill.training.plan import Plan
 from stepdistill.training.session import Session
+from stepdistill.training.setup import Plan
 
 
 def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> list[str]:

@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from stepdistill.errors import Refusal
-from stepdistill.models.lora_file import load_lora_file
-from stepdistill.models.triple import GENERATOR, Triple
-from stepdistill.training import checkpoint as checkpoints
+from stepdistill.roles.lora_file import load_lora_file
+from stepdistill.roles.triple import GENERATOR, Triple
+from stepdistill.training.run_folder import checkpoints
 
 logger = logging.getLogger(__name__)
 LORA_SUFFIX = ".safetensors"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from stepdistill.config import OptimizerConfig
+from stepdistill.config.schema import OptimizerConfig
 from stepdistill.errors import Refusal
-from stepdistill.models.sharding import laid_out_like, norm
-from stepdistill.training.offload import OffloadedState
+from stepdistill.runtime.optimizer_offload import OffloadedState
+from stepdistill.runtime.sharding import laid_out_like, norm
 
 CODES = ("qmap1", "qmap2")
 """What the 256 codes of 8-bit moments mean: one tensor for all parameters, saved once."""

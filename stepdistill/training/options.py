@@ -8,13 +8,13 @@ from importlib.util import find_spec
 
 import torch
 
-from stepdistill.config import RunConfig
+from stepdistill.config.schema import RunConfig
 from stepdistill.errors import Refusal
+from stepdistill.families.base import Family
 from stepdistill.methods.base import Needs, RoleKind
-from stepdistill.models.families.base import Family
-from stepdistill.models.kernels import check_xformers
-from stepdistill.models.quantization import check_quantization
-from stepdistill.models.triple import Mode
+from stepdistill.roles.triple import Mode
+from stepdistill.runtime.kernels import check_xformers
+from stepdistill.runtime.quantization import check_quantization
 from stepdistill.training.optimizers import check_adamw8bit, check_muon
 
 

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from stepdistill.config import ModelConfig, RunConfig, load_config
-from stepdistill.data.tensors import check_place
+from stepdistill.config.schema import ModelConfig, RunConfig, load_config
+from stepdistill.data.latents.tensors import check_place
 from stepdistill.errors import Refusal
-from stepdistill.training import checkpoint as checkpoints
-from stepdistill.training.caching import warm
 from stepdistill.training.description import describe
-from stepdistill.training.environment import RECORDED
-from stepdistill.training.folder import CONFIG, write_config
+from stepdistill.training.distributed import Processes, check_launcher
+from stepdistill.training.evaluation_hook import Watch
+from stepdistill.training.inputs.caching import warm
 from stepdistill.training.options import check_training_options, products
-from stepdistill.training.plan import prepare
-from stepdistill.training.processes import Processes, check_launcher
+from stepdistill.training.run_folder import checkpoints
+from stepdistill.training.run_folder.environment import RECORDED
+from stepdistill.training.run_folder.logs import CONFIG, write_config
 from stepdistill.training.session import Session, device_of, open_session
+from stepdistill.training.setup import prepare
 from stepdistill.training.trainer import Trainer
-from stepdistill.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 EXACT_ONLY = ("dtype", "attention", "compile", "channels_last")

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from stepdistill.errors import Refusal
+from stepdistill.families.base import PARTS, Checkpoint
+from stepdistill.families.checkpoints.loading import load_checkpoint
+from stepdistill.families.recipe import Recipe
+from stepdistill.frozen.vision import VISION, load_vision
 from stepdistill.methods.base import Decode, Method, Needs
-from stepdistill.models.families.base import PARTS, Checkpoint
-from stepdistill.models.guidance_adapter import GuidanceAdapter
-from stepdistill.models.kernels import compile_blocks, lay_out
-from stepdistill.models.loading import load_checkpoint
-from stepdistill.models.recipe import Recipe
-from stepdistill.models.triple import GENERATOR, REAL_SCORE, Triple
-from stepdistill.models.vision import VISION, load_vision
 from stepdistill.rewards import HELD_OUT, REWARD, load_reward
-from stepdistill.training.encoding import Encoder, Warm, make_encoder
+from stepdistill.roles.guidance_adapter import GuidanceAdapter
+from stepdistill.roles.triple import GENERATOR, REAL_SCORE, Triple
+from stepdistill.runtime.kernels import compile_blocks, lay_out
 from stepdistill.training.initial import load_initial
-from stepdistill.training.plan import Plan
+from stepdistill.training.inputs.encoding import Encoder, Warm, make_encoder
+from stepdistill.training.setup import Plan
 
 EMA = "generator_ema"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -14,20 +14,20 @@ from torch import Tensor
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import STUDENT, Batch, Progress, Rollout, Stage
-from stepdistill.models.triple import GENERATOR
-from stepdistill.training import checkpoint as checkpoints
-from stepdistill.training.batches import BatchSource, sample_numbers
-from stepdistill.training.checkpoint import Counters, Facts
-from stepdistill.training.environment import Environment
-from stepdistill.training.folder import CONFIG, cut_back, write_config
-from stepdistill.training.monitor import Monitor
+from stepdistill.roles.triple import GENERATOR
+from stepdistill.training.distributed import Processes
+from stepdistill.training.evaluation_hook import Watch
+from stepdistill.training.inputs.batches import BatchSource, sample_numbers
+from stepdistill.training.monitoring.monitor import Monitor
+from stepdistill.training.monitoring.tracking import Tracker
 from stepdistill.training.optimizers import RoleOptimizer
-from stepdistill.training.processes import Processes
+from stepdistill.training.run_folder import checkpoints
+from stepdistill.training.run_folder.checkpoints import Counters, Facts
+from stepdistill.training.run_folder.environment import Environment
+from stepdistill.training.run_folder.logs import CONFIG, cut_back, write_config
+from stepdistill.training.run_folder.tensor_store import KEPT, RunShelf
 from stepdistill.training.session import EMA, Session, settle
-from stepdistill.training.shelf import KEPT, RunShelf
-from stepdistill.training.signals import graceful
-from stepdistill.training.tracking import Tracker
-from stepdistill.training.watch import Watch
+from stepdistill.training.stopping import graceful
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"

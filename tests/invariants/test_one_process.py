@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from methods import CASES, Bench, difference, equal, saved
+from support.method_cases import CASES, Bench, difference, equal, saved
 
-from stepdistill.registry import method_names
+from stepdistill.config.registry import method_names
 from stepdistill.training.run import train
 
 

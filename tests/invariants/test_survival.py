@@ -15,20 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-from methods import CASES, Bench, equal, saved
 from safetensors.torch import save_file
+from support.method_cases import CASES, Bench, equal, saved
 
-from stepdistill import registry
-from stepdistill.config import TrainingConfig
+from stepdistill.config import registry
+from stepdistill.config.schema import TrainingConfig
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import Refusal
 from stepdistill.methods.base import Batch, Progress, Rollout, Stage, Terms
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.models.triple import Triple
-from stepdistill.training import checkpoint as checkpoints
-from stepdistill.training import signals
-from stepdistill.training.processes import check_launcher
+from stepdistill.methods.matching.dmd2 import DMD2
+from stepdistill.roles.triple import Triple
+from stepdistill.training import stopping as signals
+from stepdistill.training.distributed import check_launcher
 from stepdistill.training.run import train
+from stepdistill.training.run_folder import checkpoints
 from stepdistill.training.trainer import Trainer
 
 DMD2_CASE = CASES["dmd2"]

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from methods import CASES, FULLEST, Bench, difference, equal, saved
+from support.method_cases import CASES, FULLEST, Bench, difference, equal, saved
 
-from stepdistill.config import EvaluationConfig, RunConfig
-from stepdistill.training import checkpoint as checkpoints
-from stepdistill.training.folder import write_config
+from stepdistill.config.schema import EvaluationConfig, RunConfig
 from stepdistill.training.run import train
+from stepdistill.training.run_folder import checkpoints
+from stepdistill.training.run_folder.logs import write_config
 
 WORKER = Path(__file__).with_name("worker.py")
 KINDS = ("replicated", "full")

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepdistill.api import distill
-from stepdistill.config import load_config
+from stepdistill.api.training import distill
+from stepdistill.config.schema import load_config
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods.base import Batch, Progress, Rollout, Terms
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.models.triple import Triple
+from stepdistill.methods.matching.dmd2 import DMD2
+from stepdistill.roles.triple import Triple
 from stepdistill.training.trainer import Trainer
 
 RANK = int(os.environ["RANK"])

@@ -21,12 +21,12 @@ from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 
 from stepdistill.data import fashion
-from stepdistill.data.looks import saturation
-from stepdistill.evaluation.diversity import pairwise_diversity
-from stepdistill.evaluation.frechet import frechet_of_features
-from stepdistill.evaluation.judge import Judge
-from stepdistill.evaluation.manifold import manifold, pairwise_distances
-from stepdistill.evaluation.statistics import FeatureStatistics
+from stepdistill.data.appearance import saturation
+from stepdistill.evaluation.metrics.diversity import pairwise_diversity
+from stepdistill.evaluation.metrics.frechet import frechet_of_features
+from stepdistill.evaluation.metrics.prdc import manifold, pairwise_distances
+from stepdistill.evaluation.metrics.statistics import FeatureStatistics
+from stepdistill.evaluation.networks.judge import Judge
 
 STEPS = 50
 PROMPTS = 5000

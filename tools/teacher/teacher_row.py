@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from countedzeros import count_zeros
 
+from stepdistill.api.quickstart import TEACHER_ROW, Bench, teacher_row
 from stepdistill.assets import FLOW_TEACHER, FOLDER, TEACHER, resolve
-from stepdistill.config import load_config
-from stepdistill.data.tensors import write_atomically
-from stepdistill.demo import TEACHER_ROW, Bench, teacher_row
+from stepdistill.config.schema import load_config
+from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.evaluation.fashion import Scorer, evaluation_set
-from stepdistill.exporting.artefact import load_artefact
-from stepdistill.models.families.sd3 import T5_TOKENS
+from stepdistill.families.sd3 import T5_TOKENS
+from stepdistill.inference.artifact import load_artefact
 
 
 def main() -> None:

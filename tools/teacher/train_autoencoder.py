@@ -22,7 +22,7 @@ from networks import build_autoencoder
 from torch import nn
 from torch.nn import functional as F
 
-from stepdistill.models.critic import CHANNELS, Critic, perceptual_distance
+from stepdistill.frozen.critic import CHANNELS, Critic, perceptual_distance
 
 
 class FeatureHeads(nn.Module):

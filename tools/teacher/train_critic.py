@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from stepdistill.models.critic import Critic
+from stepdistill.frozen.critic import Critic
 
 
 def critic_loss(critic: Critic, batch: common.RenderedBatch, noise: torch.Generator) -> torch.Tensor:

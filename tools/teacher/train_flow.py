@@ -24,7 +24,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from train_unet import Latents, build_caption_table, learning_rate, load_latents
 
-from stepdistill.models.families.sd3 import T5_TOKENS
+from stepdistill.families.sd3 import T5_TOKENS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from stepdistill.evaluation.judge import Judge
+from stepdistill.evaluation.networks.judge import Judge
 
 
 def judge_loss(judge: Judge, batch: common.RenderedBatch, noise: torch.Generator) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""The public functions, for notebooks and scripts; the command line calls the same ones."""

@@ -1,0 +1,232 @@
+"""The public functions, for notebooks and scripts; the command line calls the same ones.
+
+outcome = stepdistill.distill(stepdistill.load_config("configs/quickstart.yaml"), output="runs/first")
+stepdistill.export(outcome.folder, "diffusers-lora", "lora")
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+
+from stepdistill.assets import resolve
+from stepdistill.config.registry import load_method
+from stepdistill.config.schema import RunConfig
+from stepdistill.data.prompts import read_prompts
+from stepdistill.errors import Refusal
+from stepdistill.evaluation.during_training import Goal, StudentWatch
+from stepdistill.exporting.card import push_to_hub as push
+from stepdistill.exporting.export import ExportFormat, check_output, export_student
+from stepdistill.exporting.proof import QuantizedStudent, final_latents
+from stepdistill.families.base import Checkpoint
+from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.inference.artifact import draw, load_artefact
+from stepdistill.rewards import load_reward
+from stepdistill.roles.triple import Mode
+from stepdistill.training.collect import CollectConfig, collect
+from stepdistill.training.description import describe
+from stepdistill.training.distributed import check_launcher, sharding_asked
+from stepdistill.training.initial import initial_checkpoint
+from stepdistill.training.inputs.caching import Filled, fill
+from stepdistill.training.monitoring.grids import as_floats, save_images, tile
+from stepdistill.training.options import check_training_options, products
+from stepdistill.training.run import Outcome, find_start, open_run, run_config, train
+from stepdistill.training.session import DTYPES, Session, device_of
+from stepdistill.training.setup import prepare
+
+__all__ = [
+    "CollectConfig", "cache", "collect", "distill", "dry_run", "export", "leave_processes", "load_teacher", "sample",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+PROOF_IMAGES = 2
+GRID_LIMIT = 256
+"""Images that a grid shows at most."""
+
+
+def distill(config: RunConfig, output: str | Path | None = None, resume: str | None = None) -> Outcome:
+    """Train a student, measured as it trains where the config says so. See `stepdistill.training.run.train`."""
+    if config.evaluation is None:
+        return train(config, output, resume)
+    section = config.evaluation
+    return train(config, output, resume, lambda session, folder: StudentWatch(session, folder, section))
+
+
+def cache(config: RunConfig) -> Filled:
+    """Fill the caches of a training config, so that its training finds them warm. See `training.caching.fill`."""
+    return fill(prepare(config))
+
+
+def leave_processes() -> None:
+    """End the group of processes that a distributed `distill` or `collect` joined; nothing where there is one process."""
+    PartialState().destroy_process_group()
+
+
+def dry_run(config: RunConfig, output: str | Path | None = None, resume: str | None = None) -> list[str]:
+    """Check a config as training with the same arguments would, without loading a weight; lines that describe the run.
+
+    Raises:
+        Refusal: whatever training would refuse before it loads a weight.
+    """
+    check_launcher(config.training)
+    find_start(config, Path(output or config.output), resume)
+    plan = prepare(config)
+    if config.init is not None:
+        initial_checkpoint(Path(config.init))
+    with torch.device("meta"):  # outlines: their names and options are what a dry run can check
+        for reward in (plan.needs.reward, plan.needs.held_out):
+            if reward is not None:
+                load_reward(reward)
+    if config.evaluation is not None:
+        Goal.of(config.evaluation)
+    adapter = config.model.guidance_adapter
+    if adapter is not None and not Path(adapter).exists():
+        raise Refusal(
+            f"model.guidance_adapter is {adapter!r}, and there is no such file: give an exported adapter or its folder"
+        )
+    device = device_of(config.training.device)
+    check_training_options(config, plan.roles, plan.needs, device, sharded=sharding_asked(config.training))
+    return describe(plan)
+
+
+def load_teacher(model: str, dtype: str = "float32", device: str | None = None) -> Checkpoint:
+    """Load a checkpoint: diffusers folder, hub id, single `.safetensors` file, or `builtin:teacher`. Raises Refusal."""
+    return load_checkpoint(inspect_checkpoint(resolve(model)), dtype_of(dtype), device_of(device))
+
+
+def export(
+    run: str | Path,
+    format: ExportFormat,
+    output: str | Path,
+    *,
+    half: bool = False,
+    push_to_hub: str | None = None,
+    device: str | None = None,
+    checkpoint: Literal["latest", "best"] = "latest",
+) -> Path:
+    """Write a run's student and prove that stock diffusers reproduces it; nothing is left where the proof fails.
+
+    Args:
+        format: diffusers-lora, kohya-lora, guidance-adapter or pipeline.
+        half: store float16.
+        push_to_hub: hub repository to upload the folder to.
+        checkpoint: the newest, or the one that evaluation during training liked best.
+
+    Raises:
+        Refusal: not a run, a non-empty output folder, non-finite weights, or a failed proof.
+    """
+    check_output(Path(output))
+    # a half-precision base is widened, and a GPU's convolutions have all 24 bits: the proof is exact, and the LoRA's float32
+    # weights are the same on any
+    with products(tf32=False):
+        quantized = _quantized_student(run, device, checkpoint)
+        session, iteration = open_run(run, device, full_precision=True, checkpoint=checkpoint)
+        logger.info("exporting the %s of iteration %d", session.student.replace("_", " "), iteration)
+        folder = export_student(
+            session.checkpoint,
+            session.triple,
+            session.experts,
+            session.recipe,
+            format,
+            Path(output),
+            prompts=_proof_prompts(session),
+            seeds=list(range(PROOF_IMAGES)),
+            half=half,
+            quantized=quantized,
+        )
+    if push_to_hub is not None:
+        push(folder, push_to_hub)
+    return folder
+
+
+def natural_format(config: RunConfig) -> ExportFormat:
+    """What holds all of the student that a run of this config trains, in the smallest files that stock diffusers loads."""
+    forms: dict[Mode, ExportFormat] = {"lora": "diffusers-lora", "full": "pipeline", "adapter": "guidance-adapter"}
+    form = forms[config.roles.generator.mode]
+    method = load_method(config.method_name)
+    told = method.guidance_told(method.Config.model_validate(config.method_options)) is not None
+    # an embedding is no part of a LoRA
+    return "pipeline" if told and form == "diffusers-lora" else form
+
+
+def sample(
+    model: str,
+    output: str | Path,
+    *,
+    lora: str | Path | None = None,
+    prompt: str | None = None,
+    prompts: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    num_images: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    dtype: str = "float32",
+    device: str | None = None,
+    scheduler: str | None = None,
+) -> list[Path]:
+    """Draw images into a folder, as PNG and as a grid; image i has seed `seed + i` whatever the batch size.
+
+    The recipe that came with the LoRA or pipeline applies by default; overriding it warns.
+
+    Raises:
+        Refusal: no prompt or two sources of them, a folder that is not empty, a LoRA that does not fit.
+    """
+    folder = Path(output)
+    check_output(folder)
+    if (prompt is None) == (prompts is None):
+        raise Refusal("exactly one of --prompt and --prompts is needed: give a text, or a file of prompts")
+    if (width is None) != (height is None):
+        raise Refusal("--width and --height go together: give both or neither")
+    listed = [prompt] if prompt is not None else list(read_prompts(str(prompts)).texts)
+    texts = [text for text in listed for _ in range(num_images)]
+    artefact = load_artefact(
+        resolve(model), Path(lora) if lora is not None else None, dtype_of(dtype), device_of(device)
+    )
+    size = (height, width) if height is not None and width is not None else None
+    images = draw(
+        artefact.pipeline, texts, [seed + i for i in range(len(texts))], recipe=artefact.recipe, experts=artefact.experts,
+        adapter=artefact.adapter, steps=steps, guidance=guidance, negative_prompt=negative_prompt, size=size,
+        scheduler=scheduler, batch_size=batch_size,
+    )  # fmt: skip
+    paths: list[Path] = []
+    shown: list[torch.Tensor] = []
+    for batch in images:
+        shown.append(as_floats(batch[: max(0, GRID_LIMIT - len(paths))]))
+        paths += save_images(batch, folder, len(paths))
+    drawn = torch.cat(shown)
+    columns = num_images if num_images > 1 else min(8, len(drawn))
+    tile(list(drawn.split(columns))).save(folder / "grid.png")
+    (folder / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return paths
+
+
+def _proof_prompts(session: Session) -> list[str]:
+    prompts = session.plan.prompts
+    return [prompts[i % len(prompts)] for i in range(PROOF_IMAGES)]
+
+
+def _quantized_student(
+    run: str | Path, device: str | None, checkpoint: Literal["latest", "best"]
+) -> QuantizedStudent | None:
+    """What the student draws on its quantised base, for the proof's prompts and seeds; None where the base is not."""
+    model = run_config(run).model
+    if model.quantization == "none":
+        return None
+    session, _ = open_run(run, device, checkpoint=checkpoint)
+    recipe, seeds = session.recipe, list(range(PROOF_IMAGES))
+    latents = final_latents(session.checkpoint, session.triple, session.experts, recipe, _proof_prompts(session), seeds)
+    return QuantizedStudent(f"a base in {model.quantization} ({model.dtype} elsewhere)", latents.cpu())
+
+
+def dtype_of(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise Refusal(f"the dtype {name!r} is not known: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,1 @@
+"""Real images: folders, WebDataset shards and data sets of the `datasets` library, in buckets and crops."""

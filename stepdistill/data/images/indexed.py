@@ -1,0 +1,159 @@
+"""Images that are read in any order, by position: what folders, tar shards and data sets on disk have in common."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import BinaryIO, TypeVar
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from stepdistill.data.images.source import (
+    UNREADABLE,
+    BadImages,
+    Framing,
+    ImageItem,
+    decode,
+    framing_draws,
+    header_size,
+)
+from stepdistill.diffusion.draws import generator
+from stepdistill.errors import Refusal
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class IndexedImages(ABC):
+    """An image source of known length. A subclass says where the bytes and captions of its images are.
+
+    Nothing is open between two reads, so that threads share nothing and an instance can be pickled.
+
+    Args:
+        source: its name, for messages.
+        framing: how images are cut to size.
+        max_bad_share: share of unreadable images, of all images, above which reading is refused.
+    """
+
+    def __init__(self, source: str, framing: Framing, max_bad_share: float) -> None:
+        self.source, self.framing = source, framing
+        self._bad = BadImages(source, max_bad_share)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name_of(self, index: int) -> str:
+        """Name of an image within the source."""
+
+    @abstractmethod
+    def open(self, index: int) -> BinaryIO:
+        """The image's file, from its first byte on. Raises one of UNREADABLE, and so does `caption_of`."""
+
+    @abstractmethod
+    def caption_of(self, index: int) -> str:
+        """The image's caption, "" where it has none."""
+
+    @property
+    def count(self) -> int:
+        """Images, readable or not."""
+        return len(self)
+
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """Names of the unreadable images found so far, in the order of the source."""
+        return self._bad.names
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Item at a position, its random draws a function of the position: the same crop each time."""
+        return self.read(index, generator("image folder", index))
+
+    def read(self, index: int, draws: torch.Generator) -> ImageItem:
+        """Item at a position, cropped and flipped by `draws`, of which always three numbers are taken.
+
+        Raises:
+            IndexError: no such position.
+            Refusal: more images than `max_bad_share` allows have turned out unreadable, or none is readable.
+        """
+        return self.read_among(range(len(self)), index, draws, self.framing)
+
+    def read_among(self, order: Sequence[int], place: int, draws: torch.Generator, framing: Framing) -> ImageItem:
+        """As `read`, of a selection: the image at order[place], an unreadable one replaced by the next in `order`."""
+        if not 0 <= place < len(order):
+            raise IndexError(f"image {place} of {len(order)} in {self.source}")
+        numbers = framing_draws(draws)
+        for step in range(len(order)):
+            item = self.item(order[(place + step) % len(order)], numbers, framing)
+            if item is not None:
+                return item
+        raise Refusal(f"none of the {len(order)} images in {self.source!r} can be read: replace them")
+
+    def item(self, index: int, numbers: Sequence[float], framing: Framing) -> ImageItem | None:
+        """The very image at a position, cut by three numbers as `Framing.cut` does; None where it cannot be read.
+
+        Raises:
+            Refusal: more images than `max_bad_share` allows have turned out unreadable.
+        """
+        loaded = self._attempt(index, self._load)
+        self._bad.refuse_too_many(len(self))
+        if loaded is None:
+            return None
+        caption, picture = loaded
+        image, crop = framing.cut(picture, numbers)
+        return ImageItem(image, caption, crop, self.name_of(index), index)
+
+    def verify(self, workers: int = 1) -> tuple[str, ...]:
+        """Decode every image once, in `workers` threads; the names of the unreadable ones.
+
+        Raises:
+            Refusal: they are more than `max_bad_share` allows.
+        """
+        readable = sum(size is not None for size in self._each(lambda index: self._load(index)[1].size, workers))
+        log.info("%d of %d images in %s are readable", readable, len(self), self.source)
+        self._bad.refuse_too_many(len(self))
+        return self.bad
+
+    def readable_captions(self) -> Iterator[str]:
+        """Captions of all images, also of those whose pixels are unreadable."""
+        for index in range(len(self)):
+            try:
+                yield self.caption_of(index)
+            except UNREADABLE:
+                continue
+
+    def shapes(self, workers: int = 1) -> list[tuple[int, int] | None]:
+        """(height, width) in pixels of every image, upright, from its header; None where that is unreadable.
+
+        Raises:
+            Refusal: more headers are unreadable than `max_bad_share` allows.
+        """
+        sizes = self._each(lambda index: header_size(self.open(index)), workers)
+        found = list(tqdm(sizes, "image sizes", len(self), unit="image", dynamic_ncols=True, disable=None))
+        self._bad.refuse_too_many(len(self))
+        return found
+
+    def _load(self, index: int) -> tuple[str, Image.Image]:
+        return self.caption_of(index), decode(self.open(index))
+
+    def _each(self, function: Callable[[int], T], workers: int) -> Iterator[T | None]:
+        """`function` of every position, in order; None where that raised."""
+        chunk = 1024  # a future for each of millions of images would not fit into memory
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for start in range(0, len(self), chunk):
+                rows = range(start, min(start + chunk, len(self)))
+                yield from pool.map(partial(self._attempt, function=function), rows)
+
+    def _attempt(self, index: int, function: Callable[[int], T]) -> T | None:
+        """`function` of an image that is not known to be bad; an error makes it so."""
+        if (index,) in self._bad:
+            return None
+        try:
+            return function(index)
+        except UNREADABLE as error:
+            self._bad.add((index,), self.name_of(index), error)
+            return None

@@ -1,0 +1,70 @@
+"""What `data.images` names, opened: a folder, tar shards, or a data set of the `datasets` library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from stepdistill.config.schema import DataConfig
+from stepdistill.data.images.datasets_library import PREFIX, HubImages, open_dataset
+from stepdistill.data.images.folder import ImageFolder
+from stepdistill.data.images.source import Framing, ImageSource, warn_of_bare
+from stepdistill.data.images.stream import ImageStream
+from stepdistill.data.images.webdataset import TarImages, is_tar_pattern
+from stepdistill.diffusion.draws import derive_seed
+from stepdistill.errors import Refusal
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSource:
+    """The images of a run.
+
+    Args:
+        data: its section of the config; `images` must be set.
+        size: (height, width) in pixels of the items, where no bucket says otherwise.
+        seed: of the run; a stream's order depends on it.
+
+    Raises:
+        Refusal: nothing there, or not what it should be.
+    """
+    if data.images is None:
+        raise Refusal("data.images is not set: give a folder, tar shards or a data set")
+    framing = Framing(size, data.crop, data.flip)
+    if data.images.startswith(PREFIX):
+        dataset = open_dataset(data.images.removeprefix(PREFIX), data.split, streaming=data.streaming)
+        if data.streaming:
+            return ImageStream(
+                cast("IterableDataset", dataset),
+                data.images,
+                framing,
+                derive_seed(seed, "images"),
+                image_column=data.image_column,
+                caption_column=data.caption_column,
+                max_bad_share=data.max_bad_share,
+            )
+        return HubImages(
+            cast("Dataset", dataset),
+            data.images,
+            framing,
+            image_column=data.image_column,
+            caption_column=data.caption_column,
+            max_bad_share=data.max_bad_share,
+        )
+    if data.streaming:
+        raise Refusal(
+            f"data.streaming is set and data.images is {data.images!r}, which is read in place: name a data set as "
+            f"'{PREFIX}NAME', or set data.streaming to false"
+        )
+    if is_tar_pattern(data.images):
+        return TarImages(data.images, framing, max_bad_share=data.max_bad_share, caption_column=data.caption_column)
+    folder = ImageFolder(
+        data.images,
+        size,
+        crop=data.crop,
+        flip=data.flip,
+        max_bad_share=data.max_bad_share,
+        caption_column=data.caption_column,
+    )
+    warn_of_bare(sum(not caption for caption in folder.captions), len(folder), folder.source)
+    return folder

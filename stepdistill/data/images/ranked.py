@@ -1,0 +1,140 @@
+"""Images with the ones that lost against them: two folders with the same names, or two columns of a data set.
+
+data: {images: photos/best, losers: photos/worst}
+data: {images: 'hf:pickapic', image_column: jpg_0, losers: jpg_1, preferred_column: label_0}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+from PIL import Image
+
+from stepdistill.config.schema import DataConfig
+from stepdistill.data.images.datasets_library import PREFIX, HubImages, open_dataset
+from stepdistill.data.images.folder import ImageFolder
+from stepdistill.data.images.indexed import IndexedImages
+from stepdistill.data.images.source import Framing, ImageItem, decode
+from stepdistill.errors import Refusal
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class RankedImages(IndexedImages):
+    """Pairs of images with one caption; an item is the winner, with `loser`, cut by the same numbers.
+
+    A pair of which one cannot be read is passed over as a whole.
+
+    Args:
+        winners, losers: where the images are; captions and framing are the first one's.
+        pairs: positions of the two in each.
+        swapped: of each pair, whether the second one won.
+    """
+
+    def __init__(
+        self,
+        winners: IndexedImages,
+        losers: IndexedImages,
+        pairs: Sequence[tuple[int, int]],
+        swapped: Sequence[bool],
+        max_bad_share: float,
+    ) -> None:
+        super().__init__(winners.source, winners.framing, max_bad_share)
+        self.sides, self.pairs, self.swapped = (winners, losers), pairs, swapped
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name_of(self, index: int) -> str:
+        return self.sides[0].name_of(self.pairs[index][0])
+
+    def open(self, index: int) -> BinaryIO:
+        return self._open(index, int(self.swapped[index]))
+
+    def caption_of(self, index: int) -> str:
+        return self.sides[0].caption_of(self.pairs[index][0])
+
+    def item(self, index: int, numbers: Sequence[float], framing: Framing) -> ImageItem | None:
+        winner = super().item(index, numbers, framing)
+        loser = None if winner is None else self._attempt(index, self._loser)
+        self._bad.refuse_too_many(len(self))
+        if winner is None or loser is None:
+            return None
+        return replace(winner, loser=framing.cut(loser, numbers)[0])
+
+    def _loser(self, index: int) -> Image.Image:
+        return decode(self._open(index, 1 - int(self.swapped[index])))
+
+    def _open(self, index: int, side: int) -> BinaryIO:
+        return self.sides[side].open(self.pairs[index][side])
+
+
+def open_ranked(data: DataConfig, images: object) -> RankedImages:
+    """The images of a run, opened by `open_images`, with what `data.losers` names.
+
+    Raises:
+        Refusal: images that are read in place, losers that are not there, or none that has a winner.
+    """
+    if data.losers is None:
+        raise Refusal("preference pairs were asked for and data.losers is not set: give a folder or a column")
+    if isinstance(images, ImageFolder):
+        return _by_name(data, images)
+    if not isinstance(images, HubImages):
+        raise Refusal(
+            f"data.losers is set and data.images is {data.images!r}, which has no place for them: give two folders, or a data set "
+            "with data.streaming false"
+        )
+    name = str(data.images).removeprefix(PREFIX)
+    losers = HubImages(
+        cast("Dataset", open_dataset(name, data.split, streaming=False)),
+        str(data.images),
+        images.framing,
+        image_column=data.losers,
+        caption_column=data.caption_column,
+        max_bad_share=data.max_bad_share,
+    )
+    shares = _shares(data, len(images))
+    rows = [row for row, share in enumerate(shares) if share != 0.5]
+    if not rows:
+        raise Refusal(
+            f"every row of {data.images!r} is a tie by its column {data.preferred_column!r}: name another column"
+        )
+    return RankedImages(
+        images, losers, [(row, row) for row in rows], [shares[row] < 0.5 for row in rows], data.max_bad_share
+    )
+
+
+def _by_name(data: DataConfig, images: ImageFolder) -> RankedImages:
+    framing = images.framing
+    losers = ImageFolder(str(data.losers), framing.size, crop=framing.crop, flip=framing.flip)
+    places = {PurePosixPath(name).with_suffix(""): index for index, name in enumerate(losers.names)}
+    stems = [PurePosixPath(name).with_suffix("") for name in images.names]
+    if lone := [name for name, stem in zip(images.names, stems, strict=True) if stem not in places]:
+        raise Refusal(
+            f"{len(lone)} of {len(stems)} images in {images.source!r} have no loser in {str(data.losers)!r}, such as {lone[0]!r}: "
+            "put one there under the same name"
+        )
+    pairs = [(index, places[stem]) for index, stem in enumerate(stems)]
+    return RankedImages(images, losers, pairs, [False] * len(pairs), data.max_bad_share)
+
+
+def _shares(data: DataConfig, count: int) -> list[float]:
+    """By which share of its judges the first image of each row was preferred."""
+    if data.preferred_column is None:
+        return [1.0] * count
+    dataset = cast("Dataset", open_dataset(str(data.images).removeprefix(PREFIX), data.split, streaming=False))
+    if data.preferred_column not in dataset.column_names:
+        raise Refusal(
+            f"the data set {data.images!r} has no column {data.preferred_column!r}: name one of its own as data.preferred_column"
+        )
+    found = list(dataset[data.preferred_column])
+    if not all(isinstance(share, int | float) and 0 <= share <= 1 for share in found):
+        raise Refusal(
+            f"the column {data.preferred_column!r} of {data.images!r} holds values that are no shares in [0, 1]: name another as "
+            "data.preferred_column"
+        )
+    return [float(share) for share in found]

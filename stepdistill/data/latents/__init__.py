@@ -1,0 +1,1 @@
+"""Latents on disk: teacher samples, trajectories, and the caches of encoded prompts and images."""

@@ -1,0 +1,156 @@
+"""Measuring the student while it trains, by the same protocols as `stepdistill evaluate`, raw weights and EMA alike.
+
+RUN/evaluation.jsonl     one line per evaluation
+    checkpoints/best     the best so far, which survives pruning
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from stepdistill.assets import FOLDER
+from stepdistill.config.schema import EvaluationConfig
+from stepdistill.diffusion.draws import Draws
+from stepdistill.errors import Refusal
+from stepdistill.evaluation.images import Picture, as_uint8, shard
+from stepdistill.evaluation.measure import (
+    KEEP_FEATURES,
+    Measured,
+    check_metrics,
+    compute,
+    measure_images,
+    merge,
+    read_reference,
+)
+from stepdistill.evaluation.networks.features import load_extractor
+from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, expand, load_protocol, prompt_set, qualified
+from stepdistill.evaluation.report import LOWER_IS_BETTER
+from stepdistill.families.conditioning import ImageSize
+from stepdistill.roles.triple import GENERATOR
+from stepdistill.training.evaluation_hook import Seen
+from stepdistill.training.monitoring.grids import student_latents
+from stepdistill.training.run_folder import checkpoints
+from stepdistill.training.run_folder.logs import EVALUATION, LineFile
+from stepdistill.training.session import Session
+
+BATCH = 16
+DECISIVE = ("fid", "fd_infinity", "kid", "cmmd", "precision", "recall", "density", "coverage", "diversity")
+"""Metrics with a better side."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an `evaluation` section asks for, before anything is loaded.
+
+    Attributes:
+        place: of the reference: a folder of images, or statistics.
+    """
+
+    protocol: Protocol
+    metrics: tuple[Metric, ...]
+    prompts: PromptSet
+    place: Path
+
+    @classmethod
+    def of(cls, config: EvaluationConfig) -> Goal:
+        """Raises Refusal: unknown protocol or metric, no prompts or no reference."""
+        protocol = load_protocol(config.protocol)
+        metrics = tuple(m for m in expand(config.metrics) if m != "prompt_accuracy")
+        if config.best not in metrics or config.best not in DECISIVE:
+            raise Refusal(
+                f"evaluation.best is {config.best!r}, and one of evaluation.metrics with a better side is wanted: use one of "
+                f"{', '.join(m for m in metrics if m in DECISIVE) or 'fid'}"
+            )
+        prompts = prompt_set(protocol, config.prompts, config.images)
+        place = config.reference or (FOLDER / protocol.reference.builtin if protocol.reference.builtin else None)
+        if place is None:
+            raise Refusal("evaluation.reference is not set: give a folder of images, or statistics")
+        if not Path(place).exists():
+            raise Refusal(
+                f"evaluation.reference is {str(place)!r}, and nothing is there: give a folder of images, or statistics"
+            )
+        return cls(protocol, metrics, prompts, Path(place))
+
+
+class StudentWatch:
+    """Draws the protocol's images with the live roles and measures them.
+
+    Args:
+        session: the run's.
+        folder: the run's.
+        config: its `evaluation` section.
+
+    Raises:
+        Refusal: unknown protocol or metric, no prompts or no reference; before any training.
+    """
+
+    def __init__(self, session: Session, folder: Path, config: EvaluationConfig) -> None:
+        self.session, self.folder, self.every, self.decides = session, folder, config.every, config.best
+        self.log = LineFile(folder / EVALUATION)
+        goal = Goal.of(config)
+        protocol, self.metrics, self.prompts = goal.protocol, goal.metrics, goal.prompts
+        self.extractor = load_extractor(
+            config.features or protocol.features, resize=protocol.resize, device=session.device
+        )
+        self.protocol, self.chain = protocol, protocol.chain.chain()
+        self.keep = bool(KEEP_FEATURES & set(self.metrics))
+        self.reference = read_reference(
+            goal.place, self.extractor, keep=self.keep, chain=self.chain, lossy=protocol.reference.lossy
+        )
+        check_metrics(self.metrics, self.reference, len(self.prompts))
+
+    def __call__(self, iteration: int) -> Seen:
+        """Measure raw weights and, where there is one, the EMA; the student that would be exported decides the best."""
+        values: dict[str, float] = {}
+        decisive: float | None = None
+        for role in dict.fromkeys((GENERATOR, self.session.student)):
+            own = measure_images(self._pictures(role), self.extractor, keep=self.keep)
+            found = self._metrics(merge(own, len(self.prompts)))
+            count = self.protocol.prompts.count
+            values |= {
+                f"evaluation/{role}/{qualified(name, len(self.prompts), count)}": value for name, value in found.items()
+            }
+            decisive = found.get(self.decides)
+        if PartialState().is_main_process:
+            self.log.append(iteration, values)
+        # one process decides for all: they save together, and read a file that the main one rewrites
+        main = PartialState().is_main_process
+        if decisive is None or not gather_object([main and self._is_best(decisive)])[0]:
+            return Seen(values, None)
+        return Seen(values, {"iteration": iteration, "metric": self.decides, "value": decisive})
+
+    def _metrics(self, measured: Measured) -> dict[str, float]:
+        return compute(measured, self.reference, self.metrics, np.random.default_rng(0), self.prompts.prompts).metrics
+
+    @torch.no_grad()
+    def _pictures(self, role: str) -> Iterator[Picture]:
+        session, plan = self.session, self.session.plan
+        state = PartialState()
+        indices = shard(len(self.prompts), state.process_index, state.num_processes)
+        # the first process has the most images; the others call a sharded network as often as it does
+        calls = range(0, len(shard(len(self.prompts), 0, state.num_processes)), BATCH)
+        for start in calls:
+            mine = indices[start : start + BATCH]
+            rows = mine or range(1)
+            draws = Draws(0, 0, "evaluation", [self.prompts.seeds[i] for i in rows], session.device, session.dtype)
+            texts = [self.prompts.prompts[i] for i in rows]
+            cond = session.encoder.text(texts, [ImageSize.plain(*plan.setting.size)] * len(rows))
+            noise = draws.normal("noise", plan.setting.latent_shape)
+            latents = student_latents(session, role, cond, noise, draws)[: len(mine)]
+            for latent in latents:
+                decoded = plan.family.decode(session.checkpoint, latent[None])
+                yield self.chain(as_uint8(decoded.float().clamp(0, 1), (0, 1), self.protocol.quantize)[0])
+
+    def _is_best(self, value: float) -> bool:
+        before = checkpoints.best_facts(self.folder / "checkpoints")
+        if before is None or before["metric"] != self.decides:
+            return True
+        best = float(before["value"])
+        return value < best if self.decides in LOWER_IS_BETTER else value > best

@@ -1,0 +1,1 @@
+"""From features and images to numbers; one file a metric."""

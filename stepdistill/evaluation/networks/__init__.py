@@ -1,0 +1,1 @@
+"""The networks whose features are measured, and the resizing that belongs to them."""

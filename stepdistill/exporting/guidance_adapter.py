@@ -1,0 +1,49 @@
+"""Guidance adapters as two files: their weights, and the module that stands them beside a stock pipeline's network."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from stepdistill.errors import Refusal
+from stepdistill.families.recipe import Recipe
+from stepdistill.inference.lora_files import RECIPE_KEY
+from stepdistill.roles import guidance_adapter
+from stepdistill.roles.guidance_adapter import GuidanceAdapter, metadata_of
+from stepdistill.roles.triple import Triple
+
+MODULE = "guidance_adapter.py"
+
+
+def adapter_of(triple: Triple, role: str) -> GuidanceAdapter:
+    """The adapters of a role. Raises Refusal where it is held otherwise."""
+    guide, mode = triple.guides.get(role), triple.layouts[role].mode
+    if mode != "adapter" or not isinstance(guide, GuidanceAdapter):
+        form = "diffusers-lora" if mode == "lora" else "pipeline"
+        raise Refusal(f"the {role} is no guidance adapter (its mode is {mode!r}): export it with --format {form}")
+    return guide
+
+
+def write_guidance_adapter(triple: Triple, role: str, recipe: Recipe, folder: Path, dtype: torch.dtype) -> None:
+    """Write guidance_adapter.safetensors, hyperparameters and recipe in its metadata, and guidance_adapter.py.
+
+    Raises:
+        Refusal: the role is no guidance adapter, or has non-finite values.
+    """
+    adapter = adapter_of(triple, role)
+    trained = {key for key, _ in adapter.named_parameters()}
+    tensors = {
+        # frequencies stay as they are: rounded ones are those of another adapter
+        key: value.detach().to("cpu", dtype if key in trained else torch.float32).contiguous()
+        for key, value in adapter.state_dict().items()
+    }
+    bad = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise Refusal(
+            f"{len(bad)} tensors of the {role} are not finite in {dtype} (first: {bad[0]!r}): export an earlier checkpoint"
+        )
+    save_file(tensors, folder / guidance_adapter.FILE, {**metadata_of(adapter.settings), RECIPE_KEY: recipe.to_json()})
+    (folder / MODULE).write_text(inspect.getsource(guidance_adapter))

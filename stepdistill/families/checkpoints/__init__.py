@@ -1,0 +1,1 @@
+"""Checkpoints on disk: folders, single files, hub ids, packaged public configs."""

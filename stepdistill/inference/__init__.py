@@ -1,0 +1,1 @@
+"""Loads and draws with stock diffusers pipelines: bases, LoRAs, exported pipelines."""

@@ -1,0 +1,1 @@
+"""Consistency distillation: LCM, TCD, PCM, CM, TSCD (discrete); sCM, TBCM (continuous time)."""

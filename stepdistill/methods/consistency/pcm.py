@@ -1,0 +1,75 @@
+"""PCM: Phased Consistency Models (Wang et al., NeurIPS 2024, arXiv 2405.18407).
+
+The trajectory is cut into phases, and every point is mapped to the lower edge of its own phase: one end-time for each time,
+so that nothing need be told and sampling is deterministic from edge to edge. The adversarial consistency loss (section 3.3)
+compares the student with its target, both noised to one level of the phase, on features of the frozen teacher.
+
+The released scripts train the discriminator in every other iteration; here every iteration updates both. For an untouched
+classifier-free guidance at inference set `guidance` to 1 (the paper's normal ODE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.diffusion.timesteps import edges, part_of
+from stepdistill.errors import Refusal
+from stepdistill.methods.base import Decode, Progress, RoleKind, Setting
+from stepdistill.methods.consistency.discrete import AdversaryConfig, Consistency, ConsistencyConfig
+from stepdistill.methods.gan import attach_discriminator
+from stepdistill.methods.timesteps import strategic
+from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
+
+
+class PCMConfig(ConsistencyConfig):
+    phases: int = Field(4, ge=1, description="parts of the trajectory (the paper's M)")
+    steps: int = Field(4, ge=1, description="network calls of the student: the phases, or a multiple of them")
+    gan: AdversaryConfig = AdversaryConfig()
+
+
+class PCM(Consistency[PCMConfig]):
+    """L = d(f(x_s, s -> r), sg f^(x_e, e -> r)) + w_gan L_adv,   r the lower edge of the phase of s."""
+
+    Config = PCMConfig
+    name = "pcm"
+
+    def __init__(self, config: PCMConfig, setting: Setting) -> None:
+        self.edges = edges(config.points, config.phases)
+        super().__init__(config, setting)
+        self.transition = strategic(self.schedule, 0.0)
+
+    def end(self, start: Tensor, uniform: Tensor, progress: Progress) -> Tensor:
+        return self.edges.to(start.device)[part_of(start, self.edges)]
+
+    def level(self, end: Tensor, grid: Tensor, uniform: Tensor, progress: Progress) -> Tensor:
+        """a ~ U[r, upper edge of the phase); whole timesteps on VP models."""
+        upper = torch.cat([self.edges[1:], self.edges.new_tensor([self.config.points])]).to(end.device)
+        low, high = grid[end], grid[upper[part_of(end + 1, self.edges)]]
+        level = low + uniform * (high - low)
+        return level if self.schedule.is_flow else level.floor()
+
+    def default_ladder(self) -> Sequence[float]:
+        """The upper edges of the phases, noisiest first."""
+        steps, phases = self.config.steps, self.config.phases
+        if steps % phases:
+            raise Refusal(f"method.steps is {steps} and method.phases is {phases}: give a multiple of the phases")
+        index = [*edges(self.config.points, steps).tolist()[1:], self.config.points]
+        return self.grid(Progress())[index].flip(0).tolist()  # type: ignore[no-any-return]
+
+    # ---------------------------------------------------------------- the adversary
+
+    @classmethod
+    def roles(cls, config: PCMConfig) -> Mapping[str, RoleKind]:
+        return {GENERATOR: "generator", FAKE_SCORE: "fake_score"} if config.gan.weight > 0 else super().roles(config)
+
+    def adversary(self, progress: Progress) -> AdversaryConfig:
+        return self.config.gan
+
+    def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
+        super().prepare(triple, decode)
+        if self.config.gan.weight > 0:
+            attach_discriminator(triple, self.setting, self.config.gan.width)

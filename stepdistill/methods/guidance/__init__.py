@@ -1,0 +1,1 @@
+"""Guidance distillation: one network call in place of the two of classifier-free guidance."""

@@ -1,0 +1,18 @@
+"""AGD: Adapter Guidance Distillation (Jensen & Sadat, TMLR 2025).
+
+The network stays as it is; small adapters beside its attention, which are told w, t and prompt, learn what guidance adds.
+Half the network calls of guided sampling at any w of the range, with any sampler; see `models/guidance_adapter.py`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from stepdistill.methods.guidance.regression import Guided, GuidedConfig
+from stepdistill.roles.triple import Mode
+
+
+class AGD(Guided[GuidedConfig]):
+    Config = GuidedConfig
+    name = "agd"
+    modes: ClassVar[tuple[Mode, ...]] = ("adapter",)

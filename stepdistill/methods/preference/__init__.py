@@ -1,0 +1,1 @@
+"""Preference tuning of few-step students: PSO and reward gradients."""

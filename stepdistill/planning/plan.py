@@ -1,0 +1,38 @@
+"""What a run will take in memory, work and time, from its config alone, before anything is downloaded.
+
+forecast = plan(load_config("configs/sdxl_dmd2_4step_lora.yaml"), gpu="4090")
+print("\\n".join(lines(forecast)))
+"""
+
+from __future__ import annotations
+
+from stepdistill.config.schema import RunConfig
+from stepdistill.errors import Refusal
+from stepdistill.planning.advice import advise
+from stepdistill.planning.forecast import Machine, Planner
+from stepdistill.planning.hardware import gpu_named
+from stepdistill.planning.report import Forecast
+from stepdistill.planning.text import lines
+
+__all__ = ["Forecast", "lines", "plan"]
+
+
+def plan(config: RunConfig, gpu: str = "h100", processes: int = 1, memory_gb: float | None = None) -> Forecast:
+    """What the run will take, and what to change where it does not fit.
+
+    Args:
+        config: as loaded by `load_config`; its data need not be on this machine.
+        gpu: card of every process, a name of `planning/hardware.py`.
+        processes: of the run, one a card.
+        memory_gb: GB of 10^9 bytes on each card, where it is not the card's own.
+
+    Raises:
+        Refusal: the config cannot work, its architecture is not known here, or the card is not.
+    """
+    if processes < 1:
+        raise Refusal(f"the run was planned for {processes} processes, and it takes one at least: give 1 or more")
+    if memory_gb is not None and memory_gb <= 0:
+        raise Refusal(f"the memory to plan for is {memory_gb:g} GB, and a card has more than none: give its GB")
+    planner = Planner(Machine.of(gpu_named(gpu), processes, memory_gb))
+    forecast = planner.forecast(config)
+    return forecast.model_copy(update={"advice": advise(planner, config, forecast)})

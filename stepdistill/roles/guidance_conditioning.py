@@ -1,0 +1,68 @@
+"""How a role's network is told its guidance scale: by adapters beside its attention, or by an embedding beside its time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from stepdistill.errors import Refusal
+from stepdistill.families.common.guidance_embedding import EmbeddingPlace, EmbeddingSettings, GuidanceEmbedding
+from stepdistill.roles.guidance_adapter import AdapterSettings, GuidanceAdapter, Told, read_guidance_adapter
+
+Guide: TypeAlias = GuidanceAdapter | GuidanceEmbedding
+GuideSettings: TypeAlias = AdapterSettings | EmbeddingSettings
+Heard: TypeAlias = Mapping[Guide, Told | None]
+
+
+def adapter_beside(network: nn.Module, settings: AdapterSettings, seed: int) -> GuidanceAdapter:
+    """Adapters that leave the network as it is until they are trained, attached to it; float32 or better, on its device.
+
+    Raises:
+        Refusal: the network has no attention that looks at a prompt.
+    """
+    try:
+        adapter = GuidanceAdapter(network, settings, seed)
+    except ValueError as error:
+        raise Refusal(str(error)) from None
+    _place(adapter, network)
+    return adapter.attach(network)
+
+
+def embedding_beside(network: nn.Module, settings: EmbeddingSettings, place: EmbeddingPlace) -> GuidanceEmbedding:
+    """An embedding that says nothing until it is trained, attached to the network; float32 or better, on its device."""
+    embedding = GuidanceEmbedding(settings, place)
+    _place(embedding, network)
+    return embedding.attach(network, place)
+
+
+def read_guide(network: nn.Module, path: str | Path) -> GuidanceAdapter:
+    """The adapters of an exported file, frozen and attached to a network.
+
+    Raises:
+        Refusal: there is no such file, it is no guidance adapter, or one of another base.
+    """
+    try:
+        adapter = read_guidance_adapter(network, path)
+    except (ValueError, OSError) as error:
+        raise Refusal(f"model.guidance_adapter cannot be used: {' '.join(str(error).split())}") from None
+    _place(adapter, network)
+    return adapter.attach(network)
+
+
+@contextmanager
+def hearing(heard: Heard) -> Iterator[None]:
+    """Inside, every guide hears what it heard when `heard` was noted down."""
+    with ExitStack() as stack:
+        for guide, told in heard.items():
+            stack.enter_context(guide.hearing(told))
+        yield
+
+
+def _place(guide: nn.Module, network: nn.Module) -> None:
+    first = next(network.parameters())
+    guide.to(first.device, torch.float64 if first.dtype == torch.float64 else torch.float32).eval()

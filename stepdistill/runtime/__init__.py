@@ -1,0 +1,1 @@
+"""How networks run, at equal results: kernels, quantization, sharding, parking, gradient checkpointing."""

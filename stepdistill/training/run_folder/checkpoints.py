@@ -1,0 +1,236 @@
+"""Checkpoints: safetensors and JSON, written aside, synced, renamed; nothing in them runs code when read.
+
+checkpoints/step-00000500/generator.safetensors            roles, heads included
+                          optimizer.generator.safetensors  moments by parameter name
+                          rng.safetensors, method.safetensors
+                          state.json                       facts, and size and hash of every other file
+            best/                                          a copy of the one that evaluation liked best, with best.json
+            abandoned/                                     those beyond the one from which a run was resumed
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.data.latents.tensors import file_hash
+from stepdistill.errors import Refusal
+from stepdistill.training.run_folder.environment import Environment
+
+logger = logging.getLogger(__name__)
+PREFIX = "step-"
+BEST, ABANDONED = "best", "abandoned"
+
+
+@dataclass
+class Counters:
+    """Where a run stands. `bad_in_row` counts non-finite steps since the last good one, `updates` those of the stage."""
+
+    iteration: int = 0
+    stage: int = 0
+    updates: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
+    bad_in_row: int = 0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says of itself: the method's name, the fingerprint of the base, where it stands, and on what."""
+
+    method: str
+    base: str
+    counters: Counters
+    environment: Environment
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Facts:
+        """Inverse of `dataclasses.asdict`. Raises TypeError, KeyError: of another version."""
+        counters, environment = Counters(**content["counters"]), Environment(**content["environment"])
+        return cls(content["method"], content["base"], counters, environment)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Contents of a checkpoint: its facts, and tensors by file stem and name."""
+
+    facts: Facts
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def write(folder: Path, facts: Facts, groups: Iterable[tuple[str, Mapping[str, Tensor]]], keep: int) -> Path:
+    """Write `step-N` whole or not at all, then prune to the newest `keep`.
+
+    groups: (file stem, CPU tensors by name), taken one at a time, so that they need not be held together.
+
+    Raises:
+        OSError: disk full and the like; earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = path_of(folder, facts.counters.iteration)
+    if is_complete(target):  # a resumed run that stopped at once: what is there is what would be written
+        return target
+    for left in folder.glob(f".{PREFIX}*.partial"):  # of a process that was killed as it wrote
+        shutil.rmtree(left, ignore_errors=True)
+    aside = folder / f".{target.name}.partial"
+    aside.mkdir()
+    try:
+        files = {}
+        for stem, group in groups:
+            path = aside / f"{stem}.safetensors"
+            try:
+                save_file({key: value.contiguous() for key, value in group.items()}, path)
+            except SafetensorError as error:  # what a full disk makes of it; it is no OSError
+                raise OSError(f"{path.name}: {error}") from error
+            _sync(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        state = aside / "state.json"
+        state.write_text(json.dumps({"facts": asdict(facts), "files": files}, indent=2, sort_keys=True))
+        _sync(state)
+        _sync(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(path_of(folder, old), ignore_errors=True)
+    return target
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint is there and is what was written."""
+    try:
+        _verified(path)
+    except Refusal:
+        return False
+    return True
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{PREFIX}{step:08d}"
+
+
+def set_aside(folder: Path, step: int, *, itself: bool = False) -> None:
+    """Move checkpoints beyond `step`, from which a run goes on, to `abandoned/`: pruning must not count them as newer
+    ones, nor `latest` go back to them, and nothing is deleted that somebody may still want. So goes a best one from there.
+
+    itself: move the folder's own checkpoint of that step too, since the run goes on from another one of that number.
+    """
+    going = [path_of(folder, later) for later in steps(folder) if later > step or (itself and later == step)]
+    best = best_facts(folder)
+    if best is not None and int(best["iteration"]) > step:
+        going.append(folder / BEST)
+    for source in going:
+        target = folder / ABANDONED / source.name
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(source, target)
+        logger.warning("going on from iteration %d: %s was moved to %s", step, source, target)
+
+
+def read(path: Path) -> Saved:
+    """Read and verify one checkpoint.
+
+    Raises:
+        Refusal: it is incomplete or corrupt.
+    """
+    state = _verified(path)
+    try:
+        facts = Facts.of(state["facts"])
+    except (TypeError, KeyError) as error:
+        raise Refusal(
+            f"the checkpoint {path} was written by another version ({error}): resume with the version that wrote it"
+        ) from None
+    return Saved(facts, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]})
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The content of state.json, whose every file is what was written."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        for name, facts in state["files"].items():
+            file = path / name
+            if file.stat().st_size != facts["bytes"] or file_hash(file) != facts["sha256"]:
+                raise Refusal(
+                    f"the checkpoint {path} is corrupt ({name} is not what was written): resume from an earlier one"
+                )
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, Refusal):
+            raise
+        raise Refusal(f"the checkpoint {path} is incomplete ({error}): resume from an earlier one") from None
+    return state
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint; incomplete or corrupt ones are skipped and named. None where there is none."""
+    for step in reversed(steps(folder)):
+        path = path_of(folder, step)
+        try:
+            _verified(path)
+        except Refusal as refusal:
+            logger.warning("skipped: %s", refusal)
+            continue
+        return path
+    return None
+
+
+def keep_best(folder: Path, step: int, facts: Mapping[str, str | int | float]) -> Path:
+    """Make `best` the checkpoint of that step, as hard links where the disk has them: pruning leaves it alone.
+
+    facts: what made it the best, kept beside it as best.json, so that neither can be there without the other.
+    """
+    target, aside = folder / BEST, folder / f".{BEST}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        shutil.copytree(path_of(folder, step), aside, copy_function=os.link)
+    except (OSError, shutil.Error):
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(path_of(folder, step), aside)
+    (aside / "best.json").write_text(json.dumps(dict(facts)))
+    before = _former_best(folder)
+    shutil.rmtree(before, ignore_errors=True)
+    if target.exists():
+        os.replace(target, before)
+    os.replace(aside, target)
+    _sync(folder)
+    shutil.rmtree(before, ignore_errors=True)
+    return target
+
+
+def best_facts(folder: Path) -> dict[str, str | int | float] | None:
+    """What made the kept best checkpoint the best; None where there is none."""
+    if not (folder / BEST).exists() and _former_best(folder).exists():  # killed between two renames
+        os.replace(_former_best(folder), folder / BEST)
+    file = folder / BEST / "best.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else None
+
+
+def _former_best(folder: Path) -> Path:
+    return folder / f".{BEST}.former"
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint folder, ascending."""
+    found = [path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*")] if folder.is_dir() else []
+    return sorted(int(step) for step in found if step.isdigit())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,254 @@
+"""Exports: what stock diffusers loads draws what the trained generator drew, or nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from support.method_cases import CASES, Bench
+from support.proofs import reproduced
+
+import stepdistill
+from stepdistill.config.reading import parse
+from stepdistill.config.schema import RunConfig
+from stepdistill.errors import Refusal
+from stepdistill.exporting.export import export_student
+from stepdistill.families.checkpoints.schedulers import scheduler_class
+from stepdistill.families.recipe import Recipe
+from stepdistill.inference.artifact import SCHEDULERS, draw, load_artefact
+from stepdistill.inference.calls import seeded_steps
+from stepdistill.training.run import open_run, train
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A short run: alpha and ranks of its own for some modules, convolutions and attention."""
+    root, made = tmp_path_factory.mktemp("runs"), {}
+
+    def make(family: str = "sd", variant: str = "default", mode: str = "lora", transition: str = "renoise") -> Path:
+        name = f"{family}-{variant}-{mode}-{transition}"
+        if name not in made:
+            role = {
+                "mode": mode,
+                "rank": 8,
+                "alpha": 4,
+                "rank_pattern": {"to_q": 4},
+                "alpha_pattern": {"to_q": 16, "conv1": 2},
+            }
+            data = {
+                "model": {"path": str(tiny(family, variant))},
+                "method": {"name": "dmd2", "guidance": 2.0, "steps": 2, "ratio": 1, "transition": transition},
+                "roles": {"generator": role, "fake_score": {"mode": mode, "rank": 4}},
+                "optimizers": {"generator": {"lr": 1e-2}, "fake_score": {"lr": 1e-3}},
+                "data": {"prompts": "builtin:general"},
+                "training": {"max_steps": 2, "batch_size": 2, "grid_prompts": 1, "device": "cpu"},
+            }
+            train(parse(RunConfig, data, "test"), root / name)
+            made[name] = root / name
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("form", ["diffusers-lora", "kohya-lora", "pipeline"])
+def test_plain_diffusers_reproduces_the_proof(run: Callable[..., Path], tmp_path: Path, form: str) -> None:
+    folder = stepdistill.export(run(), form, tmp_path / "export")
+    assert reproduced(folder)
+    card = (folder / "README.md").read_text()
+    assert "baked in" in card
+    assert "from_pretrained" in card
+
+
+@pytest.mark.parametrize(("family", "variant"), [("sd", "v"), ("sdxl", "default")])
+@pytest.mark.parametrize("form", ["diffusers-lora", "kohya-lora"])
+def test_other_families(run: Callable[..., Path], tmp_path: Path, family: str, variant: str, form: str) -> None:
+    stepdistill.export(run(family, variant), form, tmp_path / "export")  # verifies itself to 1e-4
+
+
+def test_ancestral_students_are_euler_ancestral_students(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Its scheduler takes no ladder: plain diffusers gets by with the number of steps."""
+    train(Bench(tiny, tmp_path).config(CASES["pso-ancestral"], 2, dtype="float32"), tmp_path / "run")
+    folder = stepdistill.export(tmp_path / "run", "diffusers-lora", tmp_path / "export")
+    assert reproduced(folder)
+    recipe = Recipe.read(folder)
+    assert recipe is not None
+    assert (recipe.scheduler_class, recipe.spaced) == ("EulerAncestralDiscreteScheduler", (999, 666, 333))
+    card = (folder / "README.md").read_text()
+    assert "timesteps [999, 666, 333]" in card
+    assert "timesteps=" not in card
+
+
+@pytest.mark.parametrize("variant", ["default", "v"])
+def test_deterministic_students_are_euler_students(run: Callable[..., Path], tmp_path: Path, variant: str) -> None:
+    folder = stepdistill.export(run("sd", variant, transition="deterministic"), "diffusers-lora", tmp_path / "export")
+    recipe = Recipe.read(folder)
+    assert recipe is not None
+    assert recipe.scheduler_class == "EulerDiscreteScheduler"
+
+
+def test_a_run_on_a_bf16_base_is_proved_in_float32(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The precision of most configs: the proof must hold to 1e-4, not to what bf16 rounds away."""
+    data = {
+        "model": {"path": str(tiny("sd", "default")), "dtype": "bfloat16"},
+        "method": {"name": "dmd2", "guidance": 2.0, "steps": 2, "ratio": 1},
+        "optimizers": {"generator": {"lr": 1e-2}, "fake_score": {"lr": 1e-3}},
+        "data": {"prompts": "builtin:general"},
+        "training": {"max_steps": 2, "batch_size": 2, "grid_prompts": 1, "device": "cpu"},
+    }
+    train(parse(RunConfig, data, "test"), tmp_path / "run")
+    folder = stepdistill.export(tmp_path / "run", "diffusers-lora", tmp_path / "export")
+    assert reproduced(folder)
+    assert "sys.exit(difference > 0.0001)" in (folder / "reproduce.py").read_text()
+
+
+def test_a_proof_has_all_bits(run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU torch's convolutions have 10 bits of mantissa by default, and proofs differed from stock diffusers by 4e-4."""
+    seen: list[tuple[bool, str]] = []
+
+    def watched(*args: Any, **more: Any) -> Path:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return export_student(*args, **more)
+
+    monkeypatch.setattr("stepdistill.api.training.export_student", watched)
+    before = torch.backends.cudnn.allow_tf32
+    assert reproduced(stepdistill.export(run(), "diffusers-lora", tmp_path / "export"))
+    assert seen == [(False, "highest")]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_proved_on_the_processor(run: Callable[..., Path], tmp_path: Path) -> None:
+    assert reproduced(stepdistill.export(run(), "diffusers-lora", tmp_path / "export", device="cuda"))
+
+
+def test_half_precision_file(run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "half", half=True)
+    assert {value.dtype for value in load_file(folder / "pytorch_lora_weights.safetensors").values()} == {torch.float16}
+
+
+def test_full_students_are_pipelines(run: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="--format pipeline"):
+        stepdistill.export(run(mode="full"), "diffusers-lora", tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
+    assert reproduced(stepdistill.export(run(mode="full"), "pipeline", tmp_path / "pipeline"))
+
+
+def test_non_finite_and_untrained_roles_are_refused(run: Callable[..., Path], tmp_path: Path) -> None:
+    session, _ = open_run(run(), "cpu")
+    recipe = session.method.recipe()
+
+    def attempt() -> None:
+        export_student(
+            session.checkpoint, session.triple, ["generator"], recipe, "diffusers-lora", tmp_path / "out",
+            prompts=["a"], seeds=[0],
+        )  # fmt: skip
+
+    session.triple.reset_role("generator")
+    with pytest.raises(Refusal, match="nothing to export"):
+        attempt()
+    next(iter(session.triple.parameters("generator").values())).data[0] = torch.nan
+    with pytest.raises(Refusal, match="not finite"):
+        attempt()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lora_that_does_not_fit_is_named(run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
+    file = folder / "pytorch_lora_weights.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "lora_A" in key)
+    tensors[key.replace("unet.", "unet.nowhere.")] = tensors.pop(key)
+    (tmp_path / "bad").mkdir()
+    save_file(tensors, tmp_path / "bad" / file.name)
+    with pytest.raises(Refusal, match="LoRA"):
+        load_artefact(str(tiny("sd", "default")), tmp_path / "bad", torch.float32, "cpu")
+    with pytest.raises(Refusal, match="no LoRA"):
+        load_artefact(str(tiny("sd", "default")), tmp_path / "nothing", torch.float32, "cpu")
+
+
+def test_a_second_lora_beside_and_unloading(
+    run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
+
+    def digest(pipe: StableDiffusionPipeline) -> str:
+        state = pipe.unet.state_dict()
+        return hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny("sd", "default"), safety_checker=None)
+    before = digest(pipe)
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="few")
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="style")
+    pipe.set_adapters(["few", "style"], [1.0, 0.5])
+    assert pipe.get_active_adapters() == ["few", "style"]
+    pipe.unload_lora_weights()
+    assert digest(pipe) == before
+
+
+def test_seeds_do_not_depend_on_the_batch_and_calls_are_counted(
+    run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
+    artefact = load_artefact(str(tiny("sd", "default")), folder, torch.float32, "cpu")
+    pipe, recipe = artefact.pipeline, artefact.recipe
+    rows: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    prompts, seeds = ["a", "b", "c"], [5, 6, 7]
+    whole = torch.cat([torch.from_numpy(part) for part in draw(pipe, prompts, seeds, recipe=recipe, batch_size=3)])
+    assert rows == [3, 3]  # two steps, one call each, guidance off
+    split = torch.cat([torch.from_numpy(part) for part in draw(pipe, prompts, seeds, recipe=recipe, batch_size=2)])
+    assert int((whole.int() - split.int()).abs().max()) <= 1
+
+
+def test_one_scheduler_leaves_no_trace_in_the_next(tiny: Callable[..., Path]) -> None:
+    """A recipe or a name starts from the checkpoint's scheduler config, whatever was drawn before."""
+
+    def drawn(pipe: StableDiffusionPipeline, name: str) -> np.ndarray:
+        return next(draw(pipe, ["a"], [5], steps=3, guidance=2.0, scheduler=name))
+
+    pipe = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu").pipeline
+    own = pipe.scheduler
+    fresh = {name: drawn(pipe, name) for name in ("lcm", "dpm++2m", "euler")}
+    assert pipe.scheduler is own
+    for name in ("euler", "lcm", "dpm++2m"):
+        other = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu").pipeline
+        assert (drawn(other, name) == fresh[name]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_what_full_precision_draws(tiny: Callable[..., Path], dtype: torch.dtype) -> None:
+    """The autoencoder stays in float32, where stock pipelines would hand it half-precision latents."""
+    half, whole = (
+        np.concatenate(
+            list(
+                draw(load_artefact(str(tiny("sd")), None, kind, "cpu").pipeline, ["a cat"], [3], steps=2, guidance=1.0)
+            )
+        ).astype(float)
+        for kind in (dtype, torch.float32)
+    )
+    assert float(np.abs(half - whole).mean()) < 4 < float(whole.std())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_is_told_what_its_pipeline_tells(tiny: Callable[..., Path], name: str) -> None:
+    """Seeding a scheduler's steps hides none of its parameters: not each of them takes a generator, TCD takes an eta."""
+    pipe = load_artefact(str(tiny("sd")), None, torch.float32, "cpu").pipeline
+    class_name, changes = SCHEDULERS[name]
+    pipe.scheduler = scheduler_class(class_name).from_config({**pipe.scheduler.config, **changes})
+
+    def drawn(seeded: bool) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        with seeded_steps(pipe, generators) if seeded else nullcontext():
+            call = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
+            latents: torch.Tensor = pipe(["a", "b"], generator=generators, **call).images
+            return latents
+
+    assert torch.equal(drawn(seeded=True), drawn(seeded=False))

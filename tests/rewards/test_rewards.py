@@ -1,0 +1,184 @@
+"""Rewards with weights of their own, on tiny random ones: transformers' own preprocessing and models give the same numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from support.tiny_checkpoints import refusal
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    BertTokenizerFast,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizerFast,
+)
+
+from stepdistill.rewards import load_reward
+from stepdistill.rewards.clip import ClipPixels
+from stepdistill.rewards.imagereward import DEVIATION, LENGTH, MEAN
+from stepdistill.rewards.stack import linear_stack
+
+TEXTS = ["a red bag", "a photo of a blue coat"]
+
+
+def pictures(height: int = 48, width: int = 48) -> Tensor:
+    """Whole bytes, smooth enough that rounding of an overshoot is rare."""
+    coarse = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(coarse, (height, width), mode="bilinear")
+    return (smooth * 255).round() / 255
+
+
+def processed(images: Tensor, side: int) -> Tensor:
+    """What transformers makes of the pictures."""
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    arrays = [(image.permute(1, 2, 0) * 255).round().byte().numpy() for image in images]
+    made: Tensor = processor([Image.fromarray(array) for array in arrays], return_tensors="pt")["pixel_values"]
+    return made
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (64, 45), (40, 91), (20, 24)])
+def test_pixels_are_those_of_clips_processor(size: tuple[int, int]) -> None:
+    """Up to its rounding to bytes after each pass of resizing."""
+    found = ClipPixels(32)(pictures(*size))
+    byte = 1 / 255 / 0.26
+    torch.testing.assert_close(found, processed(pictures(*size), 32), rtol=0, atol=1.5 * byte)
+    assert float((found - processed(pictures(*size), 32)).abs().mean()) < byte / 2
+
+
+def test_padded_pixels_hold_the_whole_image() -> None:
+    found = ClipPixels(32, padded=True)(pictures(32, 16))
+    plain = ClipPixels(16)(pictures(32, 16)[:, :, 8:24])
+    torch.testing.assert_close(found[:, :, 8:24, 8:24], plain)
+    black = ClipPixels(32)(torch.zeros(1, 3, 32, 32))
+    torch.testing.assert_close(found[:1, :, :, :8], black[:, :, :, :8])
+    torch.testing.assert_close(found[:1, :, :, 24:], black[:, :, :, 24:])
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hps"])
+def test_cosines_of_preference_clips(name: str, clip: Path) -> None:
+    model, tokenizer = CLIPModel.from_pretrained(clip), CLIPTokenizerFast.from_pretrained(clip)
+    tokens = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        out = model(**tokens, pixel_values=processed(pictures(), 32))
+    expected = out.logits_per_image.diagonal() / model.logit_scale.exp()
+    found = load_reward(f"{name}:{clip}")(pictures(), TEXTS)
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=2e-3)
+
+
+def test_the_aesthetic_stack(clip: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = linear_stack(24)
+    save_file({f"layers.{key}": value for key, value in layers.state_dict().items()}, tmp_path / "head.safetensors")
+    model = CLIPModel.from_pretrained(clip)
+    with torch.no_grad():
+        x = model.visual_projection(model.vision_model(pixel_values=processed(pictures(), 32)).pooler_output)
+        x = x / x.norm(dim=1, keepdim=True)
+        for layer in layers.values():
+            x = x @ layer.weight.T + layer.bias  # type: ignore[operator, union-attr]
+    found = load_reward(f"aesthetic:{clip},{tmp_path / 'head.safetensors'}")(pictures(), TEXTS)
+    torch.testing.assert_close(found, x[:, 0], rtol=0, atol=1e-3)
+
+
+def test_outlines_of_public_clips_need_no_download() -> None:
+    """Their sizes are the published checkpoints'."""
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in load_reward(name).parameters()) for name in ("clip", "pickscore")}
+    assert counts == {"clip": 427_616_513, "pickscore": 986_109_441}
+
+
+# ---------------------------------------------------------------- ImageReward
+
+
+def published_name(key: str) -> str:
+    """BLIP's own name of a tensor of transformers."""
+    if not key.startswith("vision_model."):
+        return f"blip.{key}"
+    for ours, theirs in (
+        ("vision_model", "visual_encoder"),
+        ("embeddings.class_embedding", "cls_token"),
+        ("embeddings.position_embedding", "pos_embed"),
+        ("embeddings.patch_embedding", "patch_embed.proj"),
+        ("post_layernorm", "norm"),
+        ("encoder.layers", "blocks"),
+        ("self_attn.projection", "attn.proj"),
+        ("self_attn", "attn"),
+    ):
+        key = key.replace(ours, theirs)
+    return "blip." + re.sub(r"layer_norm([12])", r"norm\1", key)
+
+
+@pytest.fixture
+def blip(tmp_path: Path) -> tuple[Path, BlipForImageTextRetrieval, torch.nn.ModuleDict]:
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *" ".join(TEXTS).split()])
+    )
+    BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 32, "encoder_hidden_size": 16, "max_position_embeddings": 64}
+    config = BlipConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8})
+    torch.manual_seed(0)
+    model, head = BlipForImageTextRetrieval(config).eval(), linear_stack(16)
+    config.save_pretrained(tmp_path)
+    kept = {k: v for k, v in model.state_dict().items() if k.startswith(("vision_model.", "text_encoder."))}
+    tensors = {published_name(key): value.clone() for key, value in kept.items()}
+    tensors |= {f"mlp.layers.{key}": value for key, value in head.state_dict().items()}
+    tensors["blip.text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
+    save_file(tensors, tmp_path / "ImageReward.safetensors")
+    return tmp_path, model, head
+
+
+def test_imagereward_is_blip_and_a_head(blip: tuple[Path, BlipForImageTextRetrieval, torch.nn.ModuleDict]) -> None:
+    folder, model, head = blip
+    tokens = BertTokenizerFast.from_pretrained(folder)(
+        TEXTS, padding="max_length", max_length=LENGTH, return_tensors="pt"
+    )
+    with torch.no_grad():
+        seen = model.vision_model(pixel_values=processed(pictures(), 32)).last_hidden_state
+        x = model.text_encoder(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2]),
+        ).last_hidden_state[:, 0]  # fmt: skip
+        for layer in head.values():
+            x = layer(x)
+    reward = load_reward(f"imagereward:{folder}")
+    images = pictures().requires_grad_()
+    found = reward(images, TEXTS)
+    torch.testing.assert_close(found.detach(), (x[:, 0] - MEAN) / DEVIATION, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found[1:], reward(images[1:], TEXTS[1:]))
+    (gradient,) = torch.autograd.grad(found[0], images)
+    assert float(gradient[0].abs().max()) > 0
+    assert float(gradient[1].abs().max()) == 0
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    assert float((reward(images, TEXTS[::-1]) - found).detach().abs().max()) > 1e-5
+
+
+def test_missing_weights_are_refused(clip: Path, tmp_path: Path) -> None:
+    refusal(lambda: load_reward("hps"), "OpenCLIP pickle", "hps:FOLDER")
+    refusal(lambda: load_reward("imagereward"), "imagereward:FOLDER")
+    refusal(lambda: load_reward(f"imagereward:{clip}"), "of type 'clip'")
+    refusal(lambda: load_reward(f"aesthetic:{clip}"), "names no head")
+    refusal(lambda: load_reward(f"aesthetic:{clip},{tmp_path / 'absent'}"), "no aesthetic head")
+    save_file({"layers.0.weight": torch.zeros(2, 2)}, tmp_path / "head.safetensors")
+    refusal(lambda: load_reward(f"aesthetic:{clip},{tmp_path / 'head.safetensors'}"), "not the aesthetic head")
+    refusal(lambda: load_reward(f"pickscore:{tmp_path / 'absent'}"), "absent")
+    BlipConfig().save_pretrained(tmp_path)
+    refusal(lambda: load_reward(f"imagereward:{tmp_path}"), "cannot be loaded")
+
+
+def test_numpy_is_not_in_the_way() -> None:
+    """Preprocessing stays on tensors: gradients reach every pixel that is looked at."""
+    images = pictures(40, 91).requires_grad_()
+    ClipPixels(32)(images).square().sum().backward()
+    assert images.grad is not None
+    seen = images.grad.abs().sum((0, 1, 2)).numpy()
+    assert np.flatnonzero(seen).tolist() == list(range(int(np.flatnonzero(seen)[0]), int(np.flatnonzero(seen)[-1]) + 1))
+    assert 40 <= np.count_nonzero(seen) <= 60
