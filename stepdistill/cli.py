@@ -119,7 +119,7 @@ def plan(
 ) -> None:
     """Say what a run will take in memory, work and time; downloads nothing and loads no weight."""
     from stepdistill.config.schema import load_config
-    from stepdistill.data.latents.tensors import check_file
+    from stepdistill.files.outputs import check_file
     from stepdistill.planning.plan import lines
     from stepdistill.planning.plan import plan as run
 

@@ -36,11 +36,11 @@ from stepdistill.api.quickstart import TEACHER_ROW
 from stepdistill.assets import FLOW_TEACHER, FOLDER, resolve
 from stepdistill.config.reading import Settings, parse
 from stepdistill.config.schema import RunConfig, load_config
-from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.fashion import Scorer, evaluation_set
 from stepdistill.families.recipe import Recipe
 from stepdistill.families.sd3 import T5_TOKENS
+from stepdistill.files.atomic import write_atomically
 from stepdistill.inference.artifact import draw, load_artefact
 from stepdistill.planning.loop import CallCounter
 from stepdistill.training.evaluation_hook import Seen

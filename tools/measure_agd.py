@@ -27,11 +27,11 @@ import torch
 
 from stepdistill.api import training as api
 from stepdistill.assets import TEACHER, resolve
-from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.diffusion.timesteps import trailing_ladder
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.fashion import IMAGES, Scorer, evaluation_set
 from stepdistill.families.conditioning import ImageSize
+from stepdistill.files.atomic import write_atomically
 from stepdistill.inference.artifact import draw, load_artefact
 from stepdistill.roles.guidance_adapter import GuidanceAdapter
 from stepdistill.roles.sampler import guided_walk, relative_error

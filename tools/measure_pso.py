@@ -27,13 +27,13 @@ from torch import Tensor
 from stepdistill.assets import FOLDER
 from stepdistill.config.schema import RunConfig, load_config
 from stepdistill.data.appearance import sharpness
-from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.data.prompts import read_prompts
 from stepdistill.diffusion.draws import Draws
 from stepdistill.evaluation.metrics.frechet import frechet_of_features
 from stepdistill.evaluation.networks.judge import Judge
 from stepdistill.evaluation.text import win_rate
 from stepdistill.families.conditioning import ImageSize
+from stepdistill.files.atomic import write_atomically
 from stepdistill.rewards import load_reward
 from stepdistill.training.monitoring.grids import as_floats, save_images, student_latents
 from stepdistill.training.run import open_run, train

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from stepdistill.api.training import dtype_of, export, natural_format
 from stepdistill.assets import resolve
 from stepdistill.config.schema import load_config
-from stepdistill.data.latents.tensors import check_file, check_place
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.drawing import Sampler, describe
 from stepdistill.evaluation.images import Quantize
@@ -31,6 +30,7 @@ from stepdistill.evaluation.report import compare as compare_reports
 from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting.export import check_output
+from stepdistill.files.outputs import check_file, check_place
 from stepdistill.inference.artifact import SCHEDULERS, Artefact, compares_prompts, draw, load_artefact
 from stepdistill.training.session import place_of
 

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from stepdistill.data.latents.tensors import check_place, write_atomically
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.images import Picture, read_all, shard
 from stepdistill.evaluation.protocols import PromptSet
+from stepdistill.files.atomic import write_atomically
+from stepdistill.files.outputs import check_place
 
 Draw = Callable[[Sequence[str], Sequence[int]], Iterator[NDArray[np.uint8]]]
 """(prompts, seeds) -> batches of uint8 images (B, H, W, 3), in order."""

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
 from stepdistill.data import appearance as looks
-from stepdistill.data.latents.tensors import file_hash
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.images import Picture, PixelChain, list_images, read_all, shard
 from stepdistill.evaluation.metrics import diversity
@@ -31,6 +30,7 @@ from stepdistill.evaluation.metrics.prdc import manifold
 from stepdistill.evaluation.metrics.statistics import FeatureStatistics, load_stored
 from stepdistill.evaluation.networks.features import FeatureExtractor
 from stepdistill.evaluation.protocols import Metric
+from stepdistill.files.atomic import file_hash
 
 logger = logging.getLogger(__name__)
 KEEP_FEATURES: frozenset[Metric] = frozenset(

@@ -18,7 +18,6 @@ from accelerate import PartialState
 
 from stepdistill.assets import FOLDER
 from stepdistill.data.fashion import parse_caption
-from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.drawing import Drawn, Sampler, claim, draw_missing
 from stepdistill.evaluation.fashion import SEED
@@ -39,6 +38,7 @@ from stepdistill.evaluation.pictures import PictureScores, score_pictures
 from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, qualified, text_hash
 from stepdistill.evaluation.report import Record, Report, ReportRow, markdown
 from stepdistill.evaluation.text import Unavailable, Values, win_rate
+from stepdistill.files.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 SHOWN = 8

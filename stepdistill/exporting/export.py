@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 
 from stepdistill.assets import resolve
-from stepdistill.data.latents.tensors import check_place
 from stepdistill.errors import Refusal
 from stepdistill.exporting.card import write_card
 from stepdistill.exporting.guidance_adapter import adapter_of, write_guidance_adapter
@@ -31,6 +30,7 @@ from stepdistill.exporting.proof import (
 )
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.recipe import Recipe
+from stepdistill.files.outputs import check_place
 from stepdistill.inference import experts as loader
 from stepdistill.inference.artifact import load_artefact
 from stepdistill.inference.lora_files import DIFFUSERS_FILE, KOHYA_FILE, expert_files

@@ -25,7 +25,7 @@ from stepdistill.config.reading import Settings
 from stepdistill.config.registry import load_family
 from stepdistill.config.schema import ModelConfig
 from stepdistill.data.latents.index import Fingerprint, Kind, StoredDtype
-from stepdistill.data.latents.tensors import ShardWriter, check_place, noise_for
+from stepdistill.data.latents.tensors import ShardWriter, noise_for
 from stepdistill.data.latents.trajectories import TrajectoryWriter
 from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.diffusion.draws import Draws, derive_seed, generator
@@ -34,6 +34,7 @@ from stepdistill.diffusion.timesteps import trailing_ladder
 from stepdistill.errors import Refusal
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.conditioning import ImageSize
+from stepdistill.files.outputs import check_place
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.guidance_conditioning import read_guide
 from stepdistill.roles.sampler import guided_walk, teacher_sample

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from stepdistill.config.schema import ModelConfig, RunConfig, load_config
-from stepdistill.data.latents.tensors import check_place
 from stepdistill.errors import Refusal
+from stepdistill.files.outputs import check_place
 from stepdistill.training.description import describe
 from stepdistill.training.distributed import Processes, check_launcher
 from stepdistill.training.evaluation_hook import Watch

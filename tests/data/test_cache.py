@@ -23,8 +23,8 @@ from stepdistill.data.latents.cache import (
     null_key,
     text_key,
 )
-from stepdistill.data.latents.tensors import file_hash
 from stepdistill.families.conditioning import Conditioning
+from stepdistill.files.atomic import file_hash
 from stepdistill.training.inputs.encoding import from_entry, text_entry
 
 IDENTITY = EncoderIdentity(

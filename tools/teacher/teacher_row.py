@@ -20,9 +20,9 @@ from countedzeros import count_zeros
 from stepdistill.api.quickstart import TEACHER_ROW, Bench, teacher_row
 from stepdistill.assets import FLOW_TEACHER, FOLDER, TEACHER, resolve
 from stepdistill.config.schema import load_config
-from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.evaluation.fashion import Scorer, evaluation_set
 from stepdistill.families.sd3 import T5_TOKENS
+from stepdistill.files.atomic import write_atomically
 from stepdistill.inference.artifact import load_artefact
 
 

@@ -32,7 +32,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stepdistill.data.latents.index import INDEX, shard_name
-from stepdistill.data.latents.tensors import MAPPED, file_hash, write_atomically
+from stepdistill.data.latents.tensors import MAPPED
+from stepdistill.files.atomic import file_hash, write_atomically
 
 log = logging.getLogger(__name__)
 

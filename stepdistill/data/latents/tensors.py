@@ -10,9 +10,7 @@ shard, so whatever a killed run leaves beside it is ignored and overwritten. Noi
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +34,7 @@ from stepdistill.data.latents.index import (
     shard_name,
 )
 from stepdistill.errors import Refusal
+from stepdistill.files.atomic import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -222,54 +221,3 @@ class TensorFolder:
     def __getitem__(self, index: int) -> PairItem:
         shard, row = self.place(index)
         return PairItem(int(shard["seed"][row]), float32_copy(shard["latents"][row]), int(shard["prompt"][row]))
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_place(folder: Path) -> None:
-    """Refuse a folder that cannot be made, or is something else, before hours go into what it should hold.
-
-    Raises:
-        Refusal: it is a file, or below one, or cannot be written to.
-    """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise Refusal(
-            f"the output folder {str(folder)!r} cannot be made, since {str(there)!r} is a file: choose another"
-        )
-    if not os.access(there, os.W_OK):
-        raise Refusal(
-            f"the output folder {str(folder)!r} cannot be written to: choose another, or mend its permissions"
-        )
-
-
-def check_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before the work that it should hold. Raises Refusal."""
-    if path.is_dir():
-        raise Refusal(f"{str(path)!r} is a folder and a file is to be written: name one inside it")
-    if not path.parent.is_dir():
-        raise Refusal(
-            f"{str(path)!r} lies in a folder that does not exist: make {str(path.parent)!r}, or name another file"
-        )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside `path`, sync, rename: `path` is the old file or the new, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    if os.name == "posix":
-        # the rename itself lives in the folder
-        handle = os.open(path.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)

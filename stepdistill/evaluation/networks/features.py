@@ -23,12 +23,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from stepdistill.assets import FOLDER
-from stepdistill.data.latents.tensors import file_hash
 from stepdistill.errors import Refusal
 from stepdistill.evaluation.images import Picture
 from stepdistill.evaluation.networks.inception import find_inception, load_inception
 from stepdistill.evaluation.networks.judge import Judge
 from stepdistill.evaluation.networks.resize import ResizeMode, normalise, resize299
+from stepdistill.files.atomic import file_hash
 from stepdistill.frozen import vision
 
 Features = NDArray[np.float32]

@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.data.latents.tensors import file_hash
 from stepdistill.errors import Refusal
+from stepdistill.files.atomic import file_hash
 from stepdistill.training.run_folder.environment import Environment
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from stepdistill.config.schema import RunConfig
-from stepdistill.data.latents.tensors import write_atomically
+from stepdistill.files.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 CONFIG, STATS, SPEED, EVALUATION = "config.yaml", "stats.jsonl", "speed.jsonl", "evaluation.jsonl"

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from stepdistill.data.latents.tensors import write_atomically
 from stepdistill.errors import Refusal
+from stepdistill.files.atomic import write_atomically
 from stepdistill.training.distributed import Processes
 
 KEPT = "kept"
