@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from stepdistill.errors import Refusal
+from stepdistill.runtime.threads import bound_spinning
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -340,6 +341,7 @@ def _specs(text: str | None) -> list[str]:
 
 def main() -> None:
     """Entry point: a refusal is one sentence on stderr and exit code 2."""
+    bound_spinning(os.environ)
     leader = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if leader else logging.ERROR, format="%(message)s", stream=sys.stderr)
     # some libraries talk as they are imported, and set the levels of their own loggers then
