@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Refusal": "errors",
+    "UserError": "errors",
     "RunConfig": "config.schema",
     "load_config": "config.schema",
     "distill": "api.training",
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
     from stepdistill.api.quickstart import quickstart
     from stepdistill.api.training import CollectConfig, cache, collect, distill, dry_run, export, load_teacher, sample
     from stepdistill.config.schema import RunConfig, load_config
-    from stepdistill.errors import Refusal
+    from stepdistill.errors import Refusal, UserError
     from stepdistill.planning.plan import Forecast, plan
 
 __all__ = [
-    "CollectConfig", "Forecast", "Refusal", "RunConfig", "cache", "collect", "compare", "distill", "dry_run", "evaluate",
+    "CollectConfig", "Forecast", "Refusal", "RunConfig", "UserError", "cache", "collect", "compare", "distill", "dry_run", "evaluate",
     "evaluate_images", "export", "load_config", "load_teacher", "plan", "quickstart", "sample",
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.runtime.threads import bound_spinning
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ def train(
         return
     outcome = api.distill(run_config, output, resume)
     api.leave_processes()
-    if not outcome.leader:
+    if not outcome.main_process:
         return
     if outcome.finished:
         form = api.natural_format(run_config)
@@ -250,9 +250,9 @@ def evaluate(
             "--protocol": None if protocol == "prompts" else protocol,
         }  # fmt: skip
         if odd := next((flag for flag, value in idle.items() if value is not None), None):
-            raise Refusal(f"--images measures a folder, for which {odd} means nothing: leave it out")
+            raise UserError(f"--images measures a folder, for which {odd} means nothing: leave it out")
         if model is not None or reference is None:
-            raise Refusal(
+            raise UserError(
                 "--images measures a folder against --reference and takes no model: give both, and nothing to draw"
             )
         report = evaluating.evaluate_images(
@@ -261,11 +261,13 @@ def evaluate(
             device=device, download=download,
         )  # fmt: skip
     elif save_statistics is not None:
-        raise Refusal("--save-statistics goes with --images DIR: evaluate the images that were drawn in a second call")
+        raise UserError(
+            "--save-statistics goes with --images DIR: evaluate the images that were drawn in a second call"
+        )
     elif model is None:
-        raise Refusal("there is nothing to measure: give a model or a run, or --images DIR")
+        raise UserError("there is nothing to measure: give a model or a run, or --images DIR")
     elif (width is None) != (height is None):
-        raise Refusal("--width and --height go together: give both or neither")
+        raise UserError("--width and --height go together: give both or neither")
     else:
         report = evaluating.evaluate(
             model, output, protocol=protocol, lora=lora, steps=_counts(steps), guidance=guidance, scheduler=scheduler,
@@ -324,7 +326,7 @@ def options(
 def _counts(text: str | None) -> list[int]:
     words = [word.strip() for word in (text or "").split(",") if word.strip()]
     if not all(word.isdigit() and int(word) > 0 for word in words):
-        raise Refusal(f"--steps is {text!r}, but a list of step counts is wanted: write, say, 1,2,4")
+        raise UserError(f"--steps is {text!r}, but a list of step counts is wanted: write, say, 1,2,4")
     return [int(word) for word in words]
 
 
@@ -342,8 +344,8 @@ def _specs(text: str | None) -> list[str]:
 def main() -> None:
     """Entry point: a refusal is one sentence on stderr and exit code 2."""
     bound_spinning(os.environ)
-    leader = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if leader else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s", stream=sys.stderr)
     # some libraries talk as they are imported, and set the levels of their own loggers then
     for noisy in ("httpx", "diffusers", "transformers", "accelerate", "torch", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -351,7 +353,7 @@ def main() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()
-    except Refusal as refusal:
+    except UserError as refusal:
         typer.echo(f"error: {refusal}", err=True)
         sys.exit(2)
 

@@ -1,5 +1,13 @@
-"""The one exception for what a person can mend: its message is a sentence that says what was found, wanted, and to change."""
+"""The exception for errors that a user can mend."""
 
 
-class Refusal(ValueError):
-    """Raised before any harm is done; the command line prints its message without a traceback."""
+class UserError(ValueError):
+    """A mistake in the input, the configuration or the environment, reported before any harm is done.
+
+    The message is one sentence: what was found, what was wanted, and what to change. The command line prints it without a
+    traceback and exits with code 2.
+    """
+
+
+Refusal = UserError
+"""The name of this exception in version 0.1, kept for code that catches it."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import stepdistill
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.fashion import SEEDS_PER_PROMPT, Scorer, evaluation_set
 
 
@@ -43,6 +43,6 @@ def test_the_scorer_reads_what_the_prompts_say() -> None:
 
 @pytest.mark.parametrize("images", [0, 100])
 def test_a_number_of_images_without_whole_groups_is_refused_before_training(images: int, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="multiple of 12"):
+    with pytest.raises(UserError, match="multiple of 12"):
         stepdistill.quickstart(tmp_path / "out", images=images)
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.base import Family
 from stepdistill.families.conditioning import Conditioning, ImageSize
-from stepdistill.methods.base import Batch, Method, Progress, Setting
+from stepdistill.methods.base import Batch, Method, Problem, Progress
 from stepdistill.roles.lora import LoraSettings
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, RoleLayout, Triple
 from stepdistill.training.optimizers import RoleOptimizer
@@ -135,13 +135,13 @@ def assemble(
         copies: dtype of full networks; float32 by default.
 
     Raises:
-        Refusal: the method does not take these options.
+        UserError: the method does not take these options.
     """
     family, schedule = load_family(MODELS[model][0]), NoiseSchedule.from_config(scheduler_config(model))
     latent = (network.config.in_channels, resolution // 8, resolution // 8)
     channels = network.config.block_out_channels
     side = latent[1] // 2 ** (len(channels) - 1)
-    setting = Setting(schedule, latent, channels[-1], (side, side), (resolution, resolution), model)
+    setting = Problem(schedule, latent, channels[-1], (side, side), (resolution, resolution), model)
     method_class = load_method(method)
     config = method_class.Config.model_validate(dict(options))
     made = method_class(config, setting)

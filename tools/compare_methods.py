@@ -36,7 +36,7 @@ from stepdistill.api.quickstart import TEACHER_ROW
 from stepdistill.assets import FLOW_TEACHER, FOLDER, resolve
 from stepdistill.config.reading import Settings, parse
 from stepdistill.config.schema import RunConfig, load_config
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.fashion import Scorer, evaluation_set
 from stepdistill.families.recipe import Recipe
 from stepdistill.families.sd3 import T5_TOKENS
@@ -107,7 +107,7 @@ def quicken(network: nn.Module) -> None:
 
 
 def read_comparison(path: Path) -> ComparisonConfig:
-    """Raises Refusal."""
+    """Raises UserError."""
     return parse(ComparisonConfig, yaml.safe_load(path.read_text()), str(path))
 
 
@@ -142,7 +142,7 @@ def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: 
     outcome = train(config, folder / "run", None, watcher)
     seconds, processor = time.perf_counter() - begun, _processor_seconds() - used
     if not budgets[0].met:
-        raise Refusal(
+        raise UserError(
             f"{name} with seed {seed} was stopped at iteration {outcome.iteration}: run it again, cells are whole"
         )
     form = api.natural_format(config)
@@ -218,13 +218,13 @@ def missing(comparison: ComparisonConfig, wanted: Wanted) -> Iterator[tuple[str,
     """(entry, seed) of the cells that are not there as configured, seed by seed.
 
     Raises:
-        Refusal: an entry that the comparison does not have.
+        UserError: an entry that the comparison does not have.
     """
     for seed in wanted.seeds if wanted.seeds is not None else comparison.seeds:
         for name in wanted.entries if wanted.entries is not None else comparison.entries:
             entry = comparison.entries.get(name)
             if entry is None:
-                raise Refusal(
+                raise UserError(
                     f"there is no entry {name!r} in the comparison: use one of {', '.join(comparison.entries)}"
                 )
             if entry.seeds is not None and seed not in entry.seeds:
@@ -239,7 +239,7 @@ def teacher_diversity(comparison: ComparisonConfig, entries: Sequence[str]) -> f
     """Of the teacher that these entries share, at guidance 1.5."""
     flow = {config_of(comparison.entries[name], 0).model.path == FLOW_TEACHER for name in entries}
     if len(flow) > 1:
-        raise Refusal(f"the table of {', '.join(entries)} mixes two teachers: give each a table of its own")
+        raise UserError(f"the table of {', '.join(entries)} mixes two teachers: give each a table of its own")
     row = FLOW_TEACHER_ROW if flow == {True} else TEACHER_ROW
     return float(json.loads(row.read_text())["1.5"]["diversity"])
 

@@ -86,18 +86,18 @@ class Contestant:
 
     def turn(self) -> Seconds:
         """Of an iteration, as the mean over `ratio` of them."""
-        self.settle()
+        self.finalize_placement()
         began, busy = time.perf_counter(), time.process_time()
         for _ in range(self.case.ratio):
             losses = self.run(self.done)
             if self.done == 0:
                 self.first_losses = {role: float(loss) for role, loss in losses.items()}
             self.done += 1
-        self.settle()
+        self.finalize_placement()
         wall, cpu = time.perf_counter() - began, time.process_time() - busy
         return Seconds(round(wall / self.case.ratio, 4), round(cpu / self.case.ratio, 4))
 
-    def settle(self) -> None:
+    def finalize_placement(self) -> None:
         """Wait for what a GPU was told."""
         if self.case.device == "cuda":
             torch.cuda.synchronize()

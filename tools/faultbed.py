@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from stepdistill.config.registry import load_family
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.training.run_folder import checkpoints
 
 Kind = Literal["points", "images"]
@@ -308,5 +308,5 @@ def compare(run: Path, reference: Path, *, tail: bool = False) -> None:
         raise Lost(f"stats.jsonl differs from the unbroken run's ({len(said)} lines and {len(wanted)})")
     try:
         checkpoints.read(mine)
-    except Refusal as refusal:
+    except UserError as refusal:
         raise Lost(str(refusal)) from None

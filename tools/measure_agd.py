@@ -27,14 +27,14 @@ import torch
 
 from stepdistill.api import training as api
 from stepdistill.assets import TEACHER, resolve
-from stepdistill.diffusion.timesteps import trailing_ladder
-from stepdistill.errors import Refusal
+from stepdistill.diffusion.timesteps import trailing_timesteps
+from stepdistill.errors import UserError
 from stepdistill.evaluation.fashion import IMAGES, Scorer, evaluation_set
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.files.atomic import write_atomically
 from stepdistill.inference.artifact import draw, load_artefact
 from stepdistill.roles.guidance_adapter import GuidanceAdapter
-from stepdistill.roles.sampler import guided_walk, relative_error
+from stepdistill.roles.sampler import guided_trajectory, relative_error
 from stepdistill.training.run import open_run
 from stepdistill.training.session import DTYPES, Session
 
@@ -77,7 +77,7 @@ def measure(
     )
     recipe, live = adapted.recipe, session.triple.denoiser(session.student).guide
     if recipe is None or adapted.adapter is None or not isinstance(live, GuidanceAdapter):
-        raise Refusal(f"{str(folder)!r} holds no guidance adapter: give a run of method agd")
+        raise UserError(f"{str(folder)!r} holds no guidance adapter: give a run of method agd")
     adapted.adapter.products = live.products = products
     steps = recipe.num_inference_steps
     for w in scales:
@@ -128,10 +128,12 @@ def errors(session: Session, w: float, steps: int, prompts: Sequence[str]) -> tu
     cond, null = session.encoder.text(list(prompts), sizes), session.encoder.null(sizes)
     noise = torch.randn(len(prompts), *plan.setting.latent_shape, generator=torch.Generator().manual_seed(1))
     noise = noise.to(session.device)
-    times = [noise.new_full((len(prompts),), t, dtype=torch.float64) for t in trailing_ladder(triple.schedule, steps)]
+    times = [
+        noise.new_full((len(prompts),), t, dtype=torch.float64) for t in trailing_timesteps(triple.schedule, steps)
+    ]
     scale, student = noise.new_full((len(prompts),), w), triple.denoiser(session.student)
     found, plain = [], []
-    for state in guided_walk(triple.real_score, cond, null, noise, times, scale):
+    for state in guided_trajectory(triple.real_score, cond, null, noise, times, scale):
         raw = student.raw(state.x_t, state.t, cond.told(w))
         found.append(relative_error(raw, state.target).mean())
         plain.append(state.plain.mean())

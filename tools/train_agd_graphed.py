@@ -26,7 +26,7 @@ from stepdistill.config.schema import RunConfig, TrainingConfig, load_config
 from stepdistill.data.latents.trajectories import TrajectoryStates
 from stepdistill.data.loader import IndexStream
 from stepdistill.diffusion.draws import Draws, derive_seed
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.methods.base import Batch, Progress
 from stepdistill.methods.guidance.regression import GuidedStates
@@ -36,7 +36,7 @@ from stepdistill.training.options import products
 from stepdistill.training.run import find_start
 from stepdistill.training.run_folder.logs import write_config
 from stepdistill.training.session import EMA, Session, open_session
-from stepdistill.training.setup import Plan, prepare
+from stepdistill.training.setup import RunSetup, prepare
 from stepdistill.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def _conditionings(session: Session, states: TrajectoryStates) -> tuple[Conditio
 
 
 def train(config: RunConfig, folder: Path) -> Trainer:
-    """The whole run, into a folder. Raises Refusal as `stepdistill train`, and where the config asks for more than a graph does."""
+    """The whole run, into a folder. Raises UserError as `stepdistill train`, and where the config asks for more than a graph does."""
     find_start(config, folder, None)
     plan, training = prepare(config), config.training
     _check(plan)
@@ -136,7 +136,7 @@ def train(config: RunConfig, folder: Path) -> Trainer:
         _updates(Gradient(session, states, training.batch_size), trainer, order, training)
     trainer.counters.iteration = trainer.counters.updates[GENERATOR] = training.max_steps
     if not trainer.save():
-        raise Refusal(f"the checkpoint could not be written to {str(folder)!r} (see above): make room and run again")
+        raise UserError(f"the checkpoint could not be written to {str(folder)!r} (see above): make room and run again")
     return trainer
 
 
@@ -158,7 +158,7 @@ def _updates(gradient: Gradient, trainer: Trainer, order: IndexStream, training:
             logger.info("update %d, %.1f s: error %.5f, %.2f x below no adapter", told, spent, error, plain / error)
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: RunSetup) -> None:
     training = plan.config.training
     asked = {
         "method.name": (plan.config.method_name, "agd"),
@@ -167,7 +167,9 @@ def _check(plan: Plan) -> None:
     }
     for key, (found, wanted) in asked.items():
         if found != wanted:
-            raise Refusal(f"{key} is {found!r} and a graphed run has {wanted!r}: change it, or use 'stepdistill train'")
+            raise UserError(
+                f"{key} is {found!r} and a graphed run has {wanted!r}: change it, or use 'stepdistill train'"
+            )
 
 
 def main(given: Sequence[str] | None = None) -> None:

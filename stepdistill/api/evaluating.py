@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stepdistill.api.training import dtype_of, export, natural_format
 from stepdistill.assets import resolve
 from stepdistill.config.schema import load_config
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import Sampler, describe
 from stepdistill.evaluation.images import Quantize
 from stepdistill.evaluation.metrics.lpips import Lpips
@@ -80,13 +80,13 @@ def evaluate(
         download: allow fetching weights that are not on this machine.
 
     Raises:
-        Refusal: missing prompts, reference or weights, or an output folder that holds something else.
+        UserError: missing prompts, reference or weights, or an output folder that holds something else.
     """
     check_place(Path(output))
     if teacher_guidance is not None and teacher_steps is None:
-        raise Refusal("--teacher-guidance is the scale of a teacher that is not drawn: give --teacher-steps too")
+        raise UserError("--teacher-guidance is the scale of a teacher that is not drawn: give --teacher-steps too")
     if scheduler is not None and scheduler not in SCHEDULERS:
-        raise Refusal(f"the scheduler {scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
+        raise UserError(f"the scheduler {scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
     plan = _changed(load_protocol(protocol), features, resize, metrics)
     wanted = prompt_set(plan, prompts, num_images, seeds_per_prompt)
     place = place_of(device)
@@ -191,7 +191,7 @@ def evaluate_images(
         save_statistics: write what was measured of `images` to this .npz, a reference for later, here or in clean-fid.
 
     Raises:
-        Refusal: no images, wrong weights, an output folder that holds something.
+        UserError: no images, wrong weights, an output folder that holds something.
     """
     check_output(Path(output))
     if save_statistics is not None:
@@ -211,7 +211,7 @@ def evaluate_images(
 
 
 def compare(first: str | Path, second: str | Path) -> str:
-    """Two reports in one table. Raises Refusal where their protocols differ."""
+    """Two reports in one table. Raises UserError where their protocols differ."""
     names = [path.name if path.is_dir() else path.parent.name for path in (Path(first), Path(second))]
     if names[0] == names[1] or not all(names):
         names = [str(first), str(second)]
@@ -235,7 +235,7 @@ def _student_of(
     if not (run / "config.yaml").is_file():
         return model, Path(lora) if lora is not None else None, None
     if lora is not None:
-        raise Refusal(f"{model!r} is a run, which has its own student: leave --lora out")
+        raise UserError(f"{model!r} is a run, which has its own student: leave --lora out")
     config = load_config(run / "config.yaml")
     form = natural_format(config)
     export(run, form, scratch, device=str(place))

@@ -23,7 +23,7 @@ from PIL import Image
 from stepdistill.api import training as api
 from stepdistill.assets import FOLDER, TEACHER, resolve
 from stepdistill.config.schema import load_config
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.fashion import IMAGES, Row, Scorer, evaluation_set
 from stepdistill.exporting.card import usage
 from stepdistill.exporting.export import FILES, check_output
@@ -68,7 +68,7 @@ class Report:
         lora = self.folder / "lora"
         recipe = Recipe.read(lora)
         if recipe is None:
-            raise Refusal(f"{str(lora)!r} holds no recipe: run the quickstart again")
+            raise UserError(f"{str(lora)!r} holds no recipe: run the quickstart again")
         return "\n".join(
             [
                 head,
@@ -95,7 +95,7 @@ def quickstart(
         images: number of images a row; a multiple of 12.
 
     Raises:
-        Refusal: the output folder is not empty, or `images` is no multiple of 12.
+        UserError: the output folder is not empty, or `images` is no multiple of 12.
     """
     started = time.perf_counter()
     folder = Path(output)
@@ -105,7 +105,9 @@ def quickstart(
     guidance = float(config.method_options["guidance"])
     outcome = api.distill(config, folder / "run")
     if not outcome.finished:
-        raise Refusal(f"the quickstart was stopped at iteration {outcome.iteration}: run it again with a new --output")
+        raise UserError(
+            f"the quickstart was stopped at iteration {outcome.iteration}: run it again with a new --output"
+        )
     api.export(folder / "run", "diffusers-lora", folder / "lora", device="cpu")
 
     scorer = Scorer()

@@ -17,8 +17,8 @@ from stepdistill.assets import resolve
 from stepdistill.config.registry import load_method
 from stepdistill.config.schema import RunConfig
 from stepdistill.data.prompts import read_prompts
-from stepdistill.errors import Refusal
-from stepdistill.evaluation.during_training import Goal, StudentWatch
+from stepdistill.errors import UserError
+from stepdistill.evaluation.during_training import Goal, StudentEvaluation
 from stepdistill.exporting.card import push_to_hub as push
 from stepdistill.exporting.export import ExportFormat, check_output, export_student
 from stepdistill.exporting.proof import QuantizedStudent, final_latents
@@ -53,7 +53,7 @@ def distill(config: RunConfig, output: str | Path | None = None, resume: str | N
     if config.evaluation is None:
         return train(config, output, resume)
     section = config.evaluation
-    return train(config, output, resume, lambda session, folder: StudentWatch(session, folder, section))
+    return train(config, output, resume, lambda session, folder: StudentEvaluation(session, folder, section))
 
 
 def cache(config: RunConfig) -> Filled:
@@ -70,7 +70,7 @@ def dry_run(config: RunConfig, output: str | Path | None = None, resume: str | N
     """Check a config as training with the same arguments would, without loading a weight; lines that describe the run.
 
     Raises:
-        Refusal: whatever training would refuse before it loads a weight.
+        UserError: whatever training would refuse before it loads a weight.
     """
     check_launcher(config.training)
     find_start(config, Path(output or config.output), resume)
@@ -85,7 +85,7 @@ def dry_run(config: RunConfig, output: str | Path | None = None, resume: str | N
         Goal.of(config.evaluation)
     adapter = config.model.guidance_adapter
     if adapter is not None and not Path(adapter).exists():
-        raise Refusal(
+        raise UserError(
             f"model.guidance_adapter is {adapter!r}, and there is no such file: give an exported adapter or its folder"
         )
     device = device_of(config.training.device)
@@ -94,7 +94,7 @@ def dry_run(config: RunConfig, output: str | Path | None = None, resume: str | N
 
 
 def load_teacher(model: str, dtype: str = "float32", device: str | None = None) -> Checkpoint:
-    """Load a checkpoint: diffusers folder, hub id, single `.safetensors` file, or `builtin:teacher`. Raises Refusal."""
+    """Load a checkpoint: diffusers folder, hub id, single `.safetensors` file, or `builtin:teacher`. Raises UserError."""
     return load_checkpoint(inspect_checkpoint(resolve(model)), dtype_of(dtype), device_of(device))
 
 
@@ -117,7 +117,7 @@ def export(
         checkpoint: the newest, or the one that evaluation during training liked best.
 
     Raises:
-        Refusal: not a run, a non-empty output folder, non-finite weights, or a failed proof.
+        UserError: not a run, a non-empty output folder, non-finite weights, or a failed proof.
     """
     check_output(Path(output))
     # a half-precision base is widened, and a GPU's convolutions have all 24 bits: the proof is exact, and the LoRA's float32
@@ -148,7 +148,7 @@ def natural_format(config: RunConfig) -> ExportFormat:
     forms: dict[Mode, ExportFormat] = {"lora": "diffusers-lora", "full": "pipeline", "adapter": "guidance-adapter"}
     form = forms[config.roles.generator.mode]
     method = load_method(config.method_name)
-    told = method.guidance_told(method.Config.model_validate(config.method_options)) is not None
+    told = method.network_guidance_range(method.Config.model_validate(config.method_options)) is not None
     # an embedding is no part of a LoRA
     return "pipeline" if told and form == "diffusers-lora" else form
 
@@ -177,14 +177,14 @@ def sample(
     The recipe that came with the LoRA or pipeline applies by default; overriding it warns.
 
     Raises:
-        Refusal: no prompt or two sources of them, a folder that is not empty, a LoRA that does not fit.
+        UserError: no prompt or two sources of them, a folder that is not empty, a LoRA that does not fit.
     """
     folder = Path(output)
     check_output(folder)
     if (prompt is None) == (prompts is None):
-        raise Refusal("exactly one of --prompt and --prompts is needed: give a text, or a file of prompts")
+        raise UserError("exactly one of --prompt and --prompts is needed: give a text, or a file of prompts")
     if (width is None) != (height is None):
-        raise Refusal("--width and --height go together: give both or neither")
+        raise UserError("--width and --height go together: give both or neither")
     listed = [prompt] if prompt is not None else list(read_prompts(str(prompts)).texts)
     texts = [text for text in listed for _ in range(num_images)]
     artefact = load_artefact(
@@ -228,5 +228,5 @@ def _quantized_student(
 
 def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise Refusal(f"the dtype {name!r} is not known: use one of {', '.join(DTYPES)}")
+        raise UserError(f"the dtype {name!r} is not known: use one of {', '.join(DTYPES)}")
     return DTYPES[name]

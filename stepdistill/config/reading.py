@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 S = TypeVar("S", bound="Settings")
 
@@ -51,24 +51,24 @@ def read_settings(section: type[S], path: str | Path, overrides: list[str] | Non
     """Read a YAML file into any kind of settings.
 
     Raises:
-        Refusal: missing file, not YAML, unknown key, wrong type or range.
+        UserError: missing file, not YAML, unknown key, wrong type or range.
     """
     return parse(section, read_mapping(path, overrides), where=Path(path).name)
 
 
 def read_mapping(path: str | Path, overrides: list[str] | None) -> dict[str, Any]:
-    """What a YAML file says, with `a.b=value` overrides. Raises Refusal: missing, not YAML, no mapping, malformed override."""
+    """What a YAML file says, with `a.b=value` overrides. Raises UserError: missing, not YAML, no mapping, malformed override."""
     file = Path(path)
     if not file.is_file():
-        raise Refusal(
+        raise UserError(
             f"there is no config file {str(file)!r}: give the path of a YAML file, such as configs/quickstart.yaml"
         )
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refusal(f"{str(file)!r} is not valid YAML ({' '.join(str(error).split())}): mend it") from None
+        raise UserError(f"{str(file)!r} is not valid YAML ({' '.join(str(error).split())}): mend it") from None
     if not isinstance(data, dict):
-        raise Refusal(f"{str(file)!r} holds no mapping at its top level: start from one of the files in configs/")
+        raise UserError(f"{str(file)!r} holds no mapping at its top level: start from one of the files in configs/")
     for override in overrides or []:
         _apply(data, override)
     return data
@@ -79,13 +79,13 @@ def parse(section: type[S], data: Any, where: str) -> S:
     try:
         return section.model_validate(data)
     except ValidationError as error:
-        raise Refusal(_sentence(section, error, where)) from None
+        raise UserError(_sentence(section, error, where)) from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise Refusal(
+        raise UserError(
             f"the override {override!r} is not of the form section.key=value: write, say, training.max_steps=100"
         )
     *parents, last = key.split(".")
@@ -93,11 +93,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise Refusal(f"the override {override!r} goes through {parent!r}, which is not a section: check the key")
+            raise UserError(f"the override {override!r} goes through {parent!r}, which is not a section: check the key")
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise Refusal(
+        raise UserError(
             f"the value in the override {override!r} is not valid YAML: close its brackets and quotes, as in "
             "'method.exit_odds=[4, 3, 2, 1]'"
         ) from None

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 METHODS: Mapping[str, str] = {
     "dmd": "stepdistill.methods.matching.dmd:DMD",
@@ -64,12 +64,12 @@ def family_names() -> tuple[str, ...]:
 
 
 def load_method(name: str) -> type[Any]:
-    """The class of a method. Raises Refusal for an unknown name, or where its package cannot be imported."""
+    """The class of a method. Raises UserError for an unknown name, or where its package cannot be imported."""
     return _load("method", METHODS, name)
 
 
 def load_family(name: str) -> Any:
-    """An instance of a `Family`. Raises Refusal for an unknown name, or where its package cannot be imported."""
+    """An instance of a `Family`. Raises UserError for an unknown name, or where its package cannot be imported."""
     return _load("family", FAMILIES, name)()
 
 
@@ -89,14 +89,14 @@ def _known(kind: str, builtin: Mapping[str, str]) -> dict[str, str]:
 def _load(kind: str, builtin: Mapping[str, str], name: str) -> type[Any]:
     known = _known(kind, builtin)
     if name not in known:
-        raise Refusal(f"there is no {kind} named {name!r}: {nearest(name, tuple(known))}")
+        raise UserError(f"there is no {kind} named {name!r}: {nearest(name, tuple(known))}")
     module, _, attribute = known[name].partition(":")
     try:
         loaded: type[Any] = vars(import_module(module))[attribute]
     except (ImportError, KeyError) as error:
         if name in builtin:  # this package is broken: a traceback says more than a sentence
             raise
-        raise Refusal(
+        raise UserError(
             f"the {kind} {name!r} of another package is registered as {known[name]!r}, which cannot be imported "
             f"({type(error).__name__}: {error}): mend or uninstall that package"
         ) from error

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.draws import generator
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -34,12 +34,14 @@ class IndexStream:
     8 bytes an item.
 
     Raises:
-        Refusal: `length` is not positive.
+        UserError: `length` is not positive.
     """
 
     def __init__(self, length: int, seed: int, shuffle: bool = True) -> None:
         if length < 1:
-            raise Refusal(f"a data set of {length} items was given to draw from: give one that holds at least one item")
+            raise UserError(
+                f"a data set of {length} items was given to draw from: give one that holds at least one item"
+            )
         self.length = length
         self.seed = seed
         self.shuffle = shuffle

@@ -22,7 +22,7 @@ from importlib import resources
 from pathlib import Path
 
 from stepdistill.data.images import datasets_library as hub
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def read_prompts(source: str | Path, column: str | None = None) -> PromptList:
     warning. `column` is for tables only; where omitted it is the first of `prompt`, `text` and `caption` that exists.
 
     Raises:
-        Refusal: no such file or list, an unknown format, not UTF-8, a malformed row, no such column, no prompt at all.
+        UserError: no such file or list, an unknown format, not UTF-8, a malformed row, no such column, no prompt at all.
     """
     name = str(source)
     if name.startswith(BUILTIN):
@@ -73,7 +73,7 @@ def read_prompts(source: str | Path, column: str | None = None) -> PromptList:
         cells = _read_file(Path(source), column)
     texts = tuple(text for cell in cells if (text := str(cell).strip()))
     if not texts:
-        raise Refusal(f"{name!r} holds no prompt: write at least one, or use '{BUILTIN}general'")
+        raise UserError(f"{name!r} holds no prompt: write at least one, or use '{BUILTIN}general'")
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     return PromptList(texts, name, digest)
 
@@ -88,19 +88,19 @@ def _builtin(name: str) -> str:
     known = builtin_names()
     if name not in known:
         hint = ", ".join(repr(BUILTIN + near) for near in _nearest(name, known))
-        raise Refusal(f"there is no shipped prompt list {name!r}: use {hint}")
+        raise UserError(f"there is no shipped prompt list {name!r}: use {hint}")
     return resources.files("stepdistill").joinpath("assets", "prompts", f"{name}.txt").read_text(encoding="utf-8")
 
 
 def _read_file(path: Path, column: str | None) -> Sequence[object]:
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
-        raise Refusal(f"{str(path)!r} is no prompt file: use .txt, .jsonl, .csv or .parquet, or '{BUILTIN}general'")
+        raise UserError(f"{str(path)!r} is no prompt file: use .txt, .jsonl, .csv or .parquet, or '{BUILTIN}general'")
     if not path.is_file():
         near = [] if not path.parent.is_dir() else [file.name for file in path.parent.iterdir() if file.is_file()]
         close = difflib.get_close_matches(path.name, near, n=1)
         hint = f", or did you mean {close[0]!r}" if close else ""
-        raise Refusal(f"there is no prompt file {str(path)!r}: check the path{hint}")
+        raise UserError(f"there is no prompt file {str(path)!r}: check the path{hint}")
     if suffix == ".txt":
         return _lines(_decoded(path))
     read = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[suffix]
@@ -118,7 +118,7 @@ def _prompts_of(rows: Rows, path: str | Path) -> list[str]:
     for number, cell in rows:
         if cell is not None and not isinstance(cell, str):
             kind = type(cell).__name__
-            raise Refusal(f"row {number} of {str(path)!r} holds a prompt of type {kind}: make it a text")
+            raise UserError(f"row {number} of {str(path)!r} holds a prompt of type {kind}: make it a text")
         if cell is not None and cell.strip():
             texts.append(cell)
     if len(texts) < len(rows):
@@ -130,7 +130,7 @@ def _decoded(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refusal(f"{str(path)!r} is not UTF-8 (byte {error.start}): save it again in UTF-8") from None
+        raise UserError(f"{str(path)!r} is not UTF-8 (byte {error.start}): save it again in UTF-8") from None
 
 
 def _lines(text: str) -> list[str]:
@@ -150,7 +150,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """(line number from 1, object) of every non-empty line.
 
     Raises:
-        Refusal: not UTF-8, or a line that is not a JSON object.
+        UserError: not UTF-8, or a line that is not a JSON object.
     """
     for number, line in enumerate(_lines(_decoded(path)), start=1):
         if not line.strip():
@@ -160,7 +160,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         except (json.JSONDecodeError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise Refusal(f"line {number} of {str(path)!r} is no JSON object: write one object on each line")
+            raise UserError(f"line {number} of {str(path)!r} is no JSON object: write one object on each line")
         yield number, row
 
 
@@ -173,14 +173,14 @@ def _csv(path: Path, column: str | None) -> Rows:
         for row in reader:
             # an unquoted comma would otherwise cut the prompt short without a word
             if None in row:
-                raise Refusal(
+                raise UserError(
                     f"line {reader.line_num} of {str(path)!r} has more cells than its header has columns: "
                     "put prompts with a comma in double quotes"
                 )
             rows.append((reader.line_num, row[key]))
     except csv.Error as error:
         line = reader.reader.line_num
-        raise Refusal(f"line {line} of {str(path)!r} is malformed CSV ({error}): mend its quotes") from None
+        raise UserError(f"line {line} of {str(path)!r} is malformed CSV ({error}): mend its quotes") from None
     return rows
 
 
@@ -189,7 +189,7 @@ def _parquet(path: Path, column: str | None) -> Rows:
         import pyarrow as arrow
         from pyarrow import parquet
     except ImportError:
-        raise Refusal(
+        raise UserError(
             f"reading {str(path)!r} needs pyarrow, which is missing: install it with pip install 'stepdistill[data]'"
         ) from None
     try:
@@ -198,7 +198,7 @@ def _parquet(path: Path, column: str | None) -> Rows:
             cells = table.read(columns=[key]).column(key).to_pylist()
     except (arrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise Refusal(f"{str(path)!r} is no readable parquet file ({reason}): write it again") from None
+        raise UserError(f"{str(path)!r} is no readable parquet file ({reason}): write it again") from None
     return list(enumerate(cells, start=1))
 
 
@@ -208,11 +208,11 @@ def _column(names: Sequence[str], wanted: str | None, where: str) -> str:
         for name in COLUMNS:
             if name in names:
                 return name
-        raise Refusal(f"{where} has no column 'prompt', 'text' or 'caption': name one of its columns ({found})")
+        raise UserError(f"{where} has no column 'prompt', 'text' or 'caption': name one of its columns ({found})")
     if wanted in names:
         return wanted
     near = f"use {_nearest(wanted, names)[0]!r}, the nearest of its columns" if names else "add it to its columns"
-    raise Refusal(f"{where} has no column {wanted!r}: {near} ({found})")
+    raise UserError(f"{where} has no column {wanted!r}: {near} ({found})")
 
 
 def _nearest(name: str, known: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 
 class Prediction(str, Enum):
@@ -25,12 +25,12 @@ class Prediction(str, Enum):
 
     @classmethod
     def parse(cls, name: str) -> Prediction:
-        """Raises Refusal for a name that no scheduler config uses."""
+        """Raises UserError for a name that no scheduler config uses."""
         try:
             return cls(name)
         except ValueError:
             known = ", ".join(repr(p.value) for p in cls)
-            raise Refusal(f"the scheduler config has prediction_type {name!r}: use one of {known}") from None
+            raise UserError(f"the scheduler config has prediction_type {name!r}: use one of {known}") from None
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) of out = a x0 + b eps.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.prediction import Prediction
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 Time = Tensor | float
 
@@ -70,7 +70,7 @@ class NoiseSchedule:
         sigma = (1.0 - alpha.square()).clamp_min(0).sqrt()
         schedule = cls(prediction, torch.atan2(sigma, alpha), train_steps=len(betas))
         if schedule.zero_terminal_snr and prediction is Prediction.EPSILON:
-            raise Refusal(
+            raise UserError(
                 "the scheduler config has zero terminal SNR with prediction_type 'epsilon', from which x0 cannot be "
                 "recovered at the last timestep: use a checkpoint with 'v_prediction', or set rescale_betas_zero_snr to false"
             )
@@ -88,7 +88,7 @@ class NoiseSchedule:
         """From any diffusers scheduler config (the contents of `scheduler_config.json`).
 
         Raises:
-            Refusal: unknown beta schedule or prediction type; epsilon prediction with zero terminal SNR.
+            UserError: unknown beta schedule or prediction type; epsilon prediction with zero terminal SNR.
         """
         name = str(config.get("_class_name", ""))
         steps = int(config.get("num_train_timesteps", 1000))
@@ -259,7 +259,7 @@ def _betas(config: Mapping[str, Any], steps: int) -> Tensor:
         edge = torch.arange(steps + 1, dtype=torch.float64) / steps
         bar = torch.cos((edge + 0.008) / 1.008 * math.pi / 2).square()
         return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-    raise Refusal(
+    raise UserError(
         f"the scheduler config has beta_schedule {kind!r}, but 'linear', 'scaled_linear' and 'squaredcos_cap_v2' are known: "
         "write the betas out as trained_betas"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class NoiseLevels:
         return schedule.time_at(p)
 
 
-def few_step_ladder(schedule: NoiseSchedule, steps: int) -> tuple[float, ...]:
+def student_timesteps(schedule: NoiseSchedule, steps: int) -> tuple[float, ...]:
     """Times of an N-step student, noisiest first, without the clean end.
 
     VP: start at N - 1 and go down by floor(N / steps), e.g. 999, 749, 499, 249 (DMD2; diffusers' trailing spacing).
     Flow: fractions 1, 1 - 1/steps, ..., through the model's shift, e.g. 1, .9, .75, .5 at shift 3.
     """
     if steps < 1 or (not schedule.is_flow and steps > schedule.train_steps):
-        raise Refusal(f"a ladder of {steps} steps was asked for: use a number between 1 and {schedule.train_steps}")
+        raise UserError(f"a ladder of {steps} steps was asked for: use a number between 1 and {schedule.train_steps}")
     if schedule.is_flow:
         fractions = 1 - torch.arange(steps, dtype=torch.float64) / steps
         return tuple(schedule.time_at(fractions).tolist())
@@ -62,10 +62,10 @@ def few_step_ladder(schedule: NoiseSchedule, steps: int) -> tuple[float, ...]:
     return tuple(float(schedule.train_steps - 1 - i * stride) for i in range(steps))
 
 
-def trailing_ladder(schedule: NoiseSchedule, steps: int) -> tuple[float, ...]:
+def trailing_timesteps(schedule: NoiseSchedule, steps: int) -> tuple[float, ...]:
     """Times of a many-step solver with diffusers' `timestep_spacing="trailing"`: round(N (1 - i / steps)) - 1."""
     if schedule.is_flow:
-        return few_step_ladder(schedule, steps)
+        return student_timesteps(schedule, steps)
     n = schedule.train_steps
     return tuple(float(round(n - i * n / steps) - 1) for i in range(steps))
 
@@ -80,14 +80,14 @@ def uniform_grid(schedule: NoiseSchedule, points: int) -> Tensor:
     Flow: i / points through the model's shift, from 0.
 
     Raises:
-        Refusal: more points than the schedule has timesteps to tell apart.
+        UserError: more points than the schedule has timesteps to tell apart.
     """
     index = torch.arange(points + 1, dtype=torch.float64)
     if schedule.is_flow:
         return schedule.time_at(index / points)
     grid = ((index * schedule.train_steps / points).round() - 1).clamp_min(0)
     if bool((grid.diff() <= 0).any()):
-        raise Refusal(
+        raise UserError(
             f"a grid of {points} points was asked for and the teacher has {schedule.train_steps} timesteps: use fewer points"
         )
     return grid
@@ -97,10 +97,10 @@ def edges(points: int, count: int) -> Tensor:
     """Indices of the lower ends of `count` equal parts of a grid of `points` steps, rising from 0: floor(i points / count).
 
     Raises:
-        Refusal: more parts than steps.
+        UserError: more parts than steps.
     """
     if count > points:
-        raise Refusal(f"a grid of {points} points was to be cut into {count} parts: use more points or fewer parts")
+        raise UserError(f"a grid of {points} points was to be cut into {count} parts: use more points or fewer parts")
     return torch.arange(count) * points // count
 
 
@@ -114,9 +114,9 @@ def spread(grid: Tensor, steps: int) -> list[float]:
     """`steps` points of a grid, the noisiest first, evenly by index as LCMScheduler and TCDScheduler choose them.
 
     Raises:
-        Refusal: more steps than points.
+        UserError: more steps than points.
     """
     last = len(grid) - 1
     if steps > last:
-        raise Refusal(f"{steps} steps were asked for and the grid has {last} points: use fewer steps or more points")
+        raise UserError(f"{steps} steps were asked for and the grid has {last} points: use fewer steps or more points")
     return [float(grid[last - i * last // steps]) for i in range(steps)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast, float64, full
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ class Gaussian:
         """Log density summed over all dimensions but the first, shape (B,).
 
         Raises:
-            Refusal: the transition is deterministic and has no density.
+            UserError: the transition is deterministic and has no density.
         """
         if bool((self.std == 0).any()):
-            raise Refusal("a deterministic transition has no log_prob: use 'renoise', or 'ancestral' or 'tcd' above 0")
+            raise UserError(
+                "a deterministic transition has no log_prob: use 'renoise', or 'ancestral' or 'tcd' above 0"
+            )
         z = (x - self.mean) / self.std
         constant = torch.log(self.std) + 0.5 * math.log(2 * math.pi)
         return -(0.5 * z.square() + constant).flatten(1).sum(1)

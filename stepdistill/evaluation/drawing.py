@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.images import Picture, read_all, shard
 from stepdistill.evaluation.protocols import PromptSet
 from stepdistill.files.atomic import write_atomically
@@ -121,15 +121,15 @@ def claim(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str,
             before = json.loads(file.read_text())
             drawn: dict[str, str] = dict(before.pop("samplers"))
         except (ValueError, KeyError, TypeError):
-            raise Refusal(f"{str(file)!r} is not this program's, or was cut short: choose another --output") from None
+            raise UserError(f"{str(file)!r} is not this program's, or was cut short: choose another --output") from None
         changed = next((key for key in marker if before.get(key) != marker[key]), None)
         if changed is not None or any(known.get(name, text) != text for name, text in drawn.items()):
-            raise Refusal(
+            raise UserError(
                 f"the output folder {str(output)!r} holds an evaluation with different {changed or 'models'}: choose another --output"
             )
         known = drawn | known
     elif output.exists() and any(output.iterdir()):
-        raise Refusal(f"the output {str(output)!r} holds something else: choose another --output")
+        raise UserError(f"the output {str(output)!r} holds something else: choose another --output")
     state.wait_for_everyone()
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from stepdistill.assets import FOLDER
 from stepdistill.config.schema import EvaluationConfig
 from stepdistill.diffusion.draws import Draws
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.images import Picture, as_uint8, shard
 from stepdistill.evaluation.measure import (
     KEEP_FEATURES,
@@ -60,26 +60,26 @@ class Goal:
 
     @classmethod
     def of(cls, config: EvaluationConfig) -> Goal:
-        """Raises Refusal: unknown protocol or metric, no prompts or no reference."""
+        """Raises UserError: unknown protocol or metric, no prompts or no reference."""
         protocol = load_protocol(config.protocol)
         metrics = tuple(m for m in expand(config.metrics) if m != "prompt_accuracy")
         if config.best not in metrics or config.best not in DECISIVE:
-            raise Refusal(
+            raise UserError(
                 f"evaluation.best is {config.best!r}, and one of evaluation.metrics with a better side is wanted: use one of "
                 f"{', '.join(m for m in metrics if m in DECISIVE) or 'fid'}"
             )
         prompts = prompt_set(protocol, config.prompts, config.images)
         place = config.reference or (FOLDER / protocol.reference.builtin if protocol.reference.builtin else None)
         if place is None:
-            raise Refusal("evaluation.reference is not set: give a folder of images, or statistics")
+            raise UserError("evaluation.reference is not set: give a folder of images, or statistics")
         if not Path(place).exists():
-            raise Refusal(
+            raise UserError(
                 f"evaluation.reference is {str(place)!r}, and nothing is there: give a folder of images, or statistics"
             )
         return cls(protocol, metrics, prompts, Path(place))
 
 
-class StudentWatch:
+class StudentEvaluation:
     """Draws the protocol's images with the live roles and measures them.
 
     Args:
@@ -88,7 +88,7 @@ class StudentWatch:
         config: its `evaluation` section.
 
     Raises:
-        Refusal: unknown protocol or metric, no prompts or no reference; before any training.
+        UserError: unknown protocol or metric, no prompts or no reference; before any training.
     """
 
     def __init__(self, session: Session, folder: Path, config: EvaluationConfig) -> None:

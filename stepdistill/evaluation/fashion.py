@@ -19,7 +19,7 @@ from stepdistill.assets import FOLDER
 from stepdistill.data.appearance import saturation
 from stepdistill.data.fashion import BACKGROUNDS, COLOURS, GARMENTS, parse_caption
 from stepdistill.data.prompts import read_prompts
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.metrics.diversity import pairwise_diversity
 from stepdistill.evaluation.metrics.frechet import frechet_between, noise_floor
 from stepdistill.evaluation.metrics.statistics import FeatureStatistics
@@ -70,16 +70,16 @@ def evaluation_set(images: int = IMAGES) -> tuple[list[str], list[int]]:
     """(prompts, seeds) of the protocol at `images` images: a third in groups of SEEDS_PER_PROMPT to a prompt, the rest alone.
 
     Raises:
-        Refusal: `images` is not a positive multiple of 12.
+        UserError: `images` is not a positive multiple of 12.
     """
     if images <= 0 or images % UNIT:
-        raise Refusal(
+        raise UserError(
             f"the protocol takes a positive multiple of {UNIT} images and was given {images}: change the number"
         )
     prompts = list(read_prompts("builtin:fashion").texts)
     groups = images // UNIT
     if images - groups * (SEEDS_PER_PROMPT - 1) > len(prompts):
-        raise Refusal(f"the protocol has {len(prompts)} prompts, too few for {images} images: take fewer")
+        raise UserError(f"the protocol has {len(prompts)} prompts, too few for {images} images: take fewer")
     grouped = [prompt for prompt in prompts[:groups] for _ in range(SEEDS_PER_PROMPT)]
     return grouped + prompts[groups : images - len(grouped) + groups], [SEED + i for i in range(images)]
 

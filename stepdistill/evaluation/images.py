@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 Picture = NDArray[np.uint8]
 """One image (H, W, 3)."""
@@ -35,18 +35,18 @@ def list_images(folder: str | Path, *, recursive: bool = False, allow_lossy: boo
         allow_lossy: take JPEG and WebP, whose artefacts move the Fréchet distance.
 
     Raises:
-        Refusal: not a folder, no image in it, or lossy files that were not allowed.
+        UserError: not a folder, no image in it, or lossy files that were not allowed.
     """
     path = Path(folder)
     if path.is_file():
-        raise Refusal(f"{str(path)!r} is a file and a folder of images is wanted: give the folder that holds it")
+        raise UserError(f"{str(path)!r} is a file and a folder of images is wanted: give the folder that holds it")
     if not path.is_dir():
-        raise Refusal(f"there is no folder {str(path)!r}: check the path")
+        raise UserError(f"there is no folder {str(path)!r}: check the path")
     files = sorted(p for p in (path.rglob("*") if recursive else path.iterdir()) if p.is_file())
     lossless = [p for p in files if p.suffix.lower() in LOSSLESS]
     lossy = [p for p in files if p.suffix.lower() in LOSSY]
     if lossy and not allow_lossy:
-        raise Refusal(
+        raise UserError(
             f"{len(lossy)} files in {str(path)!r} are JPEG or WebP (first: {lossy[0].name!r}), whose compression moves the "
             "Fréchet distance: give PNG files, or allow lossy ones explicitly"
         )
@@ -56,7 +56,7 @@ def list_images(folder: str | Path, *, recursive: bool = False, allow_lossy: boo
         folders = (
             "" if recursive or not any(p.is_dir() for p in path.iterdir()) else "; its sub-folders were not searched"
         )
-        raise Refusal(
+        raise UserError(
             f"no image in {str(path)!r} (suffixes found: {', '.join(found) or 'no file at all'}{folders}): give a folder of PNG files"
         )
     return chosen
@@ -66,7 +66,7 @@ def read_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -
     """Any image file as RGB: greys are tripled, transparency is laid on `background`.
 
     Raises:
-        Refusal: the file is corrupt, or holds more than 8 bits a channel.
+        UserError: the file is corrupt, or holds more than 8 bits a channel.
     """
     image: Image.Image
     try:
@@ -74,9 +74,11 @@ def read_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -
             opened.load()
             image = opened.copy()
     except (OSError, SyntaxError, ValueError) as error:
-        raise Refusal(f"the image {str(path)!r} cannot be read ({error}): remove it or write it again") from None
+        raise UserError(f"the image {str(path)!r} cannot be read ({error}): remove it or write it again") from None
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise Refusal(f"the image {str(path)!r} has more than 8 bits a channel ({image.mode}): convert it to 8-bit RGB")
+        raise UserError(
+            f"the image {str(path)!r} has more than 8 bits a channel ({image.mode}): convert it to 8-bit RGB"
+        )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
 from stepdistill.data import appearance as looks
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.images import Picture, PixelChain, list_images, read_all, shard
 from stepdistill.evaluation.metrics import diversity
 from stepdistill.evaluation.metrics import mmd as kernels
@@ -83,7 +83,7 @@ def measure_images(
     """One process's pass. Memory does not grow with the number of images unless `keep`.
 
     Raises:
-        Refusal: no image at all.
+        UserError: no image at all.
     """
     sums = dict.fromkeys(_DRIFT_FUNCTIONS, 0.0)
 
@@ -105,7 +105,7 @@ def measure_images(
 
     statistics = FeatureStatistics.gather(features())
     if statistics is None:
-        raise Refusal("there is no image to measure: give at least two")
+        raise UserError("there is no image to measure: give at least two")
     return Measured(statistics, np.concatenate(kept) if keep else None, sums if drift else {})
 
 
@@ -115,11 +115,11 @@ def measure_shard(
     """The files of a set, shared out over all processes without duplicates; every process gets the whole answer.
 
     Raises:
-        Refusal: fewer images than two or than processes, or a corrupt one.
+        UserError: fewer images than two or than processes, or a corrupt one.
     """
     state = PartialState()
     if len(paths) < max(2, state.num_processes):
-        raise Refusal(f"{len(paths)} images came in and at least {max(2, state.num_processes)} are needed: give more")
+        raise UserError(f"{len(paths)} images came in and at least {max(2, state.num_processes)} are needed: give more")
     indices = shard(len(paths), state.process_index, state.num_processes)
     own = measure_images(read_all([paths[i] for i in indices], chain), extractor, keep=keep)
     return merge(own, len(paths))
@@ -159,7 +159,7 @@ def read_reference(
     """A reference set: a folder of images, or statistics in an .npz of ours, clean-fid's or pytorch-fid's.
 
     Raises:
-        Refusal: statistics of another network than the one that measures, or features that they do not hold.
+        UserError: statistics of another network than the one that measures, or features that they do not hold.
     """
     path = Path(source)
     if path.suffix in (".npz", ".npy"):
@@ -168,7 +168,7 @@ def read_reference(
         here = made_with(extractor, chain)
         for key, now in here.items():
             if key in record and record[key] != now:
-                raise Refusal(
+                raise UserError(
                     f"the statistics {str(path)!r} were made with {key} {record[key][:24]!r} and the features now have "
                     f"{now[:24]!r}: measure the reference again, or choose its network"
                 )
@@ -208,34 +208,34 @@ def compute(
     """The asked metrics of a set against a reference. `prompt_accuracy` is not among them: it needs the images.
 
     Raises:
-        Refusal: as `check_metrics`, or features of another size, or numbers that no distance can have.
+        UserError: as `check_metrics`, or features of another size, or numbers that no distance can have.
     """
     check_metrics(metrics, reference, measured.count)
     mine, theirs = measured.statistics, reference.statistics
     if len(mine.mean) != len(theirs.mean):
-        raise Refusal(
+        raise UserError(
             f"the images have {len(mine.mean)} features and the reference {len(theirs.mean)}: measure both with one network"
         )
     try:
         return _compute(measured, reference, metrics, rng, prompts)
     except (ValueError, np.linalg.LinAlgError) as error:
-        raise Refusal(f"the metrics cannot be computed ({error}): check the images and the reference") from None
+        raise UserError(f"the metrics cannot be computed ({error}): check the images and the reference") from None
 
 
 def check_metrics(metrics: Sequence[Metric], reference: Measured | None, images: int) -> None:
     """What is known to fail before anything is drawn; `reference` is None where the teacher will be it.
 
     Raises:
-        Refusal: too few images, or a metric that needs feature vectors where the reference has statistics only.
+        UserError: too few images, or a metric that needs feature vectors where the reference has statistics only.
     """
     least = 20 if "fd_infinity" in metrics else 6 if MANIFOLD & set(metrics) else 2
     if images < least:
-        raise Refusal(
+        raise UserError(
             f"{images} images came in and {', '.join(metrics)} need at least {least}: give more, or leave metrics out"
         )
     pairwise = (MANIFOLD | {"kid", "cmmd"}) & set(metrics)
     if pairwise and reference is not None and reference.features is None:
-        raise Refusal(
+        raise UserError(
             f"{', '.join(sorted(pairwise))} need the reference's feature vectors and it holds mean and covariance only: "
             "give the folder of images, or leave them out"
         )

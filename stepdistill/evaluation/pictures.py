@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from stepdistill.assets import FOLDER
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import Drawn
 from stepdistill.evaluation.fashion import attribute_shares
 from stepdistill.evaluation.images import Picture, PixelChain, shard
@@ -41,7 +41,7 @@ class PictureScores:
     """What is measured on pictures and prompts beside the features.
 
     Raises:
-        Refusal: a CLIP convention that is not known.
+        UserError: a CLIP convention that is not known.
     """
 
     clip: ClipScorer | None = None
@@ -52,7 +52,7 @@ class PictureScores:
     def __post_init__(self) -> None:
         for convention in self.conventions:
             if convention not in CONVENTIONS:
-                raise Refusal(f"the CLIP convention {convention!r} is not known: use one of {', '.join(CONVENTIONS)}")
+                raise UserError(f"the CLIP convention {convention!r} is not known: use one of {', '.join(CONVENTIONS)}")
 
     def record(self) -> str:
         """The networks that these scores come from, for the protocol record."""

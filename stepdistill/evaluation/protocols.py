@@ -18,7 +18,7 @@ from pydantic import Field
 from stepdistill.assets import FOLDER
 from stepdistill.config.reading import Settings, read_settings
 from stepdistill.data.prompts import read_prompts
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.fashion import SEED, evaluation_set
 from stepdistill.evaluation.images import PixelChain, Quantize
 from stepdistill.evaluation.networks.resize import ResizeMode
@@ -91,13 +91,13 @@ def load_protocol(name: str) -> Protocol:
     """A shipped protocol, or one of your own as a YAML file.
 
     Raises:
-        Refusal: unknown name, or a file that is no protocol.
+        UserError: unknown name, or a file that is no protocol.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else PROTOCOLS / f"{name}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(name, protocol_names(), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}" if near else f"known are {', '.join(protocol_names())}"
-        raise Refusal(f"the protocol {name!r} is not known: {hint}")
+        raise UserError(f"the protocol {name!r} is not known: {hint}")
     return read_settings(Protocol, path)
 
 
@@ -110,20 +110,20 @@ def prompt_set(protocol: Protocol, source: str | None, images: int | None, seeds
         seeds_per_prompt: images of each prompt, for protocols without a count of their own.
 
     Raises:
-        Refusal: no prompts, or fewer than wanted.
+        UserError: no prompts, or fewer than wanted.
     """
     if protocol.prompts.builtin is not None:
         if source is not None:
-            raise Refusal(f"the protocol brings its own prompts ({protocol.prompts.builtin}): leave --prompts out")
+            raise UserError(f"the protocol brings its own prompts ({protocol.prompts.builtin}): leave --prompts out")
         texts, seeds = evaluation_set(images or protocol.prompts.count or 0)
         return PromptSet(tuple(texts), tuple(seeds), text_hash(texts))
     if source is None:
-        raise Refusal(f"the protocol needs a prompt file: give --prompts FILE with {protocol.prompts.hint}")
+        raise UserError(f"the protocol needs a prompt file: give --prompts FILE with {protocol.prompts.hint}")
     listed = read_prompts(source)
     expanded = [text for text in listed.texts for _ in range(seeds_per_prompt)]
     wanted = images or protocol.prompts.count or len(expanded)
     if len(expanded) < wanted:
-        raise Refusal(
+        raise UserError(
             f"{source!r} gives {len(expanded)} images and {wanted} are wanted ({protocol.prompts.hint}): "
             f"give the full list, or --num-images {len(expanded)}, which renames the numbers"
         )
@@ -140,7 +140,7 @@ def expand(names: Sequence[str]) -> list[Metric]:
     """Metric names with groups resolved, in order, each once.
 
     Raises:
-        Refusal: unknown name.
+        UserError: unknown name.
     """
     known: tuple[Metric, ...] = Metric.__args__  # type: ignore[attr-defined]
     found: list[Metric] = []
@@ -148,7 +148,7 @@ def expand(names: Sequence[str]) -> list[Metric]:
         if name not in known and name not in GROUPS:
             near = difflib.get_close_matches(name, [*known, *GROUPS], n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}" if near else f"known are {', '.join([*known, *GROUPS])}"
-            raise Refusal(f"the metric {name!r} is not known: {hint}")
+            raise UserError(f"the metric {name!r} is not known: {hint}")
         for metric in GROUPS.get(name, tuple(m for m in known if m == name)):
             if metric not in found:
                 found.append(metric)

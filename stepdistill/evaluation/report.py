@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 LOWER_IS_BETTER = ("fid", "fd_infinity", "kid", "cmmd")
 PLAIN = {"kid_std"}
@@ -84,7 +84,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Report:
-        """Raises Refusal where the text is no report."""
+        """Raises UserError where the text is no report."""
         try:
             content = json.loads(text)
             wins = {
@@ -94,17 +94,17 @@ class Report:
             rows = tuple(ReportRow(**row) for row in content["rows"])
             return cls(Record(**content["protocol"]), rows, content["noise_floor"], wins, tuple(content["notes"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Refusal(
+            raise UserError(
                 f"{where!r} is not a report of 'stepdistill evaluate' ({error}): give its report.json"
             ) from None
 
     @classmethod
     def read(cls, path: str | Path) -> Report:
-        """The report of a file, or of the folder that holds it. Raises Refusal."""
+        """The report of a file, or of the folder that holds it. Raises UserError."""
         file = Path(path)
         file = file / "report.json" if file.is_dir() else file
         if not file.is_file():
-            raise Refusal(f"there is no report {str(file)!r}: give the output folder of 'stepdistill evaluate'")
+            raise UserError(f"there is no report {str(file)!r}: give the output folder of 'stepdistill evaluate'")
         return cls.from_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
 
 
@@ -142,13 +142,13 @@ def compare(first: Report, second: Report, names: tuple[str, str]) -> str:
     """Both reports' rows in one table.
 
     Raises:
-        Refusal: the protocols differ; what differs is named.
+        UserError: the protocols differ; what differs is named.
     """
     a, b = asdict(first.record), asdict(second.record)
     odd = [key for key in a if a[key] != b[key] and key not in ("version", "reference")]
     if odd:
         shown = ", ".join(f"{key}: {str(a[key])[:40]!r} and {str(b[key])[:40]!r}" for key in odd)
-        raise Refusal(
+        raise UserError(
             f"the two reports cannot be compared, their protocols differ ({shown}): measure both by one protocol"
         )
     rows = (*first.rows, *second.rows)

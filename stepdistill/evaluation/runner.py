@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from stepdistill.assets import FOLDER
 from stepdistill.data.fashion import parse_caption
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.drawing import Drawn, Sampler, claim, draw_missing
 from stepdistill.evaluation.fashion import SEED
 from stepdistill.evaluation.images import Picture
@@ -69,7 +69,7 @@ def evaluate_samplers(
         stats: `stats.jsonl` of the training run, for the page.
 
     Raises:
-        Refusal: no reference, a folder that holds another evaluation, or fewer images than two.
+        UserError: no reference, a folder that holds another evaluation, or fewer images than two.
     """
     beside = beside or PictureScores()
     keep = bool(KEEP_FEATURES & set(metrics))
@@ -130,13 +130,13 @@ def evaluate_folders(
     """A report of two sets of images (or of statistics), no model involved.
 
     Raises:
-        Refusal: a folder without images, statistics of another network, a metric that needs more than they hold.
+        UserError: a folder without images, statistics of another network, a metric that needs more than they hold.
     """
     metrics = protocol.metrics
     keep = bool(KEEP_FEATURES & set(metrics))
     chain = protocol.chain.chain()
     if odd := {"prompt_accuracy", "diversity"} & set(metrics):
-        raise Refusal(f"{', '.join(sorted(odd))} need prompts, which a folder does not tell: leave them out")
+        raise UserError(f"{', '.join(sorted(odd))} need prompts, which a folder does not tell: leave them out")
     sets = [
         read_reference(source, extractor, keep=keep, chain=chain, recursive=recursive, lossy=allow_lossy)
         for source in (images, reference)
@@ -192,9 +192,9 @@ def _check_reference(protocol: Protocol, reference: str | Path | None, samplers:
     if reference is not None or protocol.reference.kind == "builtin":
         return
     if protocol.reference.kind == "images":
-        raise Refusal(f"the protocol needs a reference: give --reference with {protocol.reference.hint}")
+        raise UserError(f"the protocol needs a reference: give --reference with {protocol.reference.hint}")
     if not any(sampler.name == "teacher" for sampler in samplers):
-        raise Refusal(
+        raise UserError(
             "the reference is the teacher and no teacher is drawn: give --teacher-steps N, or --reference DIR"
         )
 
@@ -203,9 +203,9 @@ def _check_set(prompts: PromptSet, metrics: Sequence[Metric], extractor: Feature
     """What the prompts and the network alone rule out."""
     processes = PartialState().num_processes
     if len(prompts) < processes:
-        raise Refusal(f"{len(prompts)} images are fewer than the {processes} processes: start fewer processes")
+        raise UserError(f"{len(prompts)} images are fewer than the {processes} processes: start fewer processes")
     if "cmmd" in metrics and "L2-normalised" not in extractor.record.preprocessing:
-        raise Refusal(
+        raise UserError(
             f"cmmd is defined on CLIP embeddings and the features are {extractor.record.name!r}: use clip:PATH"
         )
     if "prompt_accuracy" in metrics:
@@ -213,7 +213,7 @@ def _check_set(prompts: PromptSet, metrics: Sequence[Metric], extractor: Feature
             try:
                 parse_caption(prompt)
             except ValueError as error:
-                raise Refusal(
+                raise UserError(
                     f"prompt_accuracy reads captions of the embedded teacher only ({error}): leave it out"
                 ) from None
 
@@ -234,7 +234,7 @@ def _read(
     )  # fmt: skip
     wanted = protocol.reference.count
     if wanted is not None and 0 < reference.count != wanted:
-        raise Refusal(
+        raise UserError(
             f"the reference {str(place)!r} has {reference.count} images and the protocol wants {wanted}: give {protocol.reference.hint}"
         )
     return reference

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizerFast
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.images import Picture, PixelChain
 from stepdistill.evaluation.networks.features import CLIP_DEVIATION, CLIP_MEAN, as_tensor, standardised, weights_hash
 from stepdistill.rewards.aesthetic import load_head
@@ -75,14 +75,14 @@ class ClipScorer:
     """Cosines between images and prompts under one CLIP checkpoint (a transformers folder or hub id)."""
 
     def __init__(self, path: str, device: torch.device | str = "cpu", *, download: bool = False) -> None:
-        """Raises Refusal where the checkpoint cannot be loaded."""
+        """Raises UserError where the checkpoint cannot be loaded."""
         self.name = Path(path).name
         try:
             self.model = CLIPModel.from_pretrained(path, local_files_only=not download).eval().requires_grad_(False)
             self.tokenizer = CLIPTokenizerFast.from_pretrained(path, local_files_only=not download)
         except (OSError, ValueError, TypeError) as error:
             first = " ".join(str(error).split())[:160]
-            raise Refusal(
+            raise UserError(
                 f"the CLIP checkpoint {path!r} cannot be loaded ({first}): give a local folder, or allow downloading"
             ) from None
         self.model = self.model.to(device)
@@ -121,10 +121,10 @@ def clip_score(scorer: ClipScorer, images: Sequence[Picture], prompts: Sequence[
     """The CLIP score in a named convention.
 
     Raises:
-        Refusal: unknown convention.
+        UserError: unknown convention.
     """
     if convention not in CONVENTIONS:
-        raise Refusal(f"the CLIP convention {convention!r} is not known: use one of {', '.join(CONVENTIONS)}")
+        raise UserError(f"the CLIP convention {convention!r} is not known: use one of {', '.join(CONVENTIONS)}")
     rule = CONVENTIONS[convention]
     cosines, truncated = scorer.cosines(images, prompts, rule.prefix)
     values = rule.scale * (np.maximum(cosines, 0.0) if rule.clamp == "sample" else cosines)
@@ -222,7 +222,7 @@ def load_reward(spec: str, device: torch.device | str = "cpu", *, download: bool
     """The reward of NAME[:WEIGHTS]: pickscore:PATH, hps, imagereward, aesthetic:CLIP_PATH,HEAD_FILE.
 
     Raises:
-        Refusal: unknown name. What is known but cannot be loaded comes back as `Unavailable`.
+        UserError: unknown name. What is known but cannot be loaded comes back as `Unavailable`.
     """
     kind, _, weights = spec.partition(":")
     try:
@@ -240,7 +240,7 @@ def load_reward(spec: str, device: torch.device | str = "cpu", *, download: bool
     except Exception as error:
         # third-party packages fail at import in every way there is; the run must go on and say so
         return Unavailable(kind, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    raise Refusal(f"the reward {spec!r} is not known: use pickscore, hps, imagereward or aesthetic")
+    raise UserError(f"the reward {spec!r} is not known: use pickscore, hps, imagereward or aesthetic")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from stepdistill.assets import resolve
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.exporting.card import write_card
 from stepdistill.exporting.guidance_adapter import adapter_of, write_guidance_adapter
 from stepdistill.exporting.lora import write_diffusers_lora, write_kohya_lora
@@ -52,7 +52,7 @@ def check_output(folder: Path) -> None:
     """Refuse a folder that holds anything, or cannot be made."""
     check_place(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise Refusal(f"the output folder {str(folder)!r} is not empty: choose another --output")
+        raise UserError(f"the output folder {str(folder)!r} is not empty: choose another --output")
 
 
 def export_student(
@@ -75,12 +75,12 @@ def export_student(
     quantized: what the student drew while its base was quantised; the card says how far that is from what is exported.
 
     Raises:
-        Refusal: a non-empty folder, an expert that is not trained yet, a layout that the format cannot hold, non-finite tensors,
+        UserError: a non-empty folder, an expert that is not trained yet, a layout that the format cannot hold, non-finite tensors,
             or a failed proof.
     """
     check_output(folder)
     if REAL_SCORE in experts:
-        raise Refusal(
+        raise UserError(
             f"only {len(experts) - experts.count(REAL_SCORE)} of the student's {len(experts)} experts have been in training: resume "
             "the run until its last phase"
         )
@@ -136,13 +136,13 @@ def export_student(
 
 def check_format(triple: Triple, role: str, format: ExportFormat) -> None:
     """Refuse a format that cannot hold all of a role, before anything is drawn."""
-    guide = triple.guides.get(role)
+    guide = triple.guidance_conditioners.get(role)
     if format == "guidance-adapter":
         adapter_of(triple, role)
     elif isinstance(guide, GuidanceAdapter):
-        raise Refusal(f"the {role} is guidance adapters beside its base: export it with --format guidance-adapter")
+        raise UserError(f"the {role} is guidance adapters beside its base: export it with --format guidance-adapter")
     elif guide is not None and format != "pipeline":
-        raise Refusal(
+        raise UserError(
             f"the {role} is told its guidance scale by an embedding, which no LoRA file can hold: export it with --format pipeline"
         )
 

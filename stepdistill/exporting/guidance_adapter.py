@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.lora_files import RECIPE_KEY
 from stepdistill.roles import guidance_adapter
@@ -19,11 +19,11 @@ MODULE = "guidance_adapter.py"
 
 
 def adapter_of(triple: Triple, role: str) -> GuidanceAdapter:
-    """The adapters of a role. Raises Refusal where it is held otherwise."""
-    guide, mode = triple.guides.get(role), triple.layouts[role].mode
+    """The adapters of a role. Raises UserError where it is held otherwise."""
+    guide, mode = triple.guidance_conditioners.get(role), triple.layouts[role].mode
     if mode != "adapter" or not isinstance(guide, GuidanceAdapter):
         form = "diffusers-lora" if mode == "lora" else "pipeline"
-        raise Refusal(f"the {role} is no guidance adapter (its mode is {mode!r}): export it with --format {form}")
+        raise UserError(f"the {role} is no guidance adapter (its mode is {mode!r}): export it with --format {form}")
     return guide
 
 
@@ -31,7 +31,7 @@ def write_guidance_adapter(triple: Triple, role: str, recipe: Recipe, folder: Pa
     """Write guidance_adapter.safetensors, hyperparameters and recipe in its metadata, and guidance_adapter.py.
 
     Raises:
-        Refusal: the role is no guidance adapter, or has non-finite values.
+        UserError: the role is no guidance adapter, or has non-finite values.
     """
     adapter = adapter_of(triple, role)
     trained = {key for key, _ in adapter.named_parameters()}
@@ -42,7 +42,7 @@ def write_guidance_adapter(triple: Triple, role: str, recipe: Recipe, folder: Pa
     }
     bad = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
     if bad:
-        raise Refusal(
+        raise UserError(
             f"{len(bad)} tensors of the {role} are not finite in {dtype} (first: {bad[0]!r}): export an earlier checkpoint"
         )
     save_file(tensors, folder / guidance_adapter.FILE, {**metadata_of(adapter.settings), RECIPE_KEY: recipe.to_json()})

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.lora_files import RECIPE_KEY
 from stepdistill.roles.lora import LoraSettings
@@ -23,23 +23,23 @@ def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Ten
     """`module.lora_A.weight` and `module.lora_B.weight` of a LoRA role, on the CPU.
 
     Raises:
-        Refusal: the role is a full network, or has non-finite values.
+        UserError: the role is a full network, or has non-finite values.
     """
     settings_of(triple, role)
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in triple.bank.parameters(role)}
     bad = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if bad:
-        raise Refusal(
+        raise UserError(
             f"{len(bad)} tensors of the {role} are not finite in {dtype} (first: {bad[0]!r}): export an earlier checkpoint"
         )
     return tensors
 
 
 def settings_of(triple: Triple, role: str) -> LoraSettings:
-    """The role's LoRA settings. Raises Refusal where it is no LoRA."""
+    """The role's LoRA settings. Raises UserError where it is no LoRA."""
     layout = triple.layouts[role]
     if layout.lora is None:
-        raise Refusal(f"the {role} is a full network, which no LoRA file can hold: export it with --format pipeline")
+        raise UserError(f"the {role} is a full network, which no LoRA file can hold: export it with --format pipeline")
     return layout.lora
 
 
@@ -66,7 +66,7 @@ def write_diffusers_lora(triple: Triple, role: str, recipe: Recipe, path: Path, 
 def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtype: torch.dtype) -> None:
     """Write kohya's layout: `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight` and `.alpha`, for ComfyUI and A1111."""
     if not triple.family.has_kohya_layout:
-        raise Refusal(
+        raise UserError(
             f"kohya's layout has no names that diffusers knows for the network of {triple.family.name!r}: export it with --format "
             "diffusers-lora, which ComfyUI reads as well"
         )

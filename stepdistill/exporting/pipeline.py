@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.exporting.lora import alpha_of, lora_tensors, settings_of
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.common.guidance_embedding import GuidanceEmbedding
@@ -25,7 +25,7 @@ def write_pipeline(
     Experts after the first go to folders of their own beside it: `unet_2`, `unet_3`.
     """
     if checkpoint.pipeline is None:
-        raise Refusal("an analytic mixture has no pipeline to export: use a diffusers checkpoint")
+        raise UserError("an analytic mixture has no pipeline to export: use a diffusers checkpoint")
     component = triple.family.network_component
     network = merged_network(triple, experts[0]).to(dtype)
     config = dict(checkpoint.info.scheduler_config)
@@ -50,7 +50,7 @@ def merged_network(triple: Triple, role: str) -> nn.Module:
     An embedding of w that the role has beside it is inside the copy.
     """
     network = triple.copied(triple.networks[role]) if role in triple.networks else _merged_lora(triple, role)
-    guide = triple.guides.get(role)
+    guide = triple.guidance_conditioners.get(role)
     if isinstance(guide, GuidanceEmbedding):
         return triple.family.with_embedding(network, guide.cond_proj.weight.detach())
     return network

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.families.recipe import Recipe
@@ -128,7 +128,7 @@ def verify(
     """Largest difference between the pipeline's images and the proof's.
 
     Raises:
-        Refusal: above `tolerance`, or equal to the base although the role was trained.
+        UserError: above `tolerance`, or equal to the base although the role was trained.
     """
     arguments = recipe.apply(pipeline)
     if experts is not None:
@@ -141,12 +141,12 @@ def verify(
         ).images
     worst = float((drawn.float().cpu() - proof.images.float()).abs().max())
     if not worst <= tolerance:
-        raise Refusal(
+        raise UserError(
             f"the exported files do not reproduce the trained generator (largest difference {worst:.2g}, allowed {tolerance:g}): "
             "nothing was written; please report this"
         )
     if not untouched and bool((proof.latents - proof.base_latents).abs().max() < 1e-6):
-        raise Refusal(
+        raise UserError(
             "the trained generator draws exactly what its base draws, so there is nothing to export: train it first"
         )
     return worst

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.prediction import Prediction, from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part, Posterior
 from stepdistill.families.conditioning import Conditioning, ImageSize
 
@@ -86,7 +86,7 @@ class Analytic(Family):
 
     def inspect(self, source: str, folder: Path, single_file: Path | None) -> CheckpointInfo:
         if single_file is not None:
-            raise Refusal(f"{source!r} is a single file, and an analytic mixture is a folder: give the folder")
+            raise UserError(f"{source!r} is a single file, and an analytic mixture is a folder: give the folder")
         config = json.loads((folder / "network" / "config.json").read_text())
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         schedule = NoiseSchedule.from_config(scheduler)
@@ -113,7 +113,7 @@ class Analytic(Family):
         rows = []
         for prompt in prompts:
             if prompt and prompt not in names:
-                raise Refusal(
+                raise UserError(
                     f"the prompt {prompt!r} is not a class of the mixture: use one of {', '.join(names)}, or an empty prompt"
                 )
             rows.append([1.0 if not prompt or prompt == name else 0.0 for name in names])
@@ -130,10 +130,10 @@ class Analytic(Family):
         return len(info.network_config["classes"]) * torch.float64.itemsize
 
     def posterior(self, checkpoint: Checkpoint, images: Tensor) -> Posterior:
-        raise Refusal("an analytic mixture has no images: use prompts only")
+        raise UserError("an analytic mixture has no images: use prompts only")
 
     def decode(self, checkpoint: Checkpoint, latents: Tensor) -> Tensor:
-        raise Refusal("an analytic mixture has no images: look at its samples as points")
+        raise UserError("an analytic mixture has no images: look at its samples as points")
 
     def feature_module(self, network: nn.Module) -> nn.Module:
         return network.get_submodule("mlp.act_mid")

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.common.guidance_embedding import EmbeddingPlace
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.families.recipe import Recipe
@@ -98,7 +98,7 @@ class Family(ABC):
 
     @abstractmethod
     def inspect(self, source: str, folder: Path, single_file: Path | None) -> CheckpointInfo:
-        """Read and check the configs of a checkpoint; loads no weight. Raises Refusal."""
+        """Read and check the configs of a checkpoint; loads no weight. Raises UserError."""
 
     @abstractmethod
     def load(
@@ -146,7 +146,7 @@ class Family(ABC):
         """Name in the checkpoint -> file, of all that decides what `encode` and `null`, or `posterior`, say.
 
         Raises:
-            Refusal: the weights are not there.
+            UserError: the weights are not there.
         """
 
     @abstractmethod
@@ -190,7 +190,7 @@ class Family(ABC):
         """A method's recipe in the words of the checkpoint's own pipeline.
 
         Raises:
-            Refusal: the pipeline cannot sample so.
+            UserError: the pipeline cannot sample so.
         """
         return recipe
 
@@ -198,7 +198,7 @@ class Family(ABC):
         """Where an embedded guidance scale is added, in a network that was made without one.
 
         Raises:
-            Refusal: stock pipelines of the family have no such networks.
+            UserError: stock pipelines of the family have no such networks.
         """
         raise self._no_embedding()
 
@@ -206,8 +206,8 @@ class Family(ABC):
         """A copy of a network with the embedding inside; `weight` is cond_proj's, (channels, width). Raises as above."""
         raise self._no_embedding()
 
-    def _no_embedding(self) -> Refusal:
-        return Refusal(
+    def _no_embedding(self) -> UserError:
+        return UserError(
             f"the networks of {self.name!r} have no embedding of a guidance scale that stock pipelines feed: set "
             "method.guidance_range to null (of a consistency method method.tell_guidance to false), or use method agd"
         )

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.schedulers import scheduler_class
 
 SCHEDULERS = {
@@ -95,7 +95,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Raises Refusal where the text is not a recipe."""
+        """Raises UserError where the text is not a recipe."""
         try:
             record = json.loads(text)
             scheduler = record.pop("scheduler")
@@ -103,7 +103,7 @@ class Recipe:
                 record[key] = tuple(record.get(key, ()))
             return cls(scheduler_class=scheduler["class_name"], scheduler_config=scheduler["config"], **record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Refusal(f"the recipe is not readable ({error}): export the run again") from None
+            raise UserError(f"the recipe is not readable ({error}): export the run again") from None
 
     @classmethod
     def read(cls, folder: Path) -> Recipe | None:
@@ -115,7 +115,7 @@ class Recipe:
         """The stock scheduler: the base checkpoint's config with the recipe's changes.
 
         Raises:
-            Refusal: unknown class.
+            UserError: unknown class.
         """
         scheduler: SchedulerMixin = scheduler_class(self.scheduler_class).from_config(
             {**base_config, **self.scheduler_config}
@@ -152,13 +152,13 @@ class Recipe:
         """The transition of our own sampler for this recipe.
 
         Raises:
-            Refusal: the scheduler class is none of ours.
+            UserError: the scheduler class is none of ours.
         """
         if self.scheduler_class == TRIGFLOW_SCHEDULER:
             return Transition(TransitionKind.RENOISE)
         for (kind, _), name in SCHEDULERS.items():
             if name == self.scheduler_class:
                 return Transition(kind, float(self.call.get("eta", 0.0)) if kind is TransitionKind.TCD else 1.0)
-        raise Refusal(
+        raise UserError(
             f"the recipe's scheduler {self.scheduler_class!r} has no transition of ours: use one of {', '.join(SCHEDULERS.values())}"
         )

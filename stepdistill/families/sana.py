@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Model, GemmaTokenizer
 
 from stepdistill.diffusion.transitions import TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint, CheckpointInfo, Posterior
 from stepdistill.families.checkpoints.files import read_json
 from stepdistill.families.checkpoints.weights import ModelClass
@@ -74,17 +74,19 @@ class Sana(TransformerFamily):
 
     def inspect(self, source: str, folder: Path, single_file: Path | None) -> CheckpointInfo:
         if single_file is not None:
-            raise Refusal(f"{source!r} is a single file, and Sana is read from diffusers folders only: give the folder")
+            raise UserError(
+                f"{source!r} is a single file, and Sana is read from diffusers folders only: give the folder"
+            )
         info = super().inspect(source, folder, None)
         sprint = _is_sprint(info.network_config)
         pipeline = read_json(folder / "model_index.json").get("_class_name")
         if sprint != (pipeline == SanaSprintPipeline.__name__):
-            raise Refusal(
+            raise UserError(
                 f"{str(folder)!r} is a {pipeline} whose transformer has guidance_embeds {sprint}, and that input is "
                 "Sana-Sprint's alone: give model_index.json and transformer of one checkpoint"
             )
         if sprint != info.schedule.by_angle:
-            raise Refusal(
+            raise UserError(
                 f"the scheduler in {str(folder)!r} is a {info.scheduler_config.get('_class_name')}, and {TRIGFLOW_SCHEDULER} is "
                 f"Sana-Sprint's{'' if sprint else ' alone'}: restore the scheduler config of the original checkpoint"
             )
@@ -94,12 +96,12 @@ class Sana(TransformerFamily):
         channels = int(network["in_channels"])
         told = network.get("out_channels") or channels
         if vae.get("_class_name") != "AutoencoderDC" or vae["latent_channels"] != channels:
-            raise Refusal(
+            raise UserError(
                 f"the transformer in {str(folder)!r} reads {channels} channels, and its VAE is an {vae.get('_class_name')} of "
                 f"{vae.get('latent_channels')}: give a checkpoint with an AutoencoderDC of as many"
             )
         if told not in ((channels,) if _is_sprint(network) else (channels, 2 * channels)):
-            raise Refusal(
+            raise UserError(
                 f"the transformer in {str(folder)!r} reads {channels} channels and writes {told}, which are neither a velocity nor "
                 "one with a learned variance: give a text-to-image checkpoint"
             )
@@ -144,11 +146,11 @@ class Sana(TransformerFamily):
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         config: Any = network.config
         if cond.second_time is not None:
-            raise Refusal(
+            raise UserError(
                 "the conditioning has a second time, which Sana's transformer has no input for: use a method with one time"
             )
         if config.guidance_embeds != (cond.guidance is not None):
-            raise Refusal(
+            raise UserError(
                 f"the conditioning has {'no' if cond.guidance is None else 'a'} guidance scale to embed, and the transformer's "
                 f"guidance_embeds is {config.guidance_embeds}: use conditioning that was encoded for this checkpoint"
             )
@@ -177,13 +179,13 @@ class Sana(TransformerFamily):
         if not _is_sprint(info.network_config):
             return replace(recipe, call=call)
         if recipe.transition().kind is not TransitionKind.RENOISE:
-            raise Refusal(
+            raise UserError(
                 f"Sana-Sprint's pipeline re-noises after every step, and the student is to be sampled by {recipe.scheduler_class}: let "
                 "it re-noise (method.transition: renoise, method.eta: 1 for tcd), or distil a Sana checkpoint"
             )
         times = recipe.ladder(info.schedule)
         if times[0] < info.schedule.terminal_time:
-            raise Refusal(
+            raise UserError(
                 f"Sana-Sprint's pipeline starts from noise alone, and the student's ladder starts at {times[0]:g}: let it start at "
                 f"{info.schedule.terminal_time:g}"
             )
@@ -192,7 +194,7 @@ class Sana(TransformerFamily):
         # its call has no working argument for a ladder: timesteps reach the scheduler without their number
         if len(angles) != 2 and not torch.allclose(angles, even, atol=1e-3, rtol=0):
             ladder = [round(t, 4) for t in info.schedule.time_at_angle(even).tolist()]
-            raise Refusal(
+            raise UserError(
                 f"Sana-Sprint's pipeline walks {len(angles)} steps at even angles only, and the student's ladder has others: remove "
                 f"method.timesteps or method.angles, or set the former to {ladder}"
             )

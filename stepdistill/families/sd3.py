@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Part
 from stepdistill.families.checkpoints.files import read_json
 from stepdistill.families.checkpoints.weights import ModelClass
@@ -107,7 +107,7 @@ class SD3(TransformerFamily):
         if cond.pooled is None:
             raise ValueError("SD3 needs the pooled text embedding in its conditioning")
         if cond.guidance is not None or cond.second_time is not None:
-            raise Refusal(
+            raise UserError(
                 "the conditioning has a guidance scale or a second time to embed, which SD3's transformer has no input for: use "
                 "guidance by two calls and a method with one time"
             )

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from stepdistill.assets import FOLDER
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.frozen.critic import CHANNELS, Critic
 
 CRITIC = "builtin:critic"
@@ -156,14 +156,14 @@ def load_vision(name: str) -> VisionEncoder:
     """The encoder of that name, frozen; an outline of it, without any weight, where tensors are made on the meta device.
 
     Raises:
-        Refusal: nothing there, or a model of another family.
+        UserError: nothing there, or a model of another family.
     """
     if name == CRITIC:
         return CriticVision(load_critic())
     config = PUBLIC[name]() if is_outline() and name in PUBLIC else config_of(name)
     kind = KINDS.get(config.model_type)
     if kind is None:
-        raise Refusal(
+        raise UserError(
             f"the vision model {name!r} is of type {config.model_type!r}, which is not known here: use one of {', '.join(KINDS)}"
         )
     network = kind.network(kind.own(config)) if is_outline() else _loaded(kind, name)
@@ -174,7 +174,7 @@ def _loaded(kind: Kind, name: str) -> nn.Module:
     try:
         return kind.network.from_pretrained(name, use_safetensors=True)  # type: ignore[no-any-return]
     except OSError as error:
-        raise Refusal(
+        raise UserError(
             f"the weights of the vision model {name!r} could not be had ({' '.join(str(error).split())[:120]}): give a folder that "
             "holds them in safetensors"
         ) from None
@@ -184,12 +184,12 @@ def config_of(name: str) -> Any:
     """The config of a transformers folder or hub id.
 
     Raises:
-        Refusal: there is none.
+        UserError: there is none.
     """
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise Refusal(
+        raise UserError(
             f"the model {name!r} is no transformers folder here and could not be had from the hub or its cache "
             f"({' '.join(str(error).split())[:120]}): give {CRITIC!r}, a folder, or a hub id"
         ) from None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.checkpoints.schedulers import scheduler_class
 from stepdistill.families.recipe import Recipe
@@ -72,11 +72,11 @@ def load_artefact(model: str, lora: Path | None, dtype: torch.dtype, device: tor
     lora: an exported folder or file, of guidance adapters too.
 
     Raises:
-        Refusal: a checkpoint that cannot be loaded, or a LoRA that does not fit it.
+        UserError: a checkpoint that cannot be loaded, or a LoRA that does not fit it.
     """
     checkpoint = load_checkpoint(inspect_checkpoint(model), dtype, device)
     if checkpoint.pipeline is None:
-        raise Refusal(f"{model!r} is an analytic mixture, which has no images to draw: give a diffusers checkpoint")
+        raise UserError(f"{model!r} is an analytic mixture, which has no images to draw: give a diffusers checkpoint")
     pipeline = checkpoint.pipeline
     pipeline.set_progress_bar_config(disable=True)
     if lora is None:
@@ -99,29 +99,29 @@ def _load_adapter(pipeline: DiffusionPipeline, file: Path, recipe: Recipe | None
     try:
         return load_guidance_adapter(pipeline, file, None if recipe is None else recipe.told_guidance)
     except ValueError as error:
-        raise Refusal(_first(error)) from None
+        raise UserError(_first(error)) from None
 
 
 def lora_file(path: Path) -> Path:
-    """The LoRA file in an exported folder, the first expert's where there are several, or the file itself. Raises Refusal."""
+    """The LoRA file in an exported folder, the first expert's where there are several, or the file itself. Raises UserError."""
     names = [expert_files(name, count)[0] for name in (DIFFUSERS_FILE, KOHYA_FILE) for count in (1, 2)]
     for candidate in [path] if path.is_file() else [path / name for name in names]:
         if candidate.is_file() and candidate.suffix == ".safetensors":
             return candidate
-    raise Refusal(f"there is no LoRA at {str(path)!r}: give an exported folder, or a .safetensors file")
+    raise UserError(f"there is no LoRA at {str(path)!r}: give an exported folder, or a .safetensors file")
 
 
 def _load_experts(pipeline: DiffusionPipeline, lora: Path, first: Path, calls: Sequence[int]) -> Experts:
-    """The LoRAs of all experts. Raises Refusal where one is missing, or is all that was named."""
+    """The LoRAs of all experts. Raises UserError where one is missing, or is all that was named."""
     if lora.is_file():
-        raise Refusal(
+        raise UserError(
             f"{str(lora)!r} is one of {len(calls)} experts, which draw together: give the folder that holds them all"
         )
     names = [f"expert_{k}" for k in range(1, len(calls) + 1)]
     for name in names:
         file = first.with_name(first.name.replace(names[0], name))
         if not file.is_file():
-            raise Refusal(f"the student has {len(calls)} experts and {str(file)!r} is missing: export the run again")
+            raise UserError(f"the student has {len(calls)} experts and {str(file)!r} is missing: export the run again")
         load_lora(pipeline, file, name)
     return adapter_experts(pipeline, names, calls)
 
@@ -130,7 +130,7 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, name: str = "stepdistill"
     """Load a LoRA and prove that every tensor of the file found its place.
 
     Raises:
-        Refusal: it does not fit; the first orphan or missing key is named.
+        UserError: it does not fit; the first orphan or missing key is named.
     """
     with safe_open(file, "pt") as opened:
         keys = list(opened.keys())
@@ -138,7 +138,7 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, name: str = "stepdistill"
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
-        raise Refusal(
+        raise UserError(
             f"the LoRA {str(file)!r} does not fit this model ({_first(error)}): use the base it was trained on"
         ) from None
     network = pipeline.unet if "unet" in pipeline.components else pipeline.transformer
@@ -147,7 +147,7 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, name: str = "stepdistill"
     orphans = _orphans(keys, loaded, name) if keys[0].partition(".")[0] in pipeline.components else []
     if orphans or sum(value.numel() for value in loaded.values()) != total:
         pipeline.unload_lora_weights()
-        raise Refusal(
+        raise UserError(
             f"only {len(loaded)} of the LoRA's matrices found a module ({len(orphans)} orphans, first: "
             f"{orphans[0] if orphans else keys[0]!r}): use the base it was trained on, or export it again"
         )
@@ -177,7 +177,7 @@ def draw(
     adapter: that came with the recipe; `guidance` is what it is told then, and stays so.
 
     Raises:
-        Refusal: unknown scheduler name, or a size or number of steps that the pipeline does not take.
+        UserError: unknown scheduler name, or a size or number of steps that the pipeline does not take.
     """
     if (experts is None) != (recipe is None or not recipe.experts):
         raise ValueError("a recipe of several experts is drawn with them, and no other is")
@@ -187,7 +187,7 @@ def draw(
     arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
     arguments |= _size_arguments(pipeline, size)
     if negative_prompt is not None and not compares_prompts(pipeline):
-        raise Refusal(
+        raise UserError(
             f"a negative prompt was given, and {type(pipeline).__name__} tells its network a guidance scale instead of comparing "
             "two prompts: remove it"
         )
@@ -210,7 +210,7 @@ def draw(
                     images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
             except ValueError as error:
                 first = " ".join(str(error).split())[:200]
-                raise Refusal(f"the pipeline refuses to draw ({first}): change steps, size or scheduler") from None
+                raise UserError(f"the pipeline refuses to draw ({first}): change steps, size or scheduler") from None
             yield (np.floor(images * 255) if quantize == "floor" else (images * 255).round()).astype(np.uint8)
     finally:
         pipeline.scheduler = own  # the next scheduler must start from the checkpoint's config, not from this one's
@@ -225,7 +225,7 @@ def _arguments(
     pipeline: DiffusionPipeline, recipe: Recipe | None, steps: int | None, guidance: float | None, scheduler: str | None
 ) -> dict[str, Any]:
     if scheduler is not None and scheduler not in SCHEDULERS:
-        raise Refusal(f"the scheduler {scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
+        raise UserError(f"the scheduler {scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
     overridden = [
         name
         for name, value, own in (
@@ -252,7 +252,7 @@ def _arguments(
     else:
         known = FLOW_SCHEDULERS if schedule.is_flow else SCHEDULERS
         if scheduler is not None and scheduler not in known:
-            raise Refusal(f"the scheduler {scheduler!r} does not walk a flow: use one of {', '.join(known)}")
+            raise UserError(f"the scheduler {scheduler!r} does not walk a flow: use one of {', '.join(known)}")
         name, changes = known[scheduler or "ddim"]
         if schedule.is_flow and schedule.dynamic_shift is None:
             # which the checkpoint's own scheduler may have by the other name
@@ -273,7 +273,7 @@ def _angle_arguments(
 ) -> dict[str, Any]:
     """For a pipeline that walks by the angles of its own scheduler only, evenly, but in two steps as published."""
     if scheduler is not None:
-        raise Refusal(
+        raise UserError(
             f"the scheduler {scheduler!r} was asked for, and {type(pipeline).__name__} works with its own only: remove it"
         )
     defaults = signature(pipeline.__call__).parameters

@@ -13,7 +13,7 @@ from stepdistill.config.reading import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.roles.sampler import GuidedState
@@ -27,21 +27,21 @@ Decode = Callable[[Tensor], Tensor]
 """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], differentiable; the autoencoder is frozen."""
 
 
-class Shelf(Protocol):
+class TensorStore(Protocol):
     """Tensors that a method keeps beside the checkpoints, too large to be in every one of them. All processes call alike."""
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Keep tensors under a name; what was there is replaced. Returns their digest, uint8 (32,), for `state_dict`.
 
         Raises:
-            Refusal: the disk refuses them.
+            UserError: the disk refuses them.
         """
 
     def get(self, name: str, digest: Tensor) -> dict[str, Tensor]:
         """What was put, on the CPU.
 
         Raises:
-            Refusal: it is gone, or is not what was put.
+            UserError: it is gone, or is not what was put.
         """
 
 
@@ -68,7 +68,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Problem:
     """The problem a method is posed: everything it may know of teacher and run.
 
     Attributes:
@@ -211,7 +211,7 @@ class Method(ABC, Generic[ConfigT]):
     modes: ClassVar[tuple[Mode, ...]] = ("lora", "full")
     """How its generator may be held."""
 
-    def __init__(self, config: ConfigT, setting: Setting) -> None:
+    def __init__(self, config: ConfigT, setting: Problem) -> None:
         self.config = config
         self.setting = setting
 
@@ -234,7 +234,7 @@ class Method(ABC, Generic[ConfigT]):
         return {GENERATOR: "generator", FAKE_SCORE: "fake_score"}
 
     @classmethod
-    def guidance_told(cls, config: ConfigT) -> tuple[float, float] | None:
+    def network_guidance_range(cls, config: ConfigT) -> tuple[float, float] | None:
         """Range of the guidance scales w that the generator's network is told; None where it is told none."""
         return None
 
@@ -250,26 +250,26 @@ class Method(ABC, Generic[ConfigT]):
         """Refuse an impossible combination, before any weight is loaded.
 
         Raises:
-            Refusal: naming what is missing.
+            UserError: naming what is missing.
         """
         needs = cls.needs(config)
         if needs.images and not images:
-            raise Refusal(
+            raise UserError(
                 "the method needs real images and data.images is not set: give an image folder, or set method.gan.weight to 0 if "
                 "its GAN term is what needs them"
             )
         if needs.pairs and not pairs:
-            raise Refusal(
+            raise UserError(
                 "the method as it is configured needs teacher pairs and data.pairs is not set: run 'stepdistill collect pairs' first"
             )
         if needs.trajectories and not trajectories:
-            raise Refusal(
+            raise UserError(
                 "method.source is 'trajectories' and data.trajectories is not set: run 'stepdistill collect trajectories' first, or "
                 "set method.source to rollout"
             )
         if needs.predictions and schedule.prediction not in needs.predictions:
             wanted = ", ".join(prediction.value for prediction in needs.predictions)
-            raise Refusal(
+            raise UserError(
                 f"the teacher predicts {schedule.prediction.value} and the method works with {wanted}: choose another teacher or method"
             )
 
@@ -283,7 +283,7 @@ class Method(ABC, Generic[ConfigT]):
         decode: for losses on images; None where the family has none.
         """
 
-    def furnish(self, shelf: Shelf) -> None:
+    def attach_storage(self, shelf: TensorStore) -> None:
         """Called once before the first iteration of training, or of its resumption."""
 
     @abstractmethod

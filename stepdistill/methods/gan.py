@@ -9,10 +9,10 @@ from torch import Tensor
 
 from stepdistill.config.reading import Switch
 from stepdistill.diffusion.draws import Draws, derive_seed
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.frozen.vision import CRITIC, VISION, VisionEncoder
-from stepdistill.methods.base import Batch, Decode, Needs, Setting
+from stepdistill.methods.base import Batch, Decode, Needs, Problem
 from stepdistill.methods.parts import LevelConfig
 from stepdistill.roles.heads import GanLoss, discriminator_loss, generator_loss, seeded_head, seeded_maps_head
 from stepdistill.roles.triple import FAKE_SCORE, Triple
@@ -53,16 +53,16 @@ class GanConfig(Switch):
         )
 
 
-def attach_gan(triple: Triple, gan: GanConfig, setting: Setting, decode: Decode | None) -> None:
+def attach_gan(triple: Triple, gan: GanConfig, setting: Problem, decode: Decode | None) -> None:
     """Give the fake score's optimizer a head for these features.
 
     Raises:
-        Refusal: vision features of a family without images.
+        UserError: vision features of a family without images.
     """
     if gan.features != "vision":
         attach_discriminator(triple, setting, gan.width)
     elif decode is None:
-        raise Refusal(
+        raise UserError(
             "method.gan.features is 'vision' and the checkpoint has no autoencoder to decode with: set it to real_score"
         )
     else:
@@ -70,7 +70,7 @@ def attach_gan(triple: Triple, gan: GanConfig, setting: Setting, decode: Decode 
         triple.attach_head(FAKE_SCORE, HEAD, seeded_maps_head(_encoder(triple).channels, seed, gan.width or 64))
 
 
-def attach_discriminator(triple: Triple, setting: Setting, width: int | None) -> None:
+def attach_discriminator(triple: Triple, setting: Problem, width: int | None) -> None:
     """A head on mid-block features of one network, owned by the fake score's optimizer."""
     seed = derive_seed(triple.seed, "head")
     triple.attach_head(FAKE_SCORE, HEAD, seeded_head(setting.feature_channels, setting.feature_size, seed, width))

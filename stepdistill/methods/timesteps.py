@@ -10,20 +10,20 @@ import torch
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.recipe import SCHEDULERS, Recipe
-from stepdistill.methods.base import Setting
+from stepdistill.methods.base import Problem
 
 
 def few_step_recipe(
-    setting: Setting, method: str, ladder: Sequence[float], transition: Transition, baked_guidance: float
+    setting: Problem, method: str, ladder: Sequence[float], transition: Transition, baked_guidance: float
 ) -> Recipe:
     """The stock scheduler that walks this ladder with this transition.
 
     A deterministic walk from zero SNR is TCD's without noise, which differs by its end alone: timestep 0, not the clean image.
 
     Raises:
-        Refusal: no stock scheduler does.
+        UserError: no stock scheduler does.
     """
     schedule = setting.schedule
     if transition.kind is TransitionKind.DETERMINISTIC and schedule.zero_terminal_snr and not schedule.is_flow:
@@ -33,7 +33,7 @@ def few_step_recipe(
     known = schedule.prediction in (Prediction.EPSILON, Prediction.V) and not schedule.zero_terminal_snr
     if name is None or (ancestral and not (known and transition.strength == 1)):
         weak = f" of strength {transition.strength:g}" if ancestral and transition.strength != 1 else ""
-        raise Refusal(
+        raise UserError(
             f"no stock scheduler walks a ladder of this checkpoint with the {transition.kind.value!r} transition{weak}: use "
             "'renoise' or 'deterministic' (with method.kernel for pso)"
         )
@@ -72,7 +72,7 @@ def _evenly_down_to(ladder: Sequence[float], train_steps: int) -> int:
     """The last timestep of a ladder whose steps are as even as EulerAncestral's own, which takes no other."""
     gap = train_steps // len(ladder)
     if any(round(a) - round(b) != gap for a, b in pairwise(ladder)):
-        raise Refusal(
+        raise UserError(
             f"the ladder {[round(t) for t in ladder]} is walked with the 'ancestral' transition, whose stock scheduler takes steps of "
             f"{gap} timesteps here alone: leave method.timesteps out, or choose another transition"
         )
@@ -85,25 +85,25 @@ def strategic(schedule: NoiseSchedule, eta: float) -> Transition:
     Stock schedulers do so for VP models; for flow models they know its two ends, Euler (0) and re-noising (1).
 
     Raises:
-        Refusal: an eta between on a flow model.
+        UserError: an eta between on a flow model.
     """
     if not schedule.is_flow:
         return Transition(TransitionKind.TCD, eta)
     if eta not in (0.0, 1.0):
-        raise Refusal(
+        raise UserError(
             f"method.eta is {eta:g} and stock schedulers of flow models take 0 (Euler) and 1 (re-noising) only: choose one"
         )
     return Transition(TransitionKind.DETERMINISTIC if eta == 0 else TransitionKind.RENOISE)
 
 
-def ladder_of(schedule: NoiseSchedule, timesteps: Sequence[float]) -> tuple[float, ...]:
+def timesteps_of(schedule: NoiseSchedule, timesteps: Sequence[float]) -> tuple[float, ...]:
     """A ladder written by hand, checked: native times, strictly falling, within the schedule."""
     ladder = tuple(float(t) for t in timesteps)
     top = schedule.terminal_time
     if not ladder or any(a <= b for a, b in pairwise(ladder)) or ladder[0] > top or ladder[-1] <= schedule.clean_time:
-        raise Refusal(
+        raise UserError(
             f"method.timesteps is {list(timesteps)}, but a ladder falls strictly and lies in ({schedule.clean_time:g}, {top:g}]: mend it"
         )
     if not schedule.is_flow and any(t != round(t) for t in ladder):
-        raise Refusal(f"method.timesteps is {list(timesteps)}, but stock schedulers take whole timesteps: round them")
+        raise UserError(f"method.timesteps is {list(timesteps)}, but stock schedulers take whole timesteps: round them")
     return ladder

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Literal
 
 from stepdistill.config.schema import CacheConfig, RunConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.methods.base import RoleKind
 from stepdistill.planning.forecast import Planner, changed
 from stepdistill.planning.report import Advice, Forecast
@@ -34,7 +34,7 @@ def advise(planner: Planner, config: RunConfig, forecast: Forecast) -> tuple[Adv
         said, candidate = change
         try:
             tried = planner.forecast(candidate)
-        except Refusal:  # does not go with what the config has, or with a change before it
+        except UserError:  # does not go with what the config has, or with a change before it
             continue
         gain = forecast.memory.peak - tried.memory.peak
         if gain >= LEAST:

@@ -21,7 +21,7 @@ from stepdistill.planning.trace import IMAGES, TEXT, Trace, outline, trace
 from stepdistill.training.inputs.caching import image_bytes, prompt_bytes
 from stepdistill.training.options import check_combinations
 from stepdistill.training.session import Session
-from stepdistill.training.setup import Plan, without_data
+from stepdistill.training.setup import RunSetup, without_data
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Planner:
         """What the run will take, without advice.
 
         Raises:
-            Refusal: the config cannot work, or its architecture is not known here.
+            UserError: the config cannot work, or its architecture is not known here.
         """
         source = find_source(config.model)
         bare = without_data(_bare(config), source.info)
@@ -93,7 +93,7 @@ class Planner:
             disk=_disk(bare, sizes, config),
         )
 
-    def _traced(self, plan: Plan) -> Traced:
+    def _traced(self, plan: RunSetup) -> Traced:
         key = plan.config.model_dump_json()
         if key not in self._known:
             session, walked = outline(plan), walk(plan)
@@ -158,7 +158,7 @@ def _compute(walked: Walk, traced: Trace, config: RunConfig, gpu: Gpu) -> Comput
     )
 
 
-def _disk(plan: Plan, sizes: Sizes, config: RunConfig) -> Disk:
+def _disk(plan: RunSetup, sizes: Sizes, config: RunConfig) -> Disk:
     prompt, source = prompt_bytes(plan), str(config.data.prompts)
     present = source.startswith(BUILTIN) or Path(source).is_file()
     prompts = len(read_prompts(source, config.data.prompt_column)) if present else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stepdistill.config.registry import nearest
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 UTILISATION = 0.4
 """Assumed share of the published rate that a training step reaches; runs of U-Nets are commonly between 0.3 and 0.5."""
@@ -48,9 +48,9 @@ GPUS = (
 
 
 def gpu_named(name: str) -> Gpu:
-    """Raises Refusal where the card is not in the list."""
+    """Raises UserError where the card is not in the list."""
     known = {gpu.name: gpu for gpu in GPUS}
     found = known.get(name.lower().removeprefix("rtx").strip("- "))
     if found is None:
-        raise Refusal(f"there are no figures for the card {name!r}: {nearest(name, tuple(known))}")
+        raise UserError(f"there are no figures for the card {name!r}: {nearest(name, tuple(known))}")
     return found

@@ -23,7 +23,7 @@ from stepdistill.rewards.base import HELD_OUT, REWARD, OwnReward
 from stepdistill.roles.sampler import GuidedState
 from stepdistill.roles.triple import REAL_SCORE, RoleLayout, Triple
 from stepdistill.training.inputs.batches import sample_numbers
-from stepdistill.training.setup import Plan
+from stepdistill.training.setup import RunSetup
 
 ROLLOUT = "rollout"
 COUNTED = 120
@@ -153,7 +153,7 @@ def run_micro_batch(
         rollout = rollout.detach()
 
 
-def walk(plan: Plan) -> Walk:
+def walk(plan: RunSetup) -> Walk:
     """Walk through iterations of the whole run with a network of a hundred weights in place of the model's.
 
     Every lot is drawn as process 0 of the run itself will draw it, so that the counts of these iterations are its own.
@@ -234,7 +234,7 @@ def _dearest(found: Mapping[tuple[str, ...], Sequence[tuple[Progress, Calls]]]) 
     return chosen
 
 
-def _toy(plan: Plan) -> tuple[Method[Any], Triple, Batch]:
+def _toy(plan: RunSetup) -> tuple[Method[Any], Triple, Batch]:
     """The method posed on a Gaussian in two dimensions, with full roles and a batch of the run's own size."""
     schedule, rows = plan.setting.schedule, plan.config.training.batch_size
     gaussian = Mixture(torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 1.0)

@@ -7,7 +7,7 @@ print("\\n".join(lines(forecast)))
 from __future__ import annotations
 
 from stepdistill.config.schema import RunConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.planning.advice import advise
 from stepdistill.planning.forecast import Machine, Planner
 from stepdistill.planning.hardware import gpu_named
@@ -27,12 +27,12 @@ def plan(config: RunConfig, gpu: str = "h100", processes: int = 1, memory_gb: fl
         memory_gb: GB of 10^9 bytes on each card, where it is not the card's own.
 
     Raises:
-        Refusal: the config cannot work, its architecture is not known here, or the card is not.
+        UserError: the config cannot work, its architecture is not known here, or the card is not.
     """
     if processes < 1:
-        raise Refusal(f"the run was planned for {processes} processes, and it takes one at least: give 1 or more")
+        raise UserError(f"the run was planned for {processes} processes, and it takes one at least: give 1 or more")
     if memory_gb is not None and memory_gb <= 0:
-        raise Refusal(f"the memory to plan for is {memory_gb:g} GB, and a card has more than none: give its GB")
+        raise UserError(f"the memory to plan for is {memory_gb:g} GB, and a card has more than none: give its GB")
     planner = Planner(Machine.of(gpu_named(gpu), processes, memory_gb))
     forecast = planner.forecast(config)
     return forecast.model_copy(update={"advice": advise(planner, config, forecast)})

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from stepdistill.config.reading import Settings
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 GB = 10**9
 
@@ -149,9 +149,9 @@ class Forecast(Settings):
 
     @classmethod
     def load(cls, path: Path) -> Forecast:
-        """Raises Refusal where the file holds no forecast."""
+        """Raises UserError where the file holds no forecast."""
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise Refusal(f"{str(path)!r} holds no plan ({reason}): write it with stepdistill plan --json") from None
+            raise UserError(f"{str(path)!r} holds no plan ({reason}): write it with stepdistill plan --json") from None

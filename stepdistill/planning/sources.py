@@ -10,7 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from stepdistill.assets import resolve
 from stepdistill.config.registry import load_family
 from stepdistill.config.schema import ModelConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import CheckpointInfo
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, is_hub_id
 from stepdistill.families.checkpoints.public import PUBLIC
@@ -29,7 +29,7 @@ def find_source(model: ModelConfig) -> Source:
     """The configs of a folder or file, of the hub's local cache, or those that are packaged for public checkpoints.
 
     Raises:
-        Refusal: a hub id that is neither cached nor known, with no family to go by; else as `inspect_checkpoint`.
+        UserError: a hub id that is neither cached nor known, with no family to go by; else as `inspect_checkpoint`.
     """
     path = resolve(model.path)
     if Path(path).expanduser().exists() or not is_hub_id(path):
@@ -40,7 +40,7 @@ def find_source(model: ModelConfig) -> Source:
     if isinstance(cached, str):
         try:
             return _in_folder(path, Path(cached).parent, model.family, "configs in the hub's cache")
-        except Refusal:
+        except UserError:
             if path not in PUBLIC:
                 raise
     if path in PUBLIC:
@@ -48,12 +48,12 @@ def find_source(model: ModelConfig) -> Source:
         return _packaged(path, name, f"packaged configs {name!r} of this checkpoint, which is not on this machine")
     fitting = [name for name, family in FAMILY_OF.items() if family == model.family]
     if model.family is None:
-        raise Refusal(
+        raise UserError(
             f"{path!r} is not on this machine and its architecture is not known: set model.family to "
             f"{' or '.join(dict.fromkeys(FAMILY_OF.values()))}, whose public configs are then used"
         )
     if not fitting:
-        raise Refusal(
+        raise UserError(
             f"{path!r} is not on this machine and no configs are packaged for family {model.family!r}: give a folder "
             "with its configs as model.config_dir"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.draws import Draws
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.methods.base import Batch, Progress
@@ -21,7 +21,7 @@ from stepdistill.planning.loop import CallCounter, Walk, run_micro_batch
 from stepdistill.planning.meter import Flops, Meter, normalise_in_float32
 from stepdistill.roles.sampler import GuidedState
 from stepdistill.training.session import DTYPES, Session, assemble
-from stepdistill.training.setup import Plan
+from stepdistill.training.setup import RunSetup
 
 TEXT, IMAGES, GRID = "encode text", "encode images", "draw grid"
 TIME = 500.0
@@ -75,7 +75,7 @@ def companions(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     }
 
 
-def outline(plan: Plan) -> Session:
+def outline(plan: RunSetup) -> Session:
     """The session that training would open, every weight on the meta device."""
     checkpoint = plan.family.outline(plan.info, DTYPES[plan.config.model.dtype])
     with torch.device("meta"):
@@ -88,12 +88,12 @@ def trace(session: Session, walk: Walk) -> Trace:
     A session with real weights is traced as well, at the price of the work itself: the tests hold the two together.
 
     Raises:
-        Refusal: the method's course depends on what a network says, which a plan cannot know.
+        UserError: the method's course depends on what a network says, which a plan cannot know.
     """
     try:
         return _Tracer(session).run(walk)
     except Unknowable as error:
-        raise Refusal(
+        raise UserError(
             f"the method {session.plan.config.method_name!r} lets a network's output decide what is computed ({error}), which "
             "cannot be planned: measure a short run of it instead"
         ) from None
@@ -113,7 +113,9 @@ class _Tracer:
         triple = session.triple
         heads = (head for named in triple.heads.values() for head in named.values())
         others = (*triple.frozen.values(), *companions(session.checkpoint).values())
-        for module in chain([triple.base], triple.networks.values(), triple.guides.values(), heads, others):
+        for module in chain(
+            [triple.base], triple.networks.values(), triple.guidance_conditioners.values(), heads, others
+        ):
             hollow(module)
             if self.training.device != "cpu":
                 normalise_in_float32(module)

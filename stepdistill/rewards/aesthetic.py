@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.frozen.vision import is_outline
 from stepdistill.rewards.base import Reward
 from stepdistill.rewards.clip import DEFAULT, ClipReward, load_clip
@@ -31,7 +31,7 @@ def load(option: str) -> Reward:
     """`option` is `CLIP,HEAD`: a transformers folder or hub id, OpenAI's ViT-L/14 where empty, and the head's .safetensors."""
     clip, comma, head = option.partition(",")
     if not comma or not head:
-        raise Refusal(
+        raise UserError(
             f"the reward 'aesthetic:{option}' names no head, which is published as a pickle alone: give aesthetic:CLIP,HEAD with "
             "its layers as .safetensors, or aesthetic:,HEAD on OpenAI's ViT-L/14"
         )
@@ -43,17 +43,17 @@ def load_head(path: str, width: int) -> nn.Sequential:
     """The stack for embeddings of that width, frozen, from layers.{0,2,4,6,7}.{weight,bias}; without weights on the meta device.
 
     Raises:
-        Refusal: no such file, or another head.
+        UserError: no such file, or another head.
     """
     layers = linear_stack(width)
     if not Path(path).is_file():
-        raise Refusal(f"there is no aesthetic head {path!r}: give the predictor's weights as .safetensors")
+        raise UserError(f"there is no aesthetic head {path!r}: give the predictor's weights as .safetensors")
     if not is_outline():
         state = {key.removeprefix("layers."): value for key, value in load_file(path).items()}
         try:
             layers.load_state_dict(state)
         except RuntimeError as error:
-            raise Refusal(
+            raise UserError(
                 f"{path!r} is not the aesthetic head ({' '.join(str(error).split())[:120]}): give LAION's v2"
             ) from None
     return nn.Sequential(*layers.values()).eval().requires_grad_(False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.config.registry import REWARDS, nearest
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 REWARD, HELD_OUT = "reward", "held_out_reward"
 """In `Triple.frozen`: the one that is optimised, and one that is looked at."""
@@ -38,7 +38,7 @@ class Reward(nn.Module, ABC):
 
 
 Factory = Callable[[str], Reward]
-"""Option after the colon, "" where there is none -> the reward; raises Refusal for an option that it does not know."""
+"""Option after the colon, "" where there is none -> the reward; raises UserError for an option that it does not know."""
 
 
 class OwnReward(Reward):
@@ -56,7 +56,7 @@ class Sum(Reward):
     """sum_k w_k r_k; differentiable where all are.
 
     Raises:
-        Refusal: images carry a gradient that only some of the parts hand on.
+        UserError: images carry a gradient that only some of the parts hand on.
     """
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
@@ -68,7 +68,7 @@ class Sum(Reward):
         found = [w * reward(images, prompts) for w, reward in zip(self.weights, self.rewards, strict=True)]
         if images.requires_grad and len({part.requires_grad for part in found}) > 1:
             stuck = [str(k + 1) for k, part in enumerate(found) if not part.requires_grad]
-            raise Refusal(
+            raise UserError(
                 f"a sum of {len(found)} rewards is to be climbed and part {', '.join(stuck)} of it has no gradient: leave it out, or "
                 "rank samples by the sum with method.name: pso"
             )
@@ -79,7 +79,7 @@ def load_reward(name: str) -> Reward:
     """The reward of that name, or the sum of those, frozen; an outline of it where tensors are made on the meta device.
 
     Raises:
-        Refusal: no such reward, or it cannot be had.
+        UserError: no such reward, or it cannot be had.
     """
     terms = [_weighed(term) for term in name.split(" + ")]
     if terms == [(1.0, name)]:
@@ -97,7 +97,7 @@ def _weighed(term: str) -> tuple[float, str]:
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
-        raise Refusal(
+        raise UserError(
             f"the reward {term.strip()!r} has {weight!r} before its star: write a number there, as in 0.5*{name}"
         )
     return found, name.strip()
@@ -117,15 +117,15 @@ def _load(name: str) -> Reward:
 def _function(name: str) -> Callable[[Tensor, Sequence[str]], Tensor]:
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise Refusal(
+        raise UserError(
             f"there is no reward named {name!r}, so give MODULE:FUNCTION or change it: {nearest(name, tuple(REWARDS))}"
         )
     try:
         function = vars(import_module(module))[attribute]
     except (ImportError, KeyError) as error:
-        raise Refusal(
+        raise UserError(
             f"the reward {name!r} cannot be imported ({type(error).__name__}: {error}): give MODULE:FUNCTION of a module on the path"
         ) from None
     if not callable(function):
-        raise Refusal(f"the reward {name!r} is a {type(function).__name__}: give a function of images and prompts")
+        raise UserError(f"the reward {name!r} is a {type(function).__name__}: give a function of images and prompts")
     return function  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.single_file import CONFIGS
 from stepdistill.families.common.clip import tokenizer_of
 from stepdistill.frozen.vision import CLIP_DEVIATION, CLIP_MEAN, config_of, is_outline
@@ -97,18 +97,20 @@ def load_clip(reward: str, name: str, padded: bool = False) -> ClipReward:
     reward: whose name messages give.
 
     Raises:
-        Refusal: no such checkpoint, or one of another kind.
+        UserError: no such checkpoint, or one of another kind.
     """
     known = is_outline() and name in PUBLIC
     config = PUBLIC[name]() if known else config_of(name)
     if not isinstance(config, CLIPConfig):
-        raise Refusal(f"the reward '{reward}:{name}' is a model of type {config.model_type!r}: give a CLIP checkpoint")
+        raise UserError(
+            f"the reward '{reward}:{name}' is a model of type {config.model_type!r}: give a CLIP checkpoint"
+        )
     try:
         # all CLIPs share one vocabulary
         tokenizer = tokenizer_of(CONFIGS / "sd15" / "tokenizer") if known else CLIPTokenizerFast.from_pretrained(name)
         model = CLIPModel(config) if is_outline() else CLIPModel.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise Refusal(
+        raise UserError(
             f"the CLIP checkpoint {name!r} cannot be loaded ({' '.join(str(error).split())[:120]}): give a folder or hub id with "
             "safetensors"
         ) from None

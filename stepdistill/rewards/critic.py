@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from stepdistill.config.registry import nearest
 from stepdistill.data.fashion import COLOURS, GARMENTS, parse_caption
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.frozen.critic import Critic
 from stepdistill.frozen.vision import load_critic
 from stepdistill.rewards.base import Reward
@@ -79,7 +79,7 @@ def load(option: str) -> Reward:
     """`garment`, `colour`, `brightness` or `sharpness`."""
     known = ("garment", "colour", *MEASURES)
     if option not in known:
-        raise Refusal(f"the reward 'critic' has no option {option!r}: {nearest(option, known)}")
+        raise UserError(f"the reward 'critic' has no option {option!r}: {nearest(option, known)}")
     if option in MEASURES:
         return PixelReward(MEASURES[option])
     return AttributeReward(load_critic(), option == "colour")

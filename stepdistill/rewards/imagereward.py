@@ -17,7 +17,7 @@ from transformers import BertTokenizerFast, BlipConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.frozen.vision import config_of, is_outline
 from stepdistill.rewards.base import Reward
 from stepdistill.rewards.clip import ClipPixels
@@ -66,13 +66,13 @@ class ImageReward(Reward):
 def load(option: str) -> Reward:
     """`option` is a folder: ImageReward.safetensors, BLIP's config.json and BERT's tokenizer; published is a pickle alone."""
     if not option:
-        raise Refusal(
+        raise UserError(
             f"the reward 'imagereward' names no weights, and ImageReward is published as a pickle: give imagereward:FOLDER with its "
             f"tensors as {WEIGHTS}, BLIP's config.json and the tokenizer"
         )
     config, folder = config_of(option), Path(option)
     if not isinstance(config, BlipConfig):
-        raise Refusal(
+        raise UserError(
             f"the reward 'imagereward:{option}' is of type {config.model_type!r}: give a folder with BLIP's config"
         )
     vision, text = BlipVisionModel(config.vision_config), BlipTextModel(config.text_config, add_pooling_layer=False)
@@ -82,7 +82,7 @@ def load(option: str) -> Reward:
         if not is_outline():
             _fill(load_file(folder / WEIGHTS), vision, text, head)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise Refusal(
+        raise UserError(
             f"ImageReward cannot be loaded from {option!r} ({' '.join(str(error).split())[:120]}): give a folder that holds its "
             f"tensors as {WEIGHTS} and BERT's tokenizer"
         ) from None

@@ -33,7 +33,7 @@ def load_changes(triple: Triple, role: str, tensors: Mapping[str, Tensor]) -> bo
     tensors: whole ones, equal on all processes.
 
     Raises:
-        Refusal: missing or unexpected keys, or another shape; nothing is changed then.
+        UserError: missing or unexpected keys, or another shape; nothing is changed then.
     """
     own = triple.network_parameters(role)
     check_fit(role, own, tensors)

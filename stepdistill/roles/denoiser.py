@@ -15,7 +15,7 @@ from stepdistill.diffusion.schedule import NoiseSchedule, Time, float64, full
 from stepdistill.diffusion.trigflow import TrigFlow
 from stepdistill.families.base import Family
 from stepdistill.families.conditioning import Conditioning
-from stepdistill.roles.guidance_conditioning import Guide
+from stepdistill.roles.guidance_conditioning import GuidanceConditioner
 from stepdistill.runtime.gradient_checkpointing import Reached
 from stepdistill.runtime.kernels import forward_mode
 
@@ -49,7 +49,7 @@ class Denoiser:
         schedule: NoiseSchedule,
         enter: Callable[[], AbstractContextManager[None]] = nullcontext,
         autocast: torch.dtype | None = None,
-        guide: Guide | None = None,
+        guide: GuidanceConditioner | None = None,
     ) -> None:
         self.network = network
         self.family = family

@@ -300,12 +300,12 @@ class GuidanceAdapter(nn.Module):
             self._w = before
 
     @property
-    def heard(self) -> Told | None:
+    def recorded_guidance(self) -> Told | None:
         """What the pass that is running, or ran last, was told; None where guidance is off."""
         return self._told
 
     @contextmanager
-    def hearing(self, told: Told | None) -> Iterator[None]:
+    def restore_guidance(self, told: Told | None) -> Iterator[None]:
         """Inside, modules that are run again hear what their pass was told: for checkpointed blocks in backward."""
         before, self._told = self._told, told
         try:

@@ -10,25 +10,25 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.common.guidance_embedding import EmbeddingPlace, EmbeddingSettings, GuidanceEmbedding
 from stepdistill.roles.guidance_adapter import AdapterSettings, GuidanceAdapter, Told, read_guidance_adapter
 
-Guide: TypeAlias = GuidanceAdapter | GuidanceEmbedding
-GuideSettings: TypeAlias = AdapterSettings | EmbeddingSettings
-Heard: TypeAlias = Mapping[Guide, Told | None]
+GuidanceConditioner: TypeAlias = GuidanceAdapter | GuidanceEmbedding
+GuidanceConditionerSettings: TypeAlias = AdapterSettings | EmbeddingSettings
+Heard: TypeAlias = Mapping[GuidanceConditioner, Told | None]
 
 
 def adapter_beside(network: nn.Module, settings: AdapterSettings, seed: int) -> GuidanceAdapter:
     """Adapters that leave the network as it is until they are trained, attached to it; float32 or better, on its device.
 
     Raises:
-        Refusal: the network has no attention that looks at a prompt.
+        UserError: the network has no attention that looks at a prompt.
     """
     try:
         adapter = GuidanceAdapter(network, settings, seed)
     except ValueError as error:
-        raise Refusal(str(error)) from None
+        raise UserError(str(error)) from None
     _place(adapter, network)
     return adapter.attach(network)
 
@@ -44,22 +44,22 @@ def read_guide(network: nn.Module, path: str | Path) -> GuidanceAdapter:
     """The adapters of an exported file, frozen and attached to a network.
 
     Raises:
-        Refusal: there is no such file, it is no guidance adapter, or one of another base.
+        UserError: there is no such file, it is no guidance adapter, or one of another base.
     """
     try:
         adapter = read_guidance_adapter(network, path)
     except (ValueError, OSError) as error:
-        raise Refusal(f"model.guidance_adapter cannot be used: {' '.join(str(error).split())}") from None
+        raise UserError(f"model.guidance_adapter cannot be used: {' '.join(str(error).split())}") from None
     _place(adapter, network)
     return adapter.attach(network)
 
 
 @contextmanager
-def hearing(heard: Heard) -> Iterator[None]:
+def restore_guidance(recorded_guidance: Heard) -> Iterator[None]:
     """Inside, every guide hears what it heard when `heard` was noted down."""
     with ExitStack() as stack:
-        for guide, told in heard.items():
-            stack.enter_context(guide.hearing(told))
+        for guide, told in recorded_guidance.items():
+            stack.enter_context(guide.restore_guidance(told))
         yield
 
 

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.runtime.gradient_checkpointing import checkpointed
 
 
@@ -73,11 +73,11 @@ class AdapterBank:
         """Add a LoRA whose B is zero, so that the network is unchanged; its weights are float32 on any base.
 
         Raises:
-            Refusal: a target matches no module.
+            UserError: a target matches no module.
         """
         unmatched = [target for target, count in suffixes_present(self.network, settings.targets).items() if count == 0]
         if unmatched:
-            raise Refusal(f"no module of the network matches the LoRA targets {unmatched}: mend roles.*.targets")
+            raise UserError(f"no module of the network matches the LoRA targets {unmatched}: mend roles.*.targets")
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(seed)
             # peft says of a quantised base that it cannot merge into it; nothing here ever does
@@ -85,7 +85,7 @@ class AdapterBank:
             try:
                 inject_adapter_in_model(settings.peft(), self.network, adapter_name=name)
             except ValueError as error:
-                raise Refusal(
+                raise UserError(
                     f"no module of the network matches the LoRA targets {list(settings.targets)}: {error}"
                 ) from None
         self.settings[name] = settings

@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.files import read_header
 from stepdistill.roles.triple import Triple
 
@@ -23,11 +23,11 @@ def load_lora_file(triple: Triple, role: str, path: Path) -> None:
     """Load a file into a LoRA role of the same rank and targets; where its alpha is another, its B is scaled instead.
 
     Raises:
-        Refusal: the role is a full network, or the file is not such a LoRA.
+        UserError: the role is a full network, or the file is not such a LoRA.
     """
     lora = triple.layouts[role].lora
     if lora is None:
-        raise Refusal(
+        raise UserError(
             f"init names the LoRA file {str(path)!r} and roles.{role}.mode is 'full': set it to lora, or give a model.path that has "
             "the file fused into it"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.prediction import guide, to_x0
 from stepdistill.diffusion.schedule import NoiseSchedule, broadcast, full
-from stepdistill.diffusion.timesteps import trailing_ladder
+from stepdistill.diffusion.timesteps import trailing_timesteps
 from stepdistill.diffusion.transitions import Gaussian, Transition, TransitionKind
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
@@ -118,7 +118,7 @@ def guided_state(
 
 
 @torch.no_grad()
-def guided_walk(
+def guided_trajectory(
     teacher: Denoiser, cond: Conditioning, null: Conditioning, noise: Tensor, times: Sequence[Tensor], w: Tensor
 ) -> Iterator[GuidedState]:
     """The guided, deterministic solver from noise to sample, state by state.
@@ -176,7 +176,7 @@ def teacher_sample(
         lambda x, t: denoiser.guided(x, t, cond, null, guidance),
         denoiser.schedule,
         noise,
-        trailing_ladder(denoiser.schedule, steps),
+        trailing_timesteps(denoiser.schedule, steps),
         Transition(TransitionKind.DETERMINISTIC),
         lambda _: torch.zeros_like(noise),
     )

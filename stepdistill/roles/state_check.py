@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 
 def check_fit(role: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -18,7 +18,7 @@ def check_fit(role: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor
     }
     if any(faults.values()):
         told = "; ".join(f"{len(keys)} {what} ({_some(sorted(keys))})" for what, keys in faults.items() if keys)
-        raise Refusal(
+        raise UserError(
             f"the saved {role} does not fit this one, with tensors {told}: use the rank, targets and base it was trained with"
         )
 

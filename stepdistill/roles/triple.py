@@ -24,12 +24,12 @@ from stepdistill.families.base import Family
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.guidance_adapter import AdapterSettings
 from stepdistill.roles.guidance_conditioning import (
-    Guide,
-    GuideSettings,
+    GuidanceConditioner,
+    GuidanceConditionerSettings,
     adapter_beside,
     embedding_beside,
-    hearing,
     read_guide,
+    restore_guidance,
 )
 from stepdistill.roles.lora import AdapterBank, LoraSettings
 from stepdistill.roles.state_check import check_fit
@@ -52,7 +52,7 @@ class RoleLayout:
 
     mode: Mode
     lora: LoraSettings | None = None
-    guide: GuideSettings | None = None
+    guide: GuidanceConditionerSettings | None = None
 
 
 class Triple:
@@ -91,7 +91,7 @@ class Triple:
         self.bank = AdapterBank(self.base)
         self.layouts: dict[str, RoleLayout] = {}
         self.networks: dict[str, nn.Module] = {}
-        self.guides: dict[str, Guide] = {}
+        self.guidance_conditioners: dict[str, GuidanceConditioner] = {}
         self.heads: dict[str, dict[str, nn.Module]] = {}
         self.copies: dict[str, str] = {}
         self.frozen: dict[str, nn.Module] = {}
@@ -103,7 +103,7 @@ class Triple:
         for name, layout in sorted(layouts.items(), key=lambda item: item[1].mode != "full"):
             self.add_role(name, layout)
         if teacher_adapter is not None:
-            self.guides[REAL_SCORE] = read_guide(self.base, teacher_adapter)
+            self.guidance_conditioners[REAL_SCORE] = read_guide(self.base, teacher_adapter)
 
     # ---------------------------------------------------------------- roles
 
@@ -123,7 +123,7 @@ class Triple:
         """The role's denoiser. Cheap: holds no tensor of its own."""
         if role != REAL_SCORE and role not in self.layouts:
             raise KeyError(f"there is no role {role!r}; there are {[REAL_SCORE, *self.layouts]}")
-        network, guide = self.networks.get(role, self.base), self.guides.get(role)
+        network, guide = self.networks.get(role, self.base), self.guidance_conditioners.get(role)
         return Denoiser(network, self.family, self.schedule, lambda: self._playing(role), self.compute_dtype, guide)
 
     @contextmanager
@@ -141,7 +141,7 @@ class Triple:
         """Add a role equal to the base.
 
         Raises:
-            Refusal: LoRA targets that match nothing, or a network that has no place for a guide.
+            UserError: LoRA targets that match nothing, or a network that has no place for a guide.
         """
         if name in self.layouts or name == REAL_SCORE:
             raise ValueError(f"there is a role {name!r} already")
@@ -159,8 +159,8 @@ class Triple:
                 raise ValueError(f"role {name!r} is a LoRA without LoRA settings")
             self.bank.add(name, layout.lora, seed=derive_seed(self.seed, "lora", name), trainable=trainable)
         if layout.guide is not None:
-            self.guides[name] = self._guide_of(self.networks.get(name, self.base), layout.guide)
-            self.guides[name].requires_grad_(trainable)
+            self.guidance_conditioners[name] = self._guide_of(self.networks.get(name, self.base), layout.guide)
+            self.guidance_conditioners[name].requires_grad_(trainable)
         self.layouts[name] = layout
         if self._checkpointing:
             self.enable_gradient_checkpointing()
@@ -171,14 +171,16 @@ class Triple:
         self.copies[name] = source
         self.copy_role(source, name)
 
-    def _guide_of(self, network: nn.Module, settings: GuideSettings) -> Guide:
+    def _guide_of(self, network: nn.Module, settings: GuidanceConditionerSettings) -> GuidanceConditioner:
         if isinstance(settings, AdapterSettings):
             return adapter_beside(network, settings, derive_seed(self.seed, "guide"))
         return embedding_beside(network, settings, self.family.embedding_place(network))
 
     def copied(self, network: nn.Module) -> nn.Module:
         """A copy of a network, without the guides that are attached to it."""
-        beside = [guide for role, guide in self.guides.items() if self.networks.get(role, self.base) is network]
+        beside = [
+            guide for role, guide in self.guidance_conditioners.items() if self.networks.get(role, self.base) is network
+        ]
         for guide in beside:
             guide.detach()
         copied = copy.deepcopy(network)
@@ -190,8 +192,8 @@ class Triple:
     def reset_role(self, name: str) -> None:
         """Set a role back to the base: zero B for a LoRA (A stays), the base's weights for a full network, a silent guide."""
         self.rest()
-        if name in self.guides:
-            self.guides[name].silence()
+        if name in self.guidance_conditioners:
+            self.guidance_conditioners[name].silence()
         if name in self.networks:
             self.networks[name].load_state_dict(self.base_state())
             return
@@ -212,8 +214,8 @@ class Triple:
         """The role's own parameters without heads: LoRA matrices, or the whole network, and its guide's under `guide.`."""
         network = self.networks.get(role)
         owned = dict(self.bank.parameters(role) if network is None else network.named_parameters())
-        if role in self.guides:
-            owned.update({f"guide.{key}": value for key, value in self.guides[role].named_parameters()})
+        if role in self.guidance_conditioners:
+            owned.update({f"guide.{key}": value for key, value in self.guidance_conditioners[role].named_parameters()})
         return owned
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
@@ -250,7 +252,7 @@ class Triple:
             tensor.copy_(values[key])
 
     def _guide_buffers(self, role: str) -> dict[str, Tensor]:
-        named = self.guides[role].named_buffers() if role in self.guides else ()
+        named = self.guidance_conditioners[role].named_buffers() if role in self.guidance_conditioners else ()
         return {f"guide.{key}": value for key, value in named}
 
     @torch.no_grad()
@@ -278,7 +280,7 @@ class Triple:
         """Load into the existing parameters.
 
         Raises:
-            Refusal: missing or unexpected keys, or another shape; nothing is changed then.
+            UserError: missing or unexpected keys, or another shape; nothing is changed then.
         """
         own = self.state(role)
         check_fit(role, own, tensors)
@@ -318,10 +320,10 @@ class Triple:
 
     def _checkpointed(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
         """A block of the base that runs again as it ran: with the adapter and under the guidance of its own forward."""
-        heard = {guide: guide.heard for guide in self.guides.values()}
+        recorded_guidance = {guide: guide.recorded_guidance for guide in self.guidance_conditioners.values()}
 
         def run(*inputs: Tensor) -> Tensor:
-            with hearing(heard):
+            with restore_guidance(recorded_guidance):
                 return function(*inputs)
 
         return self.bank.checkpointed(run, *args)

@@ -12,24 +12,24 @@ from diffusers import ModelMixin
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 RECOMPILATIONS = 128
 """Compiled forms of one block class: one for each role, each role that is trained meanwhile, and each shape."""
 
 
 def check_xformers(device: str | None = None) -> None:
-    """Raises Refusal where xformers is missing or has nothing to run on; cheap, imports nothing heavy.
+    """Raises UserError where xformers is missing or has nothing to run on; cheap, imports nothing heavy.
 
     device: that the config asks for; None for the best there is.
     """
     if find_spec("xformers") is None:
-        raise Refusal(
+        raise UserError(
             "model.attention is 'xformers', which is not installed: run pip install 'stepdistill[xformers]', "
             "or set model.attention to sdpa"
         )
     if not torch.cuda.is_available() or not (device or "cuda").startswith("cuda"):
-        raise Refusal(
+        raise UserError(
             f"model.attention is 'xformers', which runs on CUDA only, and the device is {device or 'cpu'!r}: "
             "set model.attention to sdpa"
         )
@@ -41,7 +41,7 @@ def lay_out(network: nn.Module, attention: Literal["sdpa", "xformers"], channels
     sdpa is what diffusers chooses by itself (`AttnProcessor2_0`).
 
     Raises:
-        Refusal: xformers is missing or has no device.
+        UserError: xformers is missing or has no device.
     """
     if attention == "xformers":
         check_xformers()
@@ -70,16 +70,16 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
     gradients, are guards of the compiled code, so a switch of roles picks the right form, or makes it.
 
     Raises:
-        Refusal: the network names no repeated blocks, or torch is too old to be told how often it may compile again.
+        UserError: the network names no repeated blocks, or torch is too old to be told how often it may compile again.
     """
     try:
         _stock(network).compile_repeated_blocks(backend=backend, recompile_limit=RECOMPILATIONS)
     except ValueError:
-        raise Refusal(
+        raise UserError(
             f"model.compile is true, and {type(network).__name__} names no repeated blocks to compile: set model.compile to false"
         ) from None
     except TypeError:
-        raise Refusal(
+        raise UserError(
             f"model.compile is true, and torch {torch.__version__} does not take a recompile limit: upgrade torch, "
             "or set model.compile to false"
         ) from None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 Quantized: TypeAlias = Literal["int8", "int4"]
 BLOCK, SCALE_BLOCK = 64, 256
@@ -28,9 +28,9 @@ BLOCK, SCALE_BLOCK = 64, 256
 
 
 def check_quantization() -> None:
-    """Raises Refusal where torchao is missing; cheap, imports nothing."""
+    """Raises UserError where torchao is missing; cheap, imports nothing."""
     if find_spec("torchao") is None:
-        raise Refusal(
+        raise UserError(
             "model.quantization needs the package torchao, which is not installed: "
             "run pip install 'stepdistill[quantization]', or set model.quantization to none"
         )
@@ -44,7 +44,7 @@ def quantize(network: nn.Module, kind: Quantized, device: torch.device | str) ->
     divide into NF4's blocks keep their dtype.
 
     Raises:
-        Refusal: torchao is missing.
+        UserError: torchao is missing.
     """
     check_quantization()
     convert = _int8() if kind == "int8" else _nf4()

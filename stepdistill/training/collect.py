@@ -30,14 +30,14 @@ from stepdistill.data.latents.trajectories import TrajectoryWriter
 from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.diffusion.draws import Draws, derive_seed, generator
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.diffusion.timesteps import trailing_ladder
-from stepdistill.errors import Refusal
+from stepdistill.diffusion.timesteps import trailing_timesteps
+from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.files.outputs import check_place
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.guidance_conditioning import read_guide
-from stepdistill.roles.sampler import guided_walk, teacher_sample
+from stepdistill.roles.sampler import guided_trajectory, teacher_sample
 from stepdistill.runtime.kernels import compile_blocks, lay_out
 from stepdistill.training.monitoring.grids import student_latents
 from stepdistill.training.run import open_run
@@ -73,20 +73,20 @@ def collect(kind: Kind, config: CollectConfig, output: str | Path, resume: bool 
     """Draw latents into a folder; returns how many it holds.
 
     Raises:
-        Refusal: a non-empty folder without `resume`, pairs of a student, or data made by another config.
+        UserError: a non-empty folder without `resume`, pairs of a student, or data made by another config.
     """
     folder, place = Path(output), place_of(config.device)
     check_place(folder)
     if folder.exists() and any(folder.iterdir()) and not resume:
-        raise Refusal(
+        raise UserError(
             f"the output folder {str(folder)!r} is not empty: add --resume to go on with it, or choose another"
         )
     if (config.model is None) == (config.run is None):
-        raise Refusal(
+        raise UserError(
             "a collection draws from 'model' (a teacher) or from 'run' (a student), and exactly one must be set: mend the config"
         )
     if kind != "samples" and config.model is None:
-        raise Refusal(
+        raise UserError(
             f"{kind} are made by a deterministic teacher, and 'run' names a student: set 'model', or collect samples"
         )
     if kind == "trajectories":
@@ -108,13 +108,13 @@ def _collect_trajectories(config: CollectConfig, folder: Path, place: torch.devi
     low, high = config.guidance_range
     keep = config.keep or config.steps
     if not 0 <= low <= high or keep > config.steps:
-        raise Refusal(
+        raise UserError(
             f"guidance_range is [{low:g}, {high:g}] and {keep} states are kept of {config.steps} steps: give a rising range from 0 up, "
             "and keep no more states than steps"
         )
     prompts, teacher = read_prompts(config.prompts, config.prompt_column), _Teacher(config, place)
     if teacher.denoiser.guide is not None:
-        raise Refusal("trajectories are of a teacher that is guided by two calls: remove model.guidance_adapter")
+        raise UserError("trajectories are of a teacher that is guided by two calls: remove model.guidance_adapter")
     fingerprint = replace(_fingerprint(config, teacher, prompts), guidance=0.0, guidance_range=(low, high), keep=keep)
     with _alone(lambda: TrajectoryWriter(folder, fingerprint, config.shard_size or 16, config.dtype)) as writer:
         done = _completed(writer)
@@ -226,14 +226,14 @@ class _Teacher:
         cond = self.family.encode(self.checkpoint, texts, sizes)
         null = self.family.null(self.checkpoint, sizes, self.negative_prompt)
         noise = torch.stack([noise_for(seed, self.shape) for seed in seeds]).to(self.device)
-        (low, high), ladder = self.config.guidance_range, trailing_ladder(self.schedule, self.config.steps)
+        (low, high), ladder = self.config.guidance_range, trailing_timesteps(self.schedule, self.config.steps)
         lots = [torch.rand((), generator=generator(seed, "w"), dtype=torch.float64) for seed in seeds]
         w = low + (high - low) * torch.stack(lots)
         orders = [torch.randperm(len(ladder), generator=generator(seed, "states")) for seed in seeds]
         kept = [set(order[:keep].tolist()) for order in orders]
         times = [torch.full((len(seeds),), t, dtype=torch.float64, device=self.device) for t in ladder]
         found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in seeds]
-        for index, state in enumerate(guided_walk(self.denoiser, cond, null, noise, times, w.to(self.device))):
+        for index, state in enumerate(guided_trajectory(self.denoiser, cond, null, noise, times, w.to(self.device))):
             parts = [tensor.cpu() for tensor in (state.x_t, state.target, state.t, state.plain)]
             for row, chosen in enumerate(kept):
                 if index in chosen:

@@ -9,10 +9,10 @@ from stepdistill.roles.guidance_adapter import AdapterSettings
 from stepdistill.roles.triple import RoleLayout
 from stepdistill.training.options import describe_options
 from stepdistill.training.session import Session
-from stepdistill.training.setup import Plan
+from stepdistill.training.setup import RunSetup
 
 
-def describe(plan: Plan, session: Session | None = None, processes: int = 1) -> list[str]:
+def describe(plan: RunSetup, session: Session | None = None, processes: int = 1) -> list[str]:
     """What a run is, line by line: the dry run prints it, training logs it."""
     config, setting = plan.config, plan.setting
     training = config.training

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from stepdistill.config.schema import TrainingConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.roles.triple import Triple
 from stepdistill.runtime.sharding import whole
 
@@ -30,26 +30,26 @@ def check_launcher(config: TrainingConfig, environment: Mapping[str, str] = os.e
     """Refuse what `accelerate launch` asked for and a triple cannot do; needs no accelerator, loads no weight.
 
     Raises:
-        Refusal: DeepSpeed, FSDP 1 or its loading on one process only, sharding over a single process.
+        UserError: DeepSpeed, FSDP 1 or its loading on one process only, sharding over a single process.
     """
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise Refusal(
+        raise UserError(
             "the launcher asks for DeepSpeed, whose engine holds one network with one optimizer, and a triple has several of "
             "both: launch with configs/accelerate/fsdp2_8gpu.yaml to shard, or ddp_8gpu.yaml to replicate"
         )
     fsdp, alone = _fsdp_asked(environment), int(environment.get("WORLD_SIZE", "1")) == 1
     if fsdp and environment.get("FSDP_VERSION", "1") != "2":
-        raise Refusal(
+        raise UserError(
             "the launcher asks for FSDP version 1, which flattens parameters and so cannot tell adapters apart: "
             "set fsdp_version: 2 in its config"
         )
     if fsdp and environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
-        raise Refusal(
+        raise UserError(
             "the launcher asks for fsdp_cpu_ram_efficient_loading, which leaves the text encoders empty on all processes but "
             "one: set it to false in its config"
         )
     if alone and sharding_asked(config, environment):
-        raise Refusal(
+        raise UserError(
             "sharding was asked for and there is one process, which would hold everything: start several with "
             "'torchrun --nproc_per_node N -m stepdistill.cli train ...', or set training.sharding to 'replicated'"
         )

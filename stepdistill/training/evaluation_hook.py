@@ -22,7 +22,7 @@ class Seen:
     enough: bool = False
 
 
-class Watch(Protocol):
+class EvaluationHook(Protocol):
     """Called on every process, every `every` iterations; draws nothing from global random state."""
 
     every: int

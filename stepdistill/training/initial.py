@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.roles.lora_file import load_lora_file
 from stepdistill.roles.triple import GENERATOR, Triple
 from stepdistill.training.run_folder import checkpoints
@@ -15,12 +15,12 @@ LORA_SUFFIX = ".safetensors"
 
 
 def initial_checkpoint(run: Path) -> Path:
-    """What `init` names: a LoRA file, or an earlier run's newest checkpoint. Raises Refusal where there is none."""
+    """What `init` names: a LoRA file, or an earlier run's newest checkpoint. Raises UserError where there is none."""
     if run.suffix == LORA_SUFFIX and run.is_file():
         return run
     path = checkpoints.latest(run / "checkpoints")
     if path is None:
-        raise Refusal(
+        raise UserError(
             f"init names {str(run)!r}, which holds no complete checkpoint: give the output folder of an earlier run, or a "
             "LoRA as .safetensors"
         )
@@ -35,7 +35,7 @@ def load_initial(triple: Triple, run: Path, roles: tuple[str, ...], ema: str) ->
     ema: the role that is the earlier run's student, where it has one of that name.
 
     Raises:
-        Refusal: no checkpoint there, or one that does not fit.
+        UserError: no checkpoint there, or one that does not fit.
     """
     found = initial_checkpoint(run)
     if found.suffix == LORA_SUFFIX:

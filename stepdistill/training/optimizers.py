@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stepdistill.config.schema import OptimizerConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.runtime.optimizer_offload import OffloadedState
 from stepdistill.runtime.sharding import laid_out_like, norm
 
@@ -46,7 +46,7 @@ class RoleOptimizer:
         offload: the state lives in main memory between steps.
 
     Raises:
-        Refusal: adamw8bit without its package, or on a device or dtype that it does not know; muon without a torch that
+        UserError: adamw8bit without its package, or on a device or dtype that it does not know; muon without a torch that
             has it.
     """
 
@@ -109,7 +109,7 @@ class RoleOptimizer:
         """Inverse of `state_dict`, for the same parameters.
 
         Raises:
-            Refusal: the state was saved by another kind of optimizer.
+            UserError: the state was saved by another kind of optimizer.
         """
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
@@ -119,7 +119,7 @@ class RoleOptimizer:
         signs = {SIGNS[key] for values in found.values() for key in values if key in SIGNS}
         saved = next(iter(signs), "adamw")
         if found and saved != self._kind:
-            raise Refusal(
+            raise UserError(
                 f"the saved optimizer is of kind {saved!r} and the config says {self.config.kind!r}: set optimizers.*.kind to {saved}"
             )
         for name, parameter in self.parameters.items():
@@ -153,27 +153,27 @@ class RoleOptimizer:
 
 
 def check_adamw8bit(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises Refusal where bitsandbytes is missing, or knows not this device or dtype; cheap, imports nothing."""
+    """Raises UserError where bitsandbytes is missing, or knows not this device or dtype; cheap, imports nothing."""
     if find_spec("bitsandbytes") is None:
-        raise Refusal(
+        raise UserError(
             "the optimizer adamw8bit needs the package bitsandbytes, which is not installed: "
             "run pip install 'stepdistill[quantization]', or set optimizers.*.kind to adamw"
         )
     if device.type not in ("cpu", "cuda"):
-        raise Refusal(
+        raise UserError(
             f"the optimizer adamw8bit runs on 'cuda' and 'cpu', and the device is {device.type!r}: set optimizers.*.kind to adamw"
         )
     if dtype == torch.float64:
-        raise Refusal(
+        raise UserError(
             "the optimizer adamw8bit steps parameters of 32 bits or fewer, and model.dtype is 'float64': set optimizers.*.kind "
             "to adamw, or another model.dtype"
         )
 
 
 def check_muon() -> None:
-    """Raises Refusal where torch has no Muon yet."""
+    """Raises UserError where torch has no Muon yet."""
     if torch.__version__ < MUON_SINCE:
-        raise Refusal(
+        raise UserError(
             f"the optimizer muon came with torch {MUON_SINCE}, and this is torch {torch.__version__}: update torch, or set "
             "optimizers.*.kind to adamw"
         )

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from stepdistill.config.schema import RunConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Needs, RoleKind
 from stepdistill.roles.triple import Mode
@@ -25,7 +25,7 @@ def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, R
         roles: role -> its config section, for the roles that the method trains.
 
     Raises:
-        Refusal: the first option that cannot work.
+        UserError: the first option that cannot work.
     """
     model = config.model
     asked = {
@@ -35,7 +35,7 @@ def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, R
     }
     if not family.is_stock and any(asked.values()):
         key = next(key for key, wanted in asked.items() if wanted)
-        raise Refusal(
+        raise UserError(
             f"model.{key} is set, which is for networks of diffusers, and the family {family.name!r} has one of its own: remove the key"
         )
     if model.attention == "xformers":
@@ -44,17 +44,17 @@ def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, R
         return
     _check_quantized_roles(config, roles)
     if model.dtype == "float64":
-        raise Refusal(f"{_quantization(config)} and model.dtype is 'float64': set model.dtype to float32 or bfloat16")
+        raise UserError(f"{_quantization(config)} and model.dtype is 'float64': set model.dtype to float32 or bfloat16")
     check_quantization()
 
 
 def check_modes(config: RunConfig, roles: Mapping[str, RoleKind], generator: Sequence[Mode]) -> None:
-    """Whether the roles may be held as the config says; `generator` is how its method may hold it. Raises Refusal."""
+    """Whether the roles may be held as the config says; `generator` is how its method may hold it. Raises UserError."""
     modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
     for kind in roles.values():
         allowed = generator if kind == "generator" else ("lora", "full")
         if modes[kind] not in allowed:
-            raise Refusal(
+            raise UserError(
                 f"roles.{kind}.mode is {modes[kind]!r}, and the method {config.method_name!r} trains it as {' or '.join(allowed)}: "
                 "change the mode, or the method"
             )
@@ -64,7 +64,7 @@ def _check_quantized_roles(config: RunConfig, roles: Mapping[str, RoleKind]) -> 
     modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
     full = [section for section in roles.values() if modes[section] == "full"]
     if config.model.quantization != "none" and full:
-        raise Refusal(
+        raise UserError(
             f"{_quantization(config)} and roles.{full[0]}.mode is 'full', which trains every weight of the base: "
             f"set model.quantization to none, or roles.{full[0]}.mode to lora"
         )
@@ -107,7 +107,7 @@ def check_training_options(
         sharded: every process holds a share of every network.
 
     Raises:
-        Refusal: the first option that cannot work.
+        UserError: the first option that cannot work.
     """
     kinds = {"generator": config.optimizers.generator.kind, "fake_score": config.optimizers.fake_score.kind}
     in_8_bit = [section for section in roles.values() if kinds[section] == "adamw8bit"]
@@ -117,7 +117,7 @@ def check_training_options(
         check_muon()
     for tracker in config.training.trackers:
         if find_spec(tracker) is None:
-            raise Refusal(
+            raise UserError(
                 f"training.trackers names {tracker!r}, which is not installed: run pip install {tracker}, or leave it out"
             )
     check_combinations(config, roles, needs, sharded=sharded)
@@ -129,29 +129,29 @@ def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], needs: 
     modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
     in_8_bit = [section for section in roles.values() if kinds[section] == "adamw8bit"]
     if config.model.channels_last and any(modes[section] == "full" for section in in_8_bit):
-        raise Refusal(
+        raise UserError(
             "model.channels_last is set and bitsandbytes lays a full network's weights out anew: set model.channels_last to "
             "false, or optimizers.*.kind to adamw"
         )
     _check_quantized_roles(config, roles)
     if config.model.dtype == "float16":
-        raise Refusal(
+        raise UserError(
             "model.dtype is 'float16', in which gradients as small as these methods' vanish without a word: set it to bfloat16, or "
             "to float32 on a card without it"
         )
     if needs.jvp and config.model.compile:
-        raise Refusal(
+        raise UserError(
             "model.compile is set and the method takes derivatives in forward mode, which compiled blocks do not have: set "
             "method.tangent.kind to semi_discrete, or model.compile to false"
         )
     if needs.jvp and (config.model.quantization == "int4" or config.model.attention == "xformers"):
         key = "quantization" if config.model.quantization == "int4" else "attention"
-        raise Refusal(
+        raise UserError(
             f"model.{key} is {vars(config.model)[key]!r}, whose kernels have no derivatives in forward mode, and the method takes "
             "them: set method.tangent.kind to semi_discrete, or remove the key"
         )
     if config.model.compile and any(modes[section] == "adapter" for section in roles.values()):
-        raise Refusal(
+        raise UserError(
             "model.compile is set and roles.generator.mode is 'adapter', whose hooks compiled blocks would be compiled anew for at "
             "every call: set model.compile to false"
         )
@@ -164,7 +164,7 @@ def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], needs: 
     }
     for key, (is_set, default) in whole_only.items():
         if sharded and is_set:
-            raise Refusal(
+            raise UserError(
                 f"{key} is set and the processes share every network out, which works with whole tensors only: "
                 f"set {key} to {default}, or training.sharding to replicated"
             )

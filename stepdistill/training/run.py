@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from stepdistill.config.schema import ModelConfig, RunConfig, load_config
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.files.outputs import check_place
 from stepdistill.training.description import describe
 from stepdistill.training.distributed import Processes, check_launcher
-from stepdistill.training.evaluation_hook import Watch
+from stepdistill.training.evaluation_hook import EvaluationHook
 from stepdistill.training.inputs.caching import warm
 from stepdistill.training.options import check_training_options, products
 from stepdistill.training.run_folder import checkpoints
@@ -64,14 +64,14 @@ class Outcome:
     folder: Path
     finished: bool
     iteration: int
-    leader: bool = True
+    main_process: bool = True
 
 
 def train(
     config: RunConfig,
     output: str | Path | None = None,
     resume: str | None = None,
-    watcher: Callable[[Session, Path], Watch] | None = None,
+    watcher: Callable[[Session, Path], EvaluationHook] | None = None,
 ) -> Outcome:
     """Run a config into a folder, or continue it.
 
@@ -82,7 +82,7 @@ def train(
         watcher: makes what measures the student as training goes.
 
     Raises:
-        Refusal: anything that cannot work, before any weight is loaded.
+        UserError: anything that cannot work, before any weight is loaded.
     """
     folder = Path(output or config.output)
     config = config.model_copy(update={"output": str(folder)})  # what is written there must say where it belongs
@@ -114,7 +114,7 @@ def train(
         try:
             write_config(folder, config)
         except OSError as error:
-            raise Refusal(
+            raise UserError(
                 f"the output folder {str(folder)!r} cannot be written ({error}): choose another --output"
             ) from None
         for line in describe(plan, session, processes.count):
@@ -137,16 +137,16 @@ def open_run(
     checkpoint: "latest", or "best" where the run was evaluated.
 
     Raises:
-        Refusal: not a run, or no complete checkpoint in it.
+        UserError: not a run, or no complete checkpoint in it.
     """
     path = Path(folder)
     config = run_config(path)
     best = path / "checkpoints" / checkpoints.BEST
     newest = checkpoints.latest(path / "checkpoints") if checkpoint == "latest" else best
     if newest is None:
-        raise Refusal(f"the run {str(path)!r} has no complete checkpoint yet: let it reach training.save_every")
+        raise UserError(f"the run {str(path)!r} has no complete checkpoint yet: let it reach training.save_every")
     if not newest.is_dir():
-        raise Refusal(
+        raise UserError(
             f"the run {str(path)!r} has no best checkpoint: set evaluation.every in its config, or take the latest"
         )
     if full_precision:
@@ -162,10 +162,10 @@ def open_run(
 
 
 def run_config(folder: str | Path) -> RunConfig:
-    """The config that a run was trained by. Raises Refusal where the folder is no run."""
+    """The config that a run was trained by. Raises UserError where the folder is no run."""
     file = Path(folder) / CONFIG
     if not file.is_file():
-        raise Refusal(
+        raise UserError(
             f"{str(folder)!r} is not a run (it has no {CONFIG}): give the output folder of 'stepdistill train'"
         )
     return load_config(file)
@@ -182,7 +182,7 @@ def find_start(config: RunConfig, folder: Path, resume: str | None) -> Path | No
     """The checkpoint that a run in this folder goes on from; None where it starts afresh.
 
     Raises:
-        Refusal: a folder that holds something else, or that cannot be made; a checkpoint that is not there or not of this run.
+        UserError: a folder that holds something else, or that cannot be made; a checkpoint that is not there or not of this run.
     """
     _check_folder(folder, config, resume)
     return _checkpoint(folder, resume)
@@ -194,16 +194,16 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
     if resume != "latest":
         path = Path(resume)
         if not (path / "state.json").is_file():
-            raise Refusal(f"there is no checkpoint at {resume!r}: give a folder checkpoints/step-N, or 'latest'")
+            raise UserError(f"there is no checkpoint at {resume!r}: give a folder checkpoints/step-N, or 'latest'")
         if folder.resolve() not in path.resolve().parents:
-            raise Refusal(
+            raise UserError(
                 f"the checkpoint {resume!r} is of another run than {str(folder)!r}: give --output that run's folder, or start "
                 "from its student with init"
             )
         return path
     newest = checkpoints.latest(folder / "checkpoints")
     if newest is None and checkpoints.steps(folder / "checkpoints"):
-        raise Refusal(
+        raise UserError(
             f"none of the checkpoints in {str(folder / 'checkpoints')!r} is whole (see above), and starting afresh would lose the "
             "run's logs: mend the disk, or choose another --output"
         )
@@ -218,16 +218,16 @@ def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     if resume is None:
-        raise Refusal(
+        raise UserError(
             f"the output folder {str(folder)!r} is not empty: resume it with --resume latest, or choose another --output"
         )
     if not (folder / CONFIG).is_file():
-        raise Refusal(f"the output folder {str(folder)!r} holds no run to resume: choose the folder of one")
+        raise UserError(f"the output folder {str(folder)!r} holds no run to resume: choose the folder of one")
     before = load_config(folder / CONFIG)
     old, new = (_flat(run.model_dump(mode="json", include={"model", "method", "roles"})) for run in (before, config))
     for key in sorted({*old, *new} - {f"model.{name}" for name in EXACT_ONLY}):
         if old.get(key) != new.get(key):
-            raise Refusal(
+            raise UserError(
                 f"the run in {str(folder)!r} has {key} = {old.get(key)!r} and the config says {new.get(key)!r}: "
                 "resume with the run's own config.yaml, or choose another --output"
             )

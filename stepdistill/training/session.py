@@ -11,7 +11,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import PARTS, Checkpoint
 from stepdistill.families.checkpoints.loading import load_checkpoint
 from stepdistill.families.recipe import Recipe
@@ -23,7 +23,7 @@ from stepdistill.roles.triple import GENERATOR, REAL_SCORE, Triple
 from stepdistill.runtime.kernels import compile_blocks, lay_out
 from stepdistill.training.initial import load_initial
 from stepdistill.training.inputs.encoding import Encoder, Warm, make_encoder
-from stepdistill.training.setup import Plan
+from stepdistill.training.setup import RunSetup
 
 EMA = "generator_ema"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Session:
     """A plan with its weights, and the stage of the run that they are of."""
 
-    plan: Plan
+    plan: RunSetup
     checkpoint: Checkpoint
     encoder: Encoder
     triple: Triple
@@ -62,7 +62,7 @@ class Session:
         return torch.float64 if self.plan.config.model.dtype == "float64" else torch.float32
 
 
-def open_session(plan: Plan, device: torch.device | str | None = None, warm: Warm | None = None) -> Session:
+def open_session(plan: RunSetup, device: torch.device | str | None = None, warm: Warm | None = None) -> Session:
     """Load the checkpoint and build triple and method; what warm caches make needless is not loaded."""
     config = plan.config
     where = device if isinstance(device, torch.device) else device_of(device or config.training.device)
@@ -80,7 +80,7 @@ def open_session(plan: Plan, device: torch.device | str | None = None, warm: War
     return session
 
 
-def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm | None = None) -> Session:
+def assemble(plan: RunSetup, checkpoint: Checkpoint, where: torch.device, warm: Warm | None = None) -> Session:
     """Triple and method on a checkpoint that is on the device `where` already."""
     config, dtype = plan.config, DTYPES[plan.config.model.dtype]
     encoder = make_encoder(plan.family, checkpoint, config.model.negative_prompt, plan.images, warm, where)
@@ -95,7 +95,7 @@ def assemble(plan: Plan, checkpoint: Checkpoint, where: torch.device, warm: Warm
     )
     with torch.device("cpu"):  # its ladders and levels are numbers even where weights are outlines
         method = plan.method_class(plan.method_config, plan.setting)
-    teacher = triple.guides.get(REAL_SCORE)
+    teacher = triple.guidance_conditioners.get(REAL_SCORE)
     guidance = dict(plan.method_config).get("guidance")
     if isinstance(teacher, GuidanceAdapter) and guidance is not None:
         teacher.warn_outside(float(guidance))
@@ -131,7 +131,7 @@ def frozen_models(needs: Needs) -> dict[str, nn.Module]:
     """The models that a method needs beside the triple; outlines where tensors are made on the meta device.
 
     Raises:
-        Refusal: one of them is not there.
+        UserError: one of them is not there.
     """
     found: dict[str, nn.Module] = {}
     if needs.vision is not None:
@@ -143,7 +143,7 @@ def frozen_models(needs: Needs) -> dict[str, nn.Module]:
     return found
 
 
-def settle(session: Session) -> None:
+def finalize_placement(session: Session) -> None:
     """Where training wants it, once the roles are on their processes: the EMA in main memory, the blocks compiled.
 
     A run that is only opened needs neither.
@@ -168,7 +168,7 @@ def device_of(name: str | None) -> torch.device:
     """The device of that name; cuda, mps or cpu, whichever is there first, for None.
 
     Raises:
-        Refusal: no such device, or none on this machine.
+        UserError: no such device, or none on this machine.
     """
     if name is None:
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -178,5 +178,5 @@ def device_of(name: str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0].split(". ")[0][:160]
-        raise Refusal(f"the device {name!r} cannot be used ({first}): give cpu, cuda, cuda:N or mps") from None
+        raise UserError(f"the device {name!r} cannot be used ({first}): give cpu, cuda, cuda:N or mps") from None
     return device

@@ -19,11 +19,11 @@ from stepdistill.data.images.source import ImageSource
 from stepdistill.data.latents.tensors import TensorFolder
 from stepdistill.data.latents.trajectories import TrajectoryFolder
 from stepdistill.data.prompts import PromptList, read_prompts
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import CheckpointInfo, Family
 from stepdistill.families.checkpoints.loading import inspect_checkpoint
 from stepdistill.families.common.guidance_embedding import EmbeddingSettings
-from stepdistill.methods.base import Method, Needs, RoleKind, Setting
+from stepdistill.methods.base import Method, Needs, Problem, RoleKind
 from stepdistill.roles.guidance_adapter import AdapterSettings
 from stepdistill.roles.lora import LoraSettings
 from stepdistill.roles.triple import RoleLayout
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSetup:
     """A config whose every part was read and checked, with nothing heavy loaded yet."""
 
     config: RunConfig
@@ -42,7 +42,7 @@ class Plan:
     family: Family
     method_class: type[Method[Any]]
     method_config: Settings
-    setting: Setting
+    setting: Problem
     prompts: PromptList
     images: ImageSource | None
     pairs: TensorFolder | None
@@ -53,7 +53,7 @@ class Plan:
     def layouts(self) -> dict[str, RoleLayout]:
         """Role -> layout for the roles that the method trains."""
         configured = {"generator": self.config.roles.generator, "fake_score": self.config.roles.fake_score}
-        told = self.method_class.guidance_told(self.method_config)
+        told = self.method_class.network_guidance_range(self.method_config)
         return {
             role: layout_of(configured[kind], self.family, told if kind == "generator" else None)
             for role, kind in self.roles.items()
@@ -70,13 +70,13 @@ class Plan:
         return self.method_class.needs(self.method_config)
 
 
-def prepare(config: RunConfig, *, images: bool = True) -> Plan:
+def prepare(config: RunConfig, *, images: bool = True) -> RunSetup:
     """Read and check everything a run needs.
 
     images: open training images (sizes for buckets, too) and pairs; drawing from a finished run needs none of them.
 
     Raises:
-        Refusal: the first thing that cannot work, in one sentence.
+        UserError: the first thing that cannot work, in one sentence.
     """
     # before the checkpoint, whose configs may have to be downloaded
     parse(load_method(config.method_name).Config, config.method_options, where="method")
@@ -115,11 +115,11 @@ def prepare(config: RunConfig, *, images: bool = True) -> Plan:
     return replace(plan, prompts=prompts, images=source, pairs=pairs, trajectories=trajectories, buckets=buckets)
 
 
-def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
+def without_data(config: RunConfig, info: CheckpointInfo) -> RunSetup:
     """The plan of a config on a checkpoint, checked but for its data, of which nothing is read.
 
     Raises:
-        Refusal: model, method and the kinds of data that the config names do not go together.
+        UserError: model, method and the kinds of data that the config names do not go together.
     """
     method_class = load_method(config.method_name)
     method_config = parse(method_class.Config, config.method_options, where="method")
@@ -131,7 +131,7 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
     latent_shape = info.latent_shape(size)
     # buckets share the schedule of model.size, where a dynamic shift depends on the size
     schedule = info.schedule.for_tokens(latent_shape[1] * latent_shape[2] // 4)
-    setting = Setting(
+    setting = Problem(
         schedule=schedule,
         latent_shape=latent_shape,
         feature_channels=family.feature_channels(info),
@@ -149,15 +149,15 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> Plan:
         trajectories=data.trajectories is not None,
     )
     if method_class.needs(method_config).losers and data.losers is None:
-        raise Refusal(
+        raise UserError(
             "the method as it is configured needs images that lose and data.losers is not set: give a folder or a column, or let "
             "the model draw them (method.losers: captions)"
         )
     family.stock_recipe(info, method_class(method_config, setting).recipe())
     if data.prompts is None:
-        raise Refusal("data.prompts is not set: give a .txt, .jsonl, .csv or .parquet file, or 'builtin:general'")
+        raise UserError("data.prompts is not set: give a .txt, .jsonl, .csv or .parquet file, or 'builtin:general'")
     nothing = PromptList((), data.prompts, "")
-    return Plan(config, info, family, method_class, method_config, setting, nothing, None, None)
+    return RunSetup(config, info, family, method_class, method_config, setting, nothing, None, None)
 
 
 def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | None = None) -> RoleLayout:
@@ -167,7 +167,7 @@ def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | No
         try:
             guide = AdapterSettings(config.kind, config.width, config.shared, low, high, config.heads, config.rising)
         except ValueError as error:
-            raise Refusal(str(error)) from error
+            raise UserError(str(error)) from error
         return RoleLayout("adapter", guide=guide)
     embedding = None if told is None else EmbeddingSettings()
     if config.mode == "full":
@@ -181,7 +181,7 @@ def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | No
 def _check_size(size: tuple[int, int], key: str, info: CheckpointInfo) -> None:
     step = info.downsampling * info.latent_multiple if info.downsampling > 1 else 1
     if any(side < 1 or side % step for side in size):
-        raise Refusal(f"{key} is {list(size)}, and the sides of this model must be multiples of {step}: change it")
+        raise UserError(f"{key} is {list(size)}, and the sides of this model must be multiples of {step}: change it")
 
 
 def _feature_size(sizes: Sequence[tuple[int, int]], info: CheckpointInfo, family: Family) -> tuple[int, int]:
@@ -203,13 +203,13 @@ def _buckets(
     for size in sizes:
         _check_size(size, "a size in data.buckets", info)
     if len(set(sizes)) < len(sizes):
-        raise Refusal(f"data.buckets names a size twice ({[list(size) for size in sizes]}): name each once")
+        raise UserError(f"data.buckets names a size twice ({[list(size) for size in sizes]}): name each once")
     if collected is not None:
-        raise Refusal("data.buckets is set, and what the teacher drew is of one size: remove one of the two")
+        raise UserError("data.buckets is set, and what the teacher drew is of one size: remove one of the two")
     if images is None:
         return Buckets(tuple(sizes))
     if not isinstance(images, IndexedImages):
-        raise Refusal(
+        raise UserError(
             "data.buckets needs the sizes of all images before the first is read, which a stream cannot tell: "
             "set data.streaming to false, or remove data.buckets"
         )
@@ -221,16 +221,16 @@ def _check_cache(config: RunConfig, images: ImageSource) -> None:
     if cache is None or not (cache.text or cache.latents):
         return
     if not isinstance(images, IndexedImages):
-        raise Refusal(
+        raise UserError(
             "a cache encodes all images and captions before the first is needed, and a stream cannot tell which they are: set "
             "data.streaming to false, or remove the cache section"
         )
     if cache.latents and isinstance(images, RankedImages):
-        raise Refusal(
+        raise UserError(
             "cache.latents keeps the images of data.images and data.losers would have no place there: set cache.latents to false"
         )
     if cache.latents and config.data.crop == "random":
-        raise Refusal(
+        raise UserError(
             "cache.latents keeps one crop of every image and data.crop is 'random', which wants a new one each time: set "
             "data.crop to center, or cache.latents to false"
         )

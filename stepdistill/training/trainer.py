@@ -12,11 +12,11 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.methods.base import STUDENT, Batch, Progress, Rollout, Stage
 from stepdistill.roles.triple import GENERATOR
 from stepdistill.training.distributed import Processes
-from stepdistill.training.evaluation_hook import Watch
+from stepdistill.training.evaluation_hook import EvaluationHook
 from stepdistill.training.inputs.batches import BatchSource, sample_numbers
 from stepdistill.training.monitoring.monitor import Monitor
 from stepdistill.training.monitoring.tracking import Tracker
@@ -25,8 +25,8 @@ from stepdistill.training.run_folder import checkpoints
 from stepdistill.training.run_folder.checkpoints import Counters, Facts
 from stepdistill.training.run_folder.environment import Environment
 from stepdistill.training.run_folder.logs import CONFIG, cut_back, write_config
-from stepdistill.training.run_folder.tensor_store import KEPT, RunShelf
-from stepdistill.training.session import EMA, Session, settle
+from stepdistill.training.run_folder.tensor_store import KEPT, RunTensorStore
+from stepdistill.training.session import EMA, Session, finalize_placement
 from stepdistill.training.stopping import graceful
 
 logger = logging.getLogger(__name__)
@@ -43,20 +43,22 @@ class Trainer:
         watch: measures the student as training goes.
     """
 
-    def __init__(self, session: Session, folder: Path, processes: Processes, watch: Watch | None = None) -> None:
+    def __init__(
+        self, session: Session, folder: Path, processes: Processes, watch: EvaluationHook | None = None
+    ) -> None:
         self.watch = watch
         self.session, self.folder, self.processes = session, folder, processes
         self.config = session.plan.config.training
         self.triple, self.method = session.triple, session.method
         self.base = self.triple.fingerprint()
         processes.place(self.triple)
-        settle(session)
+        finalize_placement(session)
         self.counters = Counters(updates={role: 0 for role in session.plan.roles})
         self.optimizers = self._optimizers()
         self.latest: dict[str, float] = {}
         """Of every role's last update since a line was logged: at a ratio of 5 few updates fall on the line's iteration."""
         self._origin: Path | None = None
-        self.method.furnish(RunShelf(folder / KEPT, processes))
+        self.method.attach_storage(RunTensorStore(folder / KEPT, processes))
         self.environment = Environment.here(session.plan.config, session.device, processes.count, processes.sharded)
 
     # ---------------------------------------------------------------- the loop
@@ -65,7 +67,7 @@ class Trainer:
         """Train to `max_steps`. True when done, False when a signal asked to stop early; a checkpoint exists either way.
 
         Raises:
-            Refusal: too many non-finite steps in a row, or a last checkpoint that the disk refused.
+            UserError: too many non-finite steps in a row, or a last checkpoint that the disk refused.
         """
         config, processes = self.config, self.processes
         if self.counters.iteration == 0:
@@ -102,7 +104,7 @@ class Trainer:
                 if self.watch is not None and done % self.watch.every == 0:
                     saved, enough = self._look(self.watch, tracker, saved)
             if saved != self.counters.iteration and not self.save():
-                raise Refusal(
+                raise UserError(
                     f"the last checkpoint, of iteration {self.counters.iteration}, could not be written to {str(self.folder)!r} "
                     f"(see above), and the newest one there is of iteration {saved}: make room and resume with --resume latest"
                 )
@@ -182,7 +184,7 @@ class Trainer:
             )
             optimizer.zero_grad()
             if self.counters.bad_in_row >= self.config.max_bad_steps:
-                raise Refusal(
+                raise UserError(
                     f"{self.counters.bad_in_row} steps in a row had non-finite gradients, the last of role {role!r} at iteration "
                     f"{self.counters.iteration}: resume from the last checkpoint with a lower learning rate or model.dtype bfloat16"
                 )
@@ -278,17 +280,17 @@ class Trainer:
         """Continue from a checkpoint, into the existing parameters.
 
         Raises:
-            Refusal: corrupt, of another method or base, or not fitting these roles.
+            UserError: corrupt, of another method or base, or not fitting these roles.
         """
         saved = checkpoints.read(path)
         self._origin = path
         facts, mine = saved.facts, self.session.plan.config.method_name
         if facts.method != mine:
-            raise Refusal(
+            raise UserError(
                 f"the checkpoint {path} was made by method {facts.method!r} and the config says {mine!r}: use the run's own config"
             )
         if facts.base != self.base and facts.environment.dtype == self.environment.dtype:
-            raise Refusal(
+            raise UserError(
                 f"the checkpoint {path} was trained on a base with fingerprint {facts.base}, and the weights of "
                 f"{self.session.plan.config.model.path!r} have {self.base}: put the weights back that the run was started with"
             )
@@ -296,7 +298,7 @@ class Trainer:
         self.counters, self.session.stage = facts.counters, facts.counters.stage
         for role in self.triple.layouts:
             if role not in saved.tensors:
-                raise Refusal(
+                raise UserError(
                     f"the checkpoint {path} lacks the role {role!r}: use the config that the run was started with"
                 )
             self.triple.load_state(role, saved.tensors[role])
@@ -308,7 +310,7 @@ class Trainer:
         self._set_global_rng(saved.tensors["rng"])
         found = [int(other) for other in self.processes.gather(torch.tensor([self.counters.iteration]))]
         if len(set(found)) > 1:
-            raise Refusal(
+            raise UserError(
                 f"the processes resumed at different iterations ({found}): give all machines the same, whole output folder"
             )
 
@@ -332,7 +334,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- looking at the student
 
-    def _look(self, watch: Watch, tracker: Tracker, saved: int) -> tuple[int, bool]:
+    def _look(self, watch: EvaluationHook, tracker: Tracker, saved: int) -> tuple[int, bool]:
         """Let the watcher measure; the best student's checkpoint is kept beside the newest ones.
 
         Returns the newest saved iteration, and whether the watcher has seen enough.

@@ -16,7 +16,7 @@ from torch import nn
 from stepdistill.config.presets import PRESETS, preset_names, with_preset
 from stepdistill.config.registry import load_family
 from stepdistill.config.schema import RoleConfig, RunConfig, load_config
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.single_file import CONFIGS
 from stepdistill.roles.lora import AdapterBank, LoraSettings
 from stepdistill.training.run import open_run, train
@@ -103,9 +103,9 @@ def test_without_a_preset_nothing_changes() -> None:
 
 
 def test_an_unknown_preset_is_refused(written: Callable[..., Path]) -> None:
-    with pytest.raises(Refusal, match="'preset' = \"9gb\""):
+    with pytest.raises(UserError, match="'preset' = \"9gb\""):
         load_config(written(preset="9gb"))
-    with pytest.raises(Refusal, match="'preset'"):
+    with pytest.raises(UserError, match="'preset'"):
         load_config(written(preset="../protocols/fashion"))
 
 
@@ -120,7 +120,7 @@ def test_a_saved_config_reads_as_itself(name: str, written: Callable[..., Path],
 def test_a_full_role_names_the_key_and_its_preset(written: Callable[..., Path], no_weights: None) -> None:
     config = load_config(written(preset="12gb", roles={"generator": {"mode": "full"}}))
     with pytest.raises(
-        Refusal, match=r"model\.quantization is 'int8' \(by preset '12gb'.*set model\.quantization to none"
+        UserError, match=r"model\.quantization is 'int8' \(by preset '12gb'.*set model\.quantization to none"
     ):
         prepare(config)
 

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from stepdistill.config import registry
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.sdxl import SDXL
 
 
@@ -22,9 +22,9 @@ def test_names_load_and_unknown_ones_are_told_the_nearest() -> None:
     assert {"dmd", "dmd2"} <= set(registry.method_names())
     assert {"sd", "sdxl", "analytic"} <= set(registry.family_names())
     assert registry.load_method("dmd2").__name__ == "DMD2"
-    with pytest.raises(Refusal, match="no method named 'dmd3': did you mean 'dmd"):
+    with pytest.raises(UserError, match="no method named 'dmd3': did you mean 'dmd"):
         registry.load_method("dmd3")
-    with pytest.raises(Refusal, match="no family named 'sdlx': did you mean 'sdxl'"):
+    with pytest.raises(UserError, match="no family named 'sdlx': did you mean 'sdxl'"):
         registry.load_family("sdlx")
 
 
@@ -39,5 +39,5 @@ def test_other_packages_add_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.family_names()[-2:] == ("mine", "broken")
     assert isinstance(registry.load_family("mine"), SDXL)
     assert registry.load_family("sd").name == "sd"
-    with pytest.raises(Refusal, match="mend or uninstall that package"):
+    with pytest.raises(UserError, match="mend or uninstall that package"):
         registry.load_family("broken")

@@ -14,7 +14,7 @@ import stepdistill
 from stepdistill.assets import FOLDER
 from stepdistill.config.reading import read_settings
 from stepdistill.data.latents.index import Kind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.training.collect import CollectConfig, collect
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -68,7 +68,7 @@ def test_training_configs_dry_run(name: str, tiny: Callable[..., Path], tmp_path
     if raw["data"].get("losers"):  # a column of a data set that is not here: the images lose against themselves
         overrides.append(f"data.losers={tmp_path / 'images'}")
     if raw.get("init"):  # the run that it starts from is another config's
-        with pytest.raises(Refusal, match="init names"):
+        with pytest.raises(UserError, match="init names"):
             stepdistill.dry_run(stepdistill.load_config(CONFIGS / name, overrides), tmp_path / "run")
         overrides.append("init=null")
     lines = stepdistill.dry_run(stepdistill.load_config(CONFIGS / name, overrides), tmp_path / "run")

@@ -26,12 +26,12 @@ from stepdistill.data.latents.tensors import ShardWriter, TensorFolder, noise_fo
 from stepdistill.data.loader import IndexStream, Prefetcher, Samples
 from stepdistill.data.prompts import builtin_names, read_prompts
 from stepdistill.diffusion.draws import generator
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 
 def refused(action: Callable[[], object], *wanted: str) -> None:
     """`action` is refused, in one sentence that holds every piece of `wanted`."""
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         action()
     message = str(caught.value)
     assert "\n" not in message
@@ -391,7 +391,7 @@ class Counted:
         self.asked.append(index)
         self.threads.add(threading.current_thread().name)
         if index == self.error_at:
-            raise Refusal("item 4 is unreadable: replace it")
+            raise UserError("item 4 is unreadable: replace it")
         return index * 10
 
 

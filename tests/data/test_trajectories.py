@@ -18,8 +18,8 @@ from support.method_cases import CASES, Bench
 from stepdistill.config.registry import load_family
 from stepdistill.data.latents.tensors import TensorFolder
 from stepdistill.data.latents.trajectories import TrajectoryFolder
-from stepdistill.diffusion.timesteps import trailing_ladder
-from stepdistill.errors import Refusal
+from stepdistill.diffusion.timesteps import trailing_timesteps
+from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.roles.denoiser import Denoiser
@@ -59,7 +59,7 @@ def test_states_are_what_the_guided_teacher_says(wanted: Callable[..., CollectCo
     info = inspect_checkpoint(config.model.path, None, None)
     checkpoint, family = load_checkpoint(info, torch.float64, torch.device("cpu")), load_family(info.family)
     denoiser, size = Denoiser(checkpoint.network, family, info.schedule), [ImageSize.plain(1, 1)]
-    null, ladder = family.null(checkpoint, size), trailing_ladder(info.schedule, 6)
+    null, ladder = family.null(checkpoint, size), trailing_timesteps(info.schedule, 6)
     walks: dict[int, list[float]] = {}
     for index in range(len(folder)):
         state = folder[index]
@@ -107,7 +107,7 @@ def test_a_broken_collection_goes_on_bit_for_bit(wanted: Callable[..., CollectCo
     """After some walks, with another batch size, over a damaged shard; a walk depends on its own seed alone."""
     collect("trajectories", wanted(), tmp_path / "whole")
     collect("trajectories", wanted(count=2), tmp_path / "broken")
-    with pytest.raises(Refusal, match="is not empty"):
+    with pytest.raises(UserError, match="is not empty"):
         collect("trajectories", wanted(), tmp_path / "broken")
     collect("trajectories", wanted(batch_size=1), tmp_path / "broken", resume=True)
     assert content(tmp_path / "broken").keys() == content(tmp_path / "whole").keys()
@@ -116,7 +116,7 @@ def test_a_broken_collection_goes_on_bit_for_bit(wanted: Callable[..., CollectCo
         assert torch.allclose(whole[index].target, broken[index].target, atol=1e-6)
         assert whole[index].w == broken[index].w
     (tmp_path / "broken/shard-00001.safetensors").write_bytes(b"cut")
-    with pytest.raises(Refusal, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         TrajectoryFolder(tmp_path / "broken")
     collect("trajectories", wanted(), tmp_path / "broken", resume=True)
     assert content(tmp_path / "broken").keys() == content(tmp_path / "whole").keys()
@@ -174,16 +174,16 @@ def test_another_collection_is_not_gone_on_with(
     wanted: Callable[..., CollectConfig], tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     collect("trajectories", wanted(count=2), tmp_path / "t")
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         collect("trajectories", wanted(**change), tmp_path / "t", resume=True)
 
 
 def test_pairs_are_no_trajectories_and_students_make_none(wanted: Callable[..., CollectConfig], tmp_path: Path) -> None:
     collect("pairs", wanted(count=2), tmp_path / "pairs")
     assert TensorFolder(tmp_path / "pairs").kind == "pairs"
-    with pytest.raises(Refusal, match="holds pairs, not trajectories"):
+    with pytest.raises(UserError, match="holds pairs, not trajectories"):
         TrajectoryFolder(tmp_path / "pairs")
-    with pytest.raises(Refusal, match="made by a deterministic teacher"):
+    with pytest.raises(UserError, match="made by a deterministic teacher"):
         collect("trajectories", wanted(model=None, run="runs/x"), tmp_path / "t")
 
 
@@ -211,5 +211,5 @@ def test_a_run_takes_its_own_teacher_s_trajectories_alone(
         "negative": "made with the negative prompt '' and",
         "teacher": "collect them with that teacher", "kind": "holds pairs, not trajectories",
     }[fault]  # fmt: skip
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         train(config.model_copy(update={"data": data, "method": method, "model": model}), tmp_path / "run")

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from stepdistill.diffusion.prediction import Prediction, convert, from_x0_eps, guide, to_eps, to_x0
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.diffusion.timesteps import few_step_ladder
-from stepdistill.errors import Refusal
+from stepdistill.diffusion.timesteps import student_timesteps
+from stepdistill.errors import UserError
 from stepdistill.families.analytic import Analytic
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.roles.denoiser import Denoiser
 
 ALL = list(Prediction)
-LEVELS = [(name, t) for name in ("eps", "flow-shift-3") for t in few_step_ladder(SCHEDULES[name](), 8)]
+LEVELS = [(name, t) for name in ("eps", "flow-shift-3") for t in student_timesteps(SCHEDULES[name](), 8)]
 
 
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
@@ -74,7 +74,7 @@ def test_definitions() -> None:
         }
         for name, value in expected.items():
             close(from_x0_eps(x0, eps, alpha, sigma, Prediction.parse(name)), value)
-    with pytest.raises(Refusal, match="'score'"):
+    with pytest.raises(UserError, match="'score'"):
         Prediction.parse("score")
 
 

@@ -13,7 +13,7 @@ from support.toys import SCHEDULES, SD, flow, noise, vp
 
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -114,13 +114,13 @@ def test_zero_terminal_snr() -> None:
 
 
 def test_zero_terminal_snr_refuses_epsilon() -> None:
-    with pytest.raises(Refusal, match=r"zero terminal SNR.*v_prediction"):
+    with pytest.raises(UserError, match=r"zero terminal SNR.*v_prediction"):
         vp(Prediction.EPSILON, rescale_betas_zero_snr=True)
 
 
 @pytest.mark.parametrize(("key", "value"), [("beta_schedule", "sigmoid"), ("prediction_type", "score")])
 def test_unknown_configs_are_refused(key: str, value: str) -> None:
-    with pytest.raises(Refusal, match=value):
+    with pytest.raises(UserError, match=value):
         NoiseSchedule.from_config({**SD, key: value})
 
 

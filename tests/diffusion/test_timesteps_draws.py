@@ -13,8 +13,8 @@ from support.toys import SD, flow, vp
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.diffusion.timesteps import NoiseLevels, few_step_ladder, trailing_ladder
-from stepdistill.errors import Refusal
+from stepdistill.diffusion.timesteps import NoiseLevels, student_timesteps, trailing_timesteps
+from stepdistill.errors import UserError
 
 # ---------------------------------------------------------------- ladders
 
@@ -34,7 +34,7 @@ from stepdistill.errors import Refusal
 )
 def test_dmd2_ladders(steps: int, ladder: list[int]) -> None:
     """From N - 1 down by floor(N / steps), as in DMD2's released code, cut to exactly `steps` entries."""
-    assert list(few_step_ladder(vp(), steps)) == ladder
+    assert list(student_timesteps(vp(), steps)) == ladder
 
 
 @pytest.mark.parametrize(
@@ -42,26 +42,26 @@ def test_dmd2_ladders(steps: int, ladder: list[int]) -> None:
 )
 def test_flow_ladders(shift: float, ladder: list[float]) -> None:
     """s p / (1 + (s - 1) p) of p = 1, .75, .5, .25."""
-    assert few_step_ladder(flow(shift), 4) == pytest.approx(ladder, abs=1e-15)
-    assert trailing_ladder(flow(shift), 4) == few_step_ladder(flow(shift), 4)
+    assert student_timesteps(flow(shift), 4) == pytest.approx(ladder, abs=1e-15)
+    assert trailing_timesteps(flow(shift), 4) == student_timesteps(flow(shift), 4)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7, 8, 10, 25, 30, 50, 100])
 def test_trailing_ladder_equals_diffusers(steps: int) -> None:
     scheduler = DDIMScheduler(**{k: v for k, v in SD.items() if k != "_class_name"}, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
-    assert trailing_ladder(vp(), steps) == tuple(scheduler.timesteps.tolist())
+    assert trailing_timesteps(vp(), steps) == tuple(scheduler.timesteps.tolist())
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_ladders_are_refused(steps: int) -> None:
-    with pytest.raises(Refusal, match=str(steps)):
-        few_step_ladder(vp(), steps)
+    with pytest.raises(UserError, match=str(steps)):
+        student_timesteps(vp(), steps)
 
 
 def test_ladder_of_another_length() -> None:
     """Nothing assumes 1000 steps."""
-    assert few_step_ladder(NoiseSchedule.vp(torch.full((200,), 0.01), Prediction.V), 4) == (199, 149, 99, 49)
+    assert student_timesteps(NoiseSchedule.vp(torch.full((200,), 0.01), Prediction.V), 4) == (199, 149, 99, 49)
 
 
 # ---------------------------------------------------------------- noise levels

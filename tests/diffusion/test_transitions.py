@@ -22,7 +22,7 @@ from torch import Tensor
 from stepdistill.diffusion.prediction import Prediction, convert, from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Gaussian, Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.roles.sampler import Step, sample, walk
 
 BETAS = {key: value for key, value in SD.items() if key != "_class_name"}
@@ -263,7 +263,7 @@ def test_log_prob_differentiates_to_the_score() -> None:
 def test_deterministic_steps_refuse_log_prob(transition: Transition) -> None:
     step = transition(vp(), X_T, X0, 749, 499)
     assert step.deterministic
-    with pytest.raises(Refusal, match="renoise"):
+    with pytest.raises(UserError, match="renoise"):
         step.log_prob(X_T)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from stepdistill.config.registry import load_family
 from stepdistill.diffusion.prediction import Prediction, from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.diffusion.timesteps import trailing_ladder
+from stepdistill.diffusion.timesteps import trailing_timesteps
 from stepdistill.diffusion.trigflow import TrigFlow
 from stepdistill.families.analytic import Analytic
 from stepdistill.families.conditioning import Conditioning, ImageSize
@@ -81,7 +81,7 @@ def rotated(
     denoiser: Denoiser, bridge: TrigFlow, cond: Conditioning, null: Conditioning, eps: Tensor, w: float
 ) -> Tensor:
     """The guided teacher walked as a TrigFlow network, in 50 rotations."""
-    ladder = trailing_ladder(denoiser.schedule, 50)
+    ladder = trailing_timesteps(denoiser.schedule, 50)
     x, _ = bridge.from_native(eps, ladder[0])
     for t, s in zip(ladder, [*ladder[1:], denoiser.schedule.clean_time], strict=True):
         angle, to = denoiser.schedule.angle(t), denoiser.schedule.angle(s)

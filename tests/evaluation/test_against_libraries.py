@@ -16,7 +16,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 import stepdistill
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.images import read_all
 from stepdistill.evaluation.metrics.mmd import kernel_distance
 from stepdistill.evaluation.metrics.prdc import manifold
@@ -121,13 +121,13 @@ def test_two_resizes_are_two_protocols(folders: tuple[Path, Path], weights: Path
     quick = ("brightness",)  # no distance, hence no eigenvalues of 2048 x 2048
     for mode in ("clean", "legacy_pytorch"):
         ours(folders, weights, mode, tmp_path / mode, quick)
-    with pytest.raises(Refusal, match=r"features_preprocessing: 'clean to 299' and 'legacy_pytorch to 299'"):
+    with pytest.raises(UserError, match=r"features_preprocessing: 'clean to 299' and 'legacy_pytorch to 299'"):
         stepdistill.compare(tmp_path / "clean", tmp_path / "legacy_pytorch")
     told = {"features": f"inception:{weights}", "device": "cpu", "metrics": quick}
     saved = tmp_path / "reference.npz"
     first = stepdistill.evaluate_images(*folders, tmp_path / "saving", save_statistics=saved, **told)
     assert len(first.record.features_weights) == 64
-    with pytest.raises(Refusal, match="'clean to 299' and the features now have 'legacy_tensorflow to 299'"):
+    with pytest.raises(UserError, match="'clean to 299' and the features now have 'legacy_tensorflow to 299'"):
         stepdistill.evaluate_images(folders[1], saved, tmp_path / "wrong", resize="legacy_tensorflow", **told)
 
 
@@ -192,5 +192,5 @@ def test_wrong_inception_weights_are_refused(kind: str, weights: Path, tmp_path:
     if kind == "torchvision":
         torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 3, 3)}, path)
     words = {"truncated": "cannot be read", "torchvision": "not torchvision's", "missing": "no Inception weight file"}
-    with pytest.raises(Refusal, match=words[kind]):
+    with pytest.raises(UserError, match=words[kind]):
         load_inception(path)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import stepdistill
 from stepdistill.cli import main
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.protocols import load_protocol, prompt_set, protocol_names, qualified
 from stepdistill.evaluation.report import Report
 from stepdistill.training.run_folder import checkpoints
@@ -58,13 +58,13 @@ def test_a_stopped_evaluation_goes_on_and_another_model_is_kept_out(tmp_path: Pa
     assert kept.stat().st_mtime_ns == stamp
     assert gone.read_bytes() == before  # alone in its batch now, and still the same picture
     assert second.row("model-2").metrics == first.row("model-2").metrics
-    with pytest.raises(Refusal, match="an evaluation with different models"):
+    with pytest.raises(UserError, match="an evaluation with different models"):
         evaluate(tmp_path / "out", guidance=3.0)
-    with pytest.raises(Refusal, match="an evaluation with different prompts"):
+    with pytest.raises(UserError, match="an evaluation with different prompts"):
         evaluate(tmp_path / "out", num_images=36)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("x")
-    with pytest.raises(Refusal, match="something else"):
+    with pytest.raises(UserError, match="something else"):
         evaluate(tmp_path / "other")
 
 
@@ -78,12 +78,12 @@ def test_a_name_never_comes_to_mean_another_model(tmp_path: Path) -> None:
     """Three calls into one folder: what the first drew is remembered by the third; a teacher's steps count too."""
     evaluate(tmp_path / "out", steps=[1], num_images=12)
     evaluate(tmp_path / "out", steps=[2], num_images=12, teacher_steps=2)
-    with pytest.raises(Refusal, match="different models"):
+    with pytest.raises(UserError, match="different models"):
         evaluate(tmp_path / "out", steps=[1], num_images=12, guidance=3.0)
-    with pytest.raises(Refusal, match="different models"):
+    with pytest.raises(UserError, match="different models"):
         evaluate(tmp_path / "out", steps=[1], num_images=12, teacher_steps=3)
     (tmp_path / "out/evaluation.json").write_text('{"half')
-    with pytest.raises(Refusal, match="cut short"):
+    with pytest.raises(UserError, match="cut short"):
         evaluate(tmp_path / "out", steps=[1], num_images=12)
 
 
@@ -94,13 +94,13 @@ def test_reports_are_compared_only_under_one_protocol(tmp_path: Path) -> None:
     assert "model-1" in both
     assert "model-2" in both
     evaluate(tmp_path / "c", steps=[1], metrics=["fid"], features="random")
-    with pytest.raises(Refusal, match=r"protocols differ \(.*features: 'judge' and 'random'"):
+    with pytest.raises(UserError, match=r"protocols differ \(.*features: 'judge' and 'random'"):
         stepdistill.compare(tmp_path / "a", tmp_path / "c")
-    with pytest.raises(Refusal, match="no report"):
+    with pytest.raises(UserError, match="no report"):
         stepdistill.compare(tmp_path / "a", tmp_path / "absent")
     (tmp_path / "d").mkdir()
     (tmp_path / "d/report.json").write_text("{}")
-    with pytest.raises(Refusal, match="not a report"):
+    with pytest.raises(UserError, match="not a report"):
         stepdistill.compare(tmp_path / "a", tmp_path / "d")
 
 
@@ -118,7 +118,7 @@ def test_the_teacher_is_the_reference_of_the_prompts_protocol(tmp_path: Path) ->
     assert "fid" not in report.row("teacher").metrics
     assert report.row("model-1").metrics["fid"] > 0
     assert report.row("teacher").metrics["diversity"] > 0
-    with pytest.raises(Refusal, match="--teacher-steps"):
+    with pytest.raises(UserError, match="--teacher-steps"):
         evaluate(tmp_path / "none", **common)
     assert not (tmp_path / "none").exists()
 
@@ -135,7 +135,7 @@ def test_a_run_is_measured_by_its_own_recipe(tmp_path: Path) -> None:
     (row,) = report.rows
     assert (row.name, row.steps, row.network_calls, row.guidance) == ("student-4", 4, 4, 1.0)
     assert "<h2>Training</h2>" in (tmp_path / "out/report.html").read_text()
-    with pytest.raises(Refusal, match="leave --lora out"):
+    with pytest.raises(UserError, match="leave --lora out"):
         stepdistill.evaluate(str(tmp_path / "run"), tmp_path / "x", protocol="fashion", lora="lora")
 
 
@@ -195,10 +195,10 @@ def test_training_is_watched_and_the_best_checkpoint_survives(tmp_path: Path) ->
     for name, tensor in newest[0].tensors["generator"].items():
         assert torch.equal(tensor, newest[1].tensors["generator"][name])
     stepdistill.export(tmp_path / "run", "diffusers-lora", tmp_path / "lora", checkpoint="best", device="cpu")
-    with pytest.raises(Refusal, match="no best checkpoint"):
+    with pytest.raises(UserError, match="no best checkpoint"):
         stepdistill.export(tmp_path / "plain", "diffusers-lora", tmp_path / "other", checkpoint="best")
     worse = ["evaluation={every: 2, protocol: fashion, metrics: [kid], best: fid}"]
-    with pytest.raises(Refusal, match=r"evaluation.best is 'fid'"):
+    with pytest.raises(UserError, match=r"evaluation.best is 'fid'"):
         stepdistill.distill(stepdistill.load_config(quickstart, short + worse), tmp_path / "wrong")
 
 
@@ -289,15 +289,15 @@ def test_every_protocol_loads_and_says_what_it_lacks(name: str, tmp_path: Path) 
     assert protocol.description
     if protocol.prompts.builtin is not None:
         assert len(prompt_set(protocol, None, None)) == protocol.prompts.count
-        with pytest.raises(Refusal, match="leave --prompts out"):
+        with pytest.raises(UserError, match="leave --prompts out"):
             prompt_set(protocol, "x.txt", None)
         return
-    with pytest.raises(Refusal, match="give --prompts FILE with"):
+    with pytest.raises(UserError, match="give --prompts FILE with"):
         prompt_set(protocol, None, None)
     few = tmp_path / "few.txt"
     few.write_text("one\ntwo\nthree\n")
     if protocol.prompts.count is not None:
-        with pytest.raises(Refusal, match=f"gives 3 images and {protocol.prompts.count} are wanted.*--num-images 3"):
+        with pytest.raises(UserError, match=f"gives 3 images and {protocol.prompts.count} are wanted.*--num-images 3"):
             prompt_set(protocol, str(few), None)
     chosen = prompt_set(protocol, str(few), 2)
     assert chosen.prompts == ("one", "two")
@@ -325,12 +325,12 @@ def test_a_protocol_and_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytes
     assert report.record.features == "corners"
     assert set(report.row("model-1").metrics) == {"fid", "brightness"}
     (tmp_path / "wrong.yaml").write_text("description: x\nprompts: {}\nmetric: [fid]\n")
-    with pytest.raises(Refusal, match="unknown key 'metric': did you mean 'metrics'"):
+    with pytest.raises(UserError, match="unknown key 'metric': did you mean 'metrics'"):
         load_protocol(str(tmp_path / "wrong.yaml"))
 
 
 def test_an_unknown_protocol_names_the_nearest() -> None:
-    with pytest.raises(Refusal, match="did you mean 'mjhq-30k'"):
+    with pytest.raises(UserError, match="did you mean 'mjhq-30k'"):
         load_protocol("mjhq30k")
 
 
@@ -341,7 +341,7 @@ def test_the_reference_must_have_the_protocols_count(tmp_path: Path) -> None:
         Image.new("RGB", (32, 32), (i, i, i)).save(reference / f"{i}.png")
     prompts = tmp_path / "p.txt"
     prompts.write_text("a\nb\nc\nd\n")
-    with pytest.raises(Refusal, match="has 3 images and the protocol wants 5000"):
+    with pytest.raises(UserError, match="has 3 images and the protocol wants 5000"):
         evaluate(
             tmp_path / "out", protocol="coco2017-5k", prompts=str(prompts), num_images=4, features="random", metrics=["fid"],
             reference=reference, steps=[1],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.images import PixelChain, as_uint8, list_images, read_image, shard
 from stepdistill.evaluation.networks.resize import RESIZE_MODES, SIDE, resize299
 
@@ -89,18 +89,18 @@ def test_greys_palettes_and_transparency_become_rgb(tmp_path: Path) -> None:
 def test_folders_are_checked_before_anything_is_measured(tmp_path: Path) -> None:
     """pytorch-fid 94, 104, 106, 42, 51: 'batch_size=0', 'range() arg 3 must not be zero'."""
     file = save(tmp_path / "one" / "a.png", RED)
-    with pytest.raises(Refusal, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         list_images(file)
-    with pytest.raises(Refusal, match="no folder"):
+    with pytest.raises(UserError, match="no folder"):
         list_images(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Refusal, match="no file at all"):
+    with pytest.raises(UserError, match="no file at all"):
         list_images(tmp_path / "empty")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("x")
-    with pytest.raises(Refusal, match=r"suffixes found: \.txt"):
+    with pytest.raises(UserError, match=r"suffixes found: \.txt"):
         list_images(tmp_path / "texts")
-    with pytest.raises(Refusal, match="sub-folders were not searched"):
+    with pytest.raises(UserError, match="sub-folders were not searched"):
         list_images(tmp_path)
     assert list_images(tmp_path, recursive=True) == [file]
 
@@ -108,7 +108,7 @@ def test_folders_are_checked_before_anything_is_measured(tmp_path: Path) -> None
 def test_lossy_files_are_taken_only_when_asked_for(tmp_path: Path) -> None:
     """GeoDiffusion 13: PNG against JPEG moves the distance."""
     save(tmp_path / "a.jpg", RED)
-    with pytest.raises(Refusal, match=r"JPEG or WebP \(first: 'a.jpg'\)"):
+    with pytest.raises(UserError, match=r"JPEG or WebP \(first: 'a.jpg'\)"):
         list_images(tmp_path)
     assert len(list_images(tmp_path, allow_lossy=True)) == 1
 
@@ -116,10 +116,10 @@ def test_lossy_files_are_taken_only_when_asked_for(tmp_path: Path) -> None:
 def test_a_corrupt_or_deep_image_is_named(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(Refusal, match=r"a\.png.*cannot be read"):
+    with pytest.raises(UserError, match=r"a\.png.*cannot be read"):
         read_image(path)
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(Refusal, match="more than 8 bits"):
+    with pytest.raises(UserError, match="more than 8 bits"):
         read_image(tmp_path / "deep.png")
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 import stepdistill
 from stepdistill.data.appearance import brightness, sharpness
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.fashion import evaluation_set
 from stepdistill.evaluation.images import Picture
 from stepdistill.evaluation.measure import Measured, compute, measure_images, read_reference
@@ -245,7 +245,7 @@ def test_any_network_serves_and_its_width_is_found() -> None:
     assert network(list(pictures(5))).shape == (5, 12)
     assert not isinstance(network, nn.Module)  # torchmetrics 1959: nothing to find its way into a state_dict
     for wrong, words in ((lambda x: x.flatten(), "D >= 2"), (lambda x: x.mean((2, 3)) * np.nan, "NaN")):
-        with pytest.raises(Refusal, match=words):
+        with pytest.raises(UserError, match=words):
             extractor(wrong)(list(pictures(3)))
 
 
@@ -281,7 +281,7 @@ def test_a_closed_network_is_gone_and_the_device_is_the_one_that_was_named() -> 
     ],
 )
 def test_unknown_networks_are_refused(name: str, words: str) -> None:
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         load_extractor(name)
 
 
@@ -289,7 +289,7 @@ def test_nothing_is_fetched_unless_asked_for(tmp_path: Path, monkeypatch: pytest
     """img2img-turbo 108: a fixed file in /tmp, another user's. The cache is the user's own and can be named."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("fetched"))
-    with pytest.raises(Refusal, match="downloading is off"):
+    with pytest.raises(UserError, match="downloading is off"):
         find_inception(tmp_path / "cache", download=False)
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     file = tmp_path / "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"
@@ -298,7 +298,7 @@ def test_nothing_is_fetched_unless_asked_for(tmp_path: Path, monkeypatch: pytest
     assert cache_folder().is_relative_to(Path.home())
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "mine"))
     file.unlink()
-    with pytest.raises(Refusal, match=re.escape(str(tmp_path / "mine"))):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "mine"))):
         load_extractor("inception")
 
 
@@ -314,7 +314,7 @@ def test_a_download_with_another_hash_leaves_nothing(tmp_path: Path, monkeypatch
     wrong.write_bytes(b"half a file")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(inception, "URL", wrong.as_uri())
-    with pytest.raises(Refusal, match="could not be fetched"):
+    with pytest.raises(UserError, match="could not be fetched"):
         find_inception(tmp_path / "cache", download=True)
     assert list((tmp_path / "cache").iterdir()) == []
     monkeypatch.setattr(inception, "HASH_PREFIX", hashlib.sha256(wrong.read_bytes()).hexdigest()[:8])
@@ -358,7 +358,7 @@ def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
     FeatureStatistics.of(np.random.default_rng(0).normal(size=(20, 3))).save(
         tmp_path / "s.npz", {"preprocessing": "clean to 299"}
     )
-    with pytest.raises(Refusal, match="preprocessing 'clean to 299'"):
+    with pytest.raises(UserError, match="preprocessing 'clean to 299'"):
         read_reference(tmp_path / "s.npz", extractor(), keep=False)
 
 
@@ -387,7 +387,7 @@ def test_files_that_are_no_statistics_are_refused(kind: str, words: str, tmp_pat
         path.write_bytes(b"PK\x03\x04 not a zip")
     if kind == "shape":
         np.savez(path, mu=np.zeros(3), sigma=np.zeros((2, 2)))
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         FeatureStatistics.load(path)
 
 
@@ -409,10 +409,10 @@ def test_diversity_is_the_quickstarts_whatever_the_list_repeats() -> None:
 def test_metrics_that_need_more_than_statistics_say_so() -> None:
     own = measure_images(pictures(30), extractor(), keep=True)
     bare = Measured(FeatureStatistics.of(np.random.default_rng(0).normal(size=(30, 3))))
-    with pytest.raises(Refusal, match="kid, precision need the reference's feature vectors"):
+    with pytest.raises(UserError, match="kid, precision need the reference's feature vectors"):
         compute(own, bare, ["fid", "kid", "precision"], np.random.default_rng(0))
     wide = Measured(FeatureStatistics.of(np.random.default_rng(0).normal(size=(30, 4))))
-    with pytest.raises(Refusal, match="3 features and the reference 4"):
+    with pytest.raises(UserError, match="3 features and the reference 4"):
         compute(own, wide, ["fid"], np.random.default_rng(0))
 
 
@@ -436,7 +436,7 @@ def test_two_folders_of_mixed_sizes_are_measured(tmp_path: Path) -> None:
     assert again["fid"] == pytest.approx(expected, rel=1e-6)
     for name in ("report.json", "report.md", "report.html"):
         assert (tmp_path / "out" / name).stat().st_size > 300
-    with pytest.raises(Refusal, match="did you mean 'precision'"):
+    with pytest.raises(UserError, match="did you mean 'precision'"):
         stepdistill.evaluate_images(a, b, tmp_path / "other", features="random", metrics=["precison"])
-    with pytest.raises(Refusal, match="need prompts"):
+    with pytest.raises(UserError, match="need prompts"):
         stepdistill.evaluate_images(a, b, tmp_path / "other", features="random", metrics=["diversity"])

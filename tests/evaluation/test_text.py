@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import CLIP_LENGTH as LENGTH
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.metrics.lpips import Lpips
 from stepdistill.evaluation.networks.features import (
     CLIP_DEVIATION,
@@ -50,7 +50,7 @@ def test_the_conventions_are_one_cosine_and_their_names_say_which(clip: Path) ->
     assert scores["torchmetrics"].mean == pytest.approx(max(100 * raw.mean(), 0.0))
     assert scores["hessel"].mean == pytest.approx(2.5 * np.maximum(prefixed, 0).mean())
     assert scores["gigagan"].name == f"clip[{clip.name},gigagan]"
-    with pytest.raises(Refusal, match="hessel, gigagan"):
+    with pytest.raises(UserError, match="hessel, gigagan"):
         clip_score(scorer, images(3), PROMPTS, "openai")
 
 
@@ -123,7 +123,7 @@ def test_an_absent_reward_is_reported_with_its_reason(monkeypatch: pytest.Monkey
         found = load_reward(spec, download=spec in ("hps", "imagereward"))
         assert isinstance(found, Unavailable)
         assert found.reason
-    with pytest.raises(Refusal, match="'pickscor' is not known"):
+    with pytest.raises(UserError, match="'pickscor' is not known"):
         load_reward("pickscor")
 
 
@@ -132,9 +132,9 @@ def test_lpips_says_its_range_and_is_absent_without_weights(tmp_path: Path, monk
     from torchvision.models import squeezenet1_1
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(Refusal, match=r"squeezenet1_1-b8a52dc0\.pth.*downloading is off"):
+    with pytest.raises(UserError, match=r"squeezenet1_1-b8a52dc0\.pth.*downloading is off"):
         Lpips("squeeze")
-    with pytest.raises(Refusal, match="alex, vgg, squeeze"):
+    with pytest.raises(UserError, match="alex, vgg, squeeze"):
         Lpips("resnet")
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from support.proofs import reproduced
 import stepdistill
 from stepdistill.config.reading import parse
 from stepdistill.config.schema import RunConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.exporting.export import export_student
 from stepdistill.families.checkpoints.schedulers import scheduler_class
 from stepdistill.families.recipe import Recipe
@@ -135,7 +135,7 @@ def test_half_precision_file(run: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_full_students_are_pipelines(run: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="--format pipeline"):
+    with pytest.raises(UserError, match="--format pipeline"):
         stepdistill.export(run(mode="full"), "diffusers-lora", tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
     assert reproduced(stepdistill.export(run(mode="full"), "pipeline", tmp_path / "pipeline"))
@@ -152,10 +152,10 @@ def test_non_finite_and_untrained_roles_are_refused(run: Callable[..., Path], tm
         )  # fmt: skip
 
     session.triple.reset_role("generator")
-    with pytest.raises(Refusal, match="nothing to export"):
+    with pytest.raises(UserError, match="nothing to export"):
         attempt()
     next(iter(session.triple.parameters("generator").values())).data[0] = torch.nan
-    with pytest.raises(Refusal, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         attempt()
     assert list(tmp_path.iterdir()) == []
 
@@ -168,9 +168,9 @@ def test_a_lora_that_does_not_fit_is_named(run: Callable[..., Path], tmp_path: P
     tensors[key.replace("unet.", "unet.nowhere.")] = tensors.pop(key)
     (tmp_path / "bad").mkdir()
     save_file(tensors, tmp_path / "bad" / file.name)
-    with pytest.raises(Refusal, match="LoRA"):
+    with pytest.raises(UserError, match="LoRA"):
         load_artefact(str(tiny("sd", "default")), tmp_path / "bad", torch.float32, "cpu")
-    with pytest.raises(Refusal, match="no LoRA"):
+    with pytest.raises(UserError, match="no LoRA"):
         load_artefact(str(tiny("sd", "default")), tmp_path / "nothing", torch.float32, "cpu")
 
 

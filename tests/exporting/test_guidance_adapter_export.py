@@ -18,7 +18,7 @@ from support.proofs import reproduced
 import stepdistill
 from stepdistill.config.schema import RunConfig
 from stepdistill.data.prompts import read_prompts
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.artifact import draw, load_artefact
 from stepdistill.training.collect import CollectConfig, collect
@@ -69,11 +69,11 @@ def test_stock_diffusers_and_one_module_reproduce_the_proof(
 
 def test_what_cannot_be_exported(run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]) -> None:
     for form in ("diffusers-lora", "kohya-lora", "pipeline"):
-        with pytest.raises(Refusal, match="--format guidance-adapter"):
+        with pytest.raises(UserError, match="--format guidance-adapter"):
             stepdistill.export(run(), form, tmp_path / form)
     config = Bench(tiny, tmp_path).config(CASES["dmd2"], 1, family="sd", dtype="float32", batch_size=1)
     train(config, tmp_path / "lora")
-    with pytest.raises(Refusal, match=r"no guidance adapter .* --format diffusers-lora"):
+    with pytest.raises(UserError, match=r"no guidance adapter .* --format diffusers-lora"):
         stepdistill.export(tmp_path / "lora", "guidance-adapter", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -91,7 +91,7 @@ def test_samples_at_another_w(run: Callable[..., Path], tmp_path: Path, tiny: Ca
     assert (drawn[0] == drawn[1]).all()
     assert (drawn[0] != drawn[2]).any()
     assert calls == [1] * 6
-    with pytest.raises(Refusal, match="lacks"):
+    with pytest.raises(UserError, match="lacks"):
         load_artefact(str(tiny("sdxl")), folder, torch.float32, "cpu")
 
 
@@ -116,14 +116,14 @@ def test_an_adapted_teacher_for_another_method(
         first, second = (session.triple.real_score.guided(x, 500.0, cond, null, w) for w in (2.0, 5.0))
     assert calls == [1, 1]
     assert not torch.equal(first, second)
-    with pytest.raises(Refusal, match="told its guidance, in one call"):
+    with pytest.raises(UserError, match="told its guidance, in one call"):
         train(adapted("agd"), tmp_path / "again")
     wanted = {
         "model": {"path": str(tiny("sd")), "guidance_adapter": str(folder)}, "prompts": "builtin:general", "count": 1,
         "guidance": 2.0, "steps": 2, "device": "cpu",
     }  # fmt: skip
     assert collect("pairs", CollectConfig.model_validate(wanted), tmp_path / "pairs") == 1
-    with pytest.raises(Refusal, match=r"remove model\.guidance_adapter"):
+    with pytest.raises(UserError, match=r"remove model\.guidance_adapter"):
         collect("trajectories", CollectConfig.model_validate(wanted), tmp_path / "trajectories")
 
 

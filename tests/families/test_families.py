@@ -22,9 +22,9 @@ from torch import nn
 
 from stepdistill.config import registry
 from stepdistill.diffusion.prediction import Prediction
-from stepdistill.diffusion.timesteps import trailing_ladder
+from stepdistill.diffusion.timesteps import trailing_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint, Family
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.common.guidance_embedding import guidance_embedding
@@ -234,7 +234,7 @@ def test_guided_samples_are_the_stock_pipeline_s(tiny: Tiny, name: str, variant:
             lambda x, t: denoiser.guided(x, t, cond, null, w),  # noqa: B023
             schedule,
             start,
-            trailing_ladder(schedule, 5),
+            trailing_timesteps(schedule, 5),
             Transition(TransitionKind.DETERMINISTIC),
             fresh=lambda _: pytest.fail("a deterministic walk draws no noise"),
         )
@@ -262,7 +262,7 @@ def test_embedded_guidance_reaches_a_network_that_has_the_input(tiny: Tiny) -> N
         for w in (torch.full((2,), 3.0), torch.full((2,), 7.0))
     ]
     assert not torch.allclose(outs[0], outs[1])
-    with pytest.raises(Refusal, match="time_cond_proj_dim is null"):
+    with pytest.raises(UserError, match="time_cond_proj_dim is null"):
         family.call(
             stock.unet, noise(2, 4, 8, 8), torch.full((2,), 499.0), Conditioning(cond.text, guidance=torch.ones(2))
         )
@@ -282,7 +282,7 @@ def test_every_lora_target_names_modules(tiny: Tiny, name: str) -> None:
     family, checkpoint, _ = open_tiny(tiny, name)
     for preset in ("attention", "all"):
         assert all(suffixes_present(checkpoint.network, family.lora_targets(preset)).values())
-    with pytest.raises(Refusal, match="did you mean 'attention'"):
+    with pytest.raises(UserError, match="did you mean 'attention'"):
         family.lora_targets("atention")
 
 

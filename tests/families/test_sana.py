@@ -33,16 +33,16 @@ from torch import nn
 import stepdistill
 from stepdistill.diffusion.prediction import Prediction, convert
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.diffusion.timesteps import few_step_ladder, trailing_ladder
+from stepdistill.diffusion.timesteps import student_timesteps, trailing_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.families.recipe import Recipe
 from stepdistill.families.sana import GUIDANCE, Sana
 from stepdistill.inference.artifact import draw, load_artefact
-from stepdistill.methods.base import Setting
+from stepdistill.methods.base import Problem
 from stepdistill.methods.consistency.scm import SCM, SCMConfig
 from stepdistill.methods.matching.dmd2 import DMD2, DMD2Config
 from stepdistill.roles.denoiser import Denoiser
@@ -151,7 +151,7 @@ def test_sprint_counts_in_the_angles_of_its_scheduler(copied: Tiny) -> None:
     for steps in (1, 3, 4):
         theirs = SCMScheduler()
         theirs.set_timesteps(steps, max_timesteps=math.pi / 2, intermediate_timesteps=None)
-        ladder = torch.tensor(few_step_ladder(schedule, steps), dtype=torch.float64)
+        ladder = torch.tensor(student_timesteps(schedule, steps), dtype=torch.float64)
         torch.testing.assert_close(schedule.angle(ladder).float(), theirs.timesteps[:-1], atol=1e-6, rtol=0)
     fractions = torch.linspace(0.01, 1, 50, dtype=torch.float64)
     torch.testing.assert_close(schedule.fraction_at(schedule.time_at(fractions)), fractions, atol=1e-12, rtol=0)
@@ -296,7 +296,7 @@ def test_sprint_s_own_samples_are_the_stock_pipeline_s(tiny: Tiny, steps: int, c
     schedule, seeds = checkpoint.info.schedule, (3, 5)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     theirs = pipeline(PROMPTS, num_inference_steps=steps, generator=generators, guidance_scale=4.0, **call, **CALL)
-    ladder = few_step_ladder(schedule, steps)
+    ladder = student_timesteps(schedule, steps)
     if steps == 2:
         ladder = tuple(schedule.time_at_angle(torch.tensor([math.pi / 2, 1.3])).tolist())
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -384,7 +384,7 @@ def test_every_lora_target_names_modules(tiny: Tiny, variant: str) -> None:
     }
     left = {name.removesuffix(".base_layer") for name in layers} - reached
     assert {name.rpartition(".")[2] for name in left} == {"conv_depth", "proj"}
-    with pytest.raises(Refusal, match="did you mean 'attention'"):
+    with pytest.raises(UserError, match="did you mean 'attention'"):
         SANA.lora_targets("atention")
 
 
@@ -415,7 +415,7 @@ def test_latents_are_scaled_as_the_pipeline_expects(tiny: Tiny) -> None:
 
 
 def recipe_of(info: Any, **config: Any) -> Recipe:
-    setting = Setting(info.schedule, (4, 8, 8), 32, (8, 8), (32, 32), "base")
+    setting = Problem(info.schedule, (4, 8, 8), 32, (8, 8), (32, 32), "base")
     return SANA.stock_recipe(info, DMD2(DMD2Config(guidance=4.5, **config), setting).recipe())
 
 
@@ -424,7 +424,7 @@ def test_continuous_students_of_sprint_walk_evenly(tiny: Tiny) -> None:
     plain, sprint = (loaded(tiny("sana", variant)).info for variant in VARIANTS)
 
     def ladder(info: Any, steps: int) -> tuple[float, ...]:
-        setting = Setting(info.schedule, (4, 8, 8), 32, (8, 8), (32, 32), "base")
+        setting = Problem(info.schedule, (4, 8, 8), 32, (8, 8), (32, 32), "base")
         method = SCM(SCMConfig(guidance=4.5, steps=steps), setting)
         SANA.stock_recipe(info, method.recipe())
         return tuple(info.schedule.angle(torch.tensor(method.ladder, dtype=torch.float64)).tolist())
@@ -446,10 +446,10 @@ def test_recipes_are_in_the_words_of_the_pipeline(tiny: Tiny) -> None:
     assert recipe.scheduler_class == "SCMScheduler"
     assert recipe.guidance_scale == 4.5
     assert recipe.angles == pytest.approx([math.pi / 2 * p for p in (1, 0.75, 0.5, 0.25)])
-    assert recipe.ladder(sprint.schedule) == pytest.approx(few_step_ladder(sprint.schedule, 4))
+    assert recipe.ladder(sprint.schedule) == pytest.approx(student_timesteps(sprint.schedule, 4))
     assert recipe.transition().kind is TransitionKind.RENOISE
     # written by hand to four digits, an even ladder is one
-    by_hand = [round(t, 4) for t in few_step_ladder(sprint.schedule, 4)]
+    by_hand = [round(t, 4) for t in student_timesteps(sprint.schedule, 4)]
     assert recipe_of(sprint, timesteps=by_hand).angles == pytest.approx(recipe.angles, abs=1e-4)
     two = recipe_of(sprint, timesteps=[1.0, 0.7827])
     assert two.call["intermediate_timesteps"] == pytest.approx(1.3, abs=1e-3)
@@ -518,7 +518,7 @@ def test_a_deterministic_or_full_student_exports(tiny: Tiny, tmp_path: Path, var
 
 def test_ladders_of_the_teacher_are_those_of_the_shift(tiny: Tiny) -> None:
     info = loaded(tiny("sana")).info
-    assert trailing_ladder(info.schedule, 2) == pytest.approx((1.0, 0.75))
+    assert trailing_timesteps(info.schedule, 2) == pytest.approx((1.0, 0.75))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

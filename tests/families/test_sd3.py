@@ -32,7 +32,7 @@ from stepdistill.config.reading import parse
 from stepdistill.config.registry import load_family
 from stepdistill.config.schema import RunConfig
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.diffusion.timesteps import few_step_ladder
+from stepdistill.diffusion.timesteps import student_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
@@ -42,7 +42,7 @@ from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.families.recipe import Recipe
 from stepdistill.families.sd3 import SD3, TINY
 from stepdistill.inference.artifact import draw, load_artefact
-from stepdistill.methods.base import Setting
+from stepdistill.methods.base import Problem
 from stepdistill.methods.timesteps import few_step_recipe
 from stepdistill.planning.plan import plan
 from stepdistill.roles.denoiser import Denoiser
@@ -349,8 +349,8 @@ def test_latents_are_shifted_and_scaled_as_the_pipeline_expects(tiny: Tiny) -> N
 
 
 def recipe_of(schedule: NoiseSchedule, kind: TransitionKind, steps: int = 4) -> Recipe:
-    setting = Setting(schedule, (16, 8, 8), 24, (4, 4), (16, 16), "base")
-    return few_step_recipe(setting, "dmd2", few_step_ladder(schedule, steps), Transition(kind), 4.0)
+    setting = Problem(schedule, (16, 8, 8), 24, (4, 4), (16, 16), "base")
+    return few_step_recipe(setting, "dmd2", student_timesteps(schedule, steps), Transition(kind), 4.0)
 
 
 @pytest.mark.parametrize("variant", ["default", "no_t5"])
@@ -359,7 +359,7 @@ def test_stock_schedulers_walk_the_trained_sigmas(tiny: Tiny, variant: str, kind
     """The recipe's sigmas are those before the shift, which the scheduler applies: once."""
     checkpoint = _loaded(tiny("sd3", variant))
     schedule = schedule_of(checkpoint)
-    recipe, ladder = recipe_of(schedule, kind), few_step_ladder(schedule, 4)
+    recipe, ladder = recipe_of(schedule, kind), student_timesteps(schedule, 4)
     stock = recipe.scheduler(dict(checkpoint.info.scheduler_config))
     wanted = FlowMatchLCMScheduler if kind is TransitionKind.RENOISE else FlowMatchEulerDiscreteScheduler
     assert type(stock) is wanted

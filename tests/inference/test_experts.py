@@ -21,7 +21,7 @@ import stepdistill
 from stepdistill.config.reading import parse
 from stepdistill.config.schema import RunConfig
 from stepdistill.diffusion.draws import Draws
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.artifact import Artefact, draw, load_artefact
@@ -202,7 +202,7 @@ def test_sdxl(runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_unfinished_students_are_not_exported(runs: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="only 2 of the student's 3 experts have been in training: resume"):
+    with pytest.raises(UserError, match="only 2 of the student's 3 experts have been in training: resume"):
         stepdistill.export(runs(steps=4), "diffusers-lora", tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 
@@ -235,11 +235,11 @@ def drawn(artefact: Artefact, seeds: list[int]) -> np.ndarray:
 
 def test_a_part_of_a_student_is_refused(exported: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
     base, name = str(tiny("sd", "default")), "pytorch_lora_weights_expert_{}.safetensors"
-    with pytest.raises(Refusal, match="is one of 3 experts, which draw together: give the folder"):
+    with pytest.raises(UserError, match="is one of 3 experts, which draw together: give the folder"):
         load_artefact(base, exported / name.format(2), torch.float32, "cpu")
     for k in (1, 3):
         (tmp_path / name.format(k)).write_bytes((exported / name.format(k)).read_bytes())
-    with pytest.raises(Refusal, match=r"expert_2.safetensors' is missing: export"):
+    with pytest.raises(UserError, match=r"expert_2.safetensors' is missing: export"):
         load_artefact(base, tmp_path, torch.float32, "cpu")
 
 

@@ -21,7 +21,7 @@ from support.method_cases import CASES, Bench, equal, saved
 from stepdistill.config import registry
 from stepdistill.config.schema import TrainingConfig
 from stepdistill.diffusion.draws import Draws
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.methods.base import Batch, Progress, Rollout, Stage, Terms
 from stepdistill.methods.matching.dmd2 import DMD2
 from stepdistill.roles.triple import Triple
@@ -65,7 +65,7 @@ def test_a_full_disk_stops_nothing_until_the_end(
     train(bench.config(DMD2_CASE, 6), tmp_path / "whole")
     run = tmp_path / "run"
     at_iteration(monkeypatch, 3, lambda: monkeypatch.setattr(checkpoints, "save_file", full_disk))
-    with pytest.raises(Refusal, match=r"iteration 6, could not be written .* iteration 2: make room"):
+    with pytest.raises(UserError, match=r"iteration 6, could not be written .* iteration 2: make room"):
         train(bench.config(DMD2_CASE, 6, save_every=2), run)
     assert "No space left" in caplog.text
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
@@ -159,7 +159,7 @@ def test_what_a_resume_must_not_do(bench: Bench, tmp_path: Path) -> None:
     """Take over another run's checkpoint, or rewrite the config of a run that has nothing left to do."""
     train(bench.config(DMD2_CASE, 2), tmp_path / "one")
     train(bench.config(DMD2_CASE, 2), tmp_path / "two")
-    with pytest.raises(Refusal, match="of another run than"):
+    with pytest.raises(UserError, match="of another run than"):
         train(bench.config(DMD2_CASE, 4), tmp_path / "one", resume=str(tmp_path / "two/checkpoints/step-00000002"))
     before = (tmp_path / "one/config.yaml").read_text()
     assert f"output: {tmp_path / 'one'}" in before
@@ -203,7 +203,7 @@ def test_a_run_whose_every_checkpoint_is_broken_is_not_started_afresh(bench: Ben
     train(bench.config(DMD2_CASE, 2), run)
     (run / "checkpoints/step-00000002/generator.safetensors").write_bytes(b"")
     before = (run / "stats.jsonl").read_text()
-    with pytest.raises(Refusal, match=r"none of the checkpoints .* is whole"):
+    with pytest.raises(UserError, match=r"none of the checkpoints .* is whole"):
         train(bench.config(DMD2_CASE, 4), run, resume="latest")
     assert (run / "stats.jsonl").read_text() == before
 
@@ -268,7 +268,7 @@ def test_another_base_is_refused(bench: Bench, tmp_path: Path) -> None:
     weights = load_file(file)
     save_file({key: value + 0.25 for key, value in weights.items()}, file)
     with pytest.raises(
-        Refusal, match=r"trained on a base with fingerprint \w+, and the weights .* put the weights back"
+        UserError, match=r"trained on a base with fingerprint \w+, and the weights .* put the weights back"
     ):
         train(moved, tmp_path / "run", resume="latest")
 
@@ -290,7 +290,7 @@ def test_another_base_is_refused(bench: Bench, tmp_path: Path) -> None:
 )
 def test_launchers_that_are_refused(environment: dict[str, str], sharding: str, words: str) -> None:
     config = TrainingConfig.model_validate({"max_steps": 1, "sharding": sharding})
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         check_launcher(config, environment)
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from stepdistill.config.reading import parse
 from stepdistill.config.schema import load_config
 from stepdistill.diffusion.prediction import Prediction, from_x0_eps, guide
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
-from stepdistill.methods.base import Batch, Progress, Setting
+from stepdistill.methods.base import Batch, Problem, Progress
 from stepdistill.methods.guidance.agd import AGD
 from stepdistill.methods.guidance.regression import GuidedConfig, GuidedStates
 from stepdistill.roles.guidance_adapter import AdapterSettings, metadata_of
-from stepdistill.roles.sampler import guided_walk, relative_error
+from stepdistill.roles.sampler import guided_trajectory, relative_error
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, RoleLayout, Triple
 from stepdistill.training.run import train
 
@@ -112,12 +112,12 @@ def test_checkpointed_blocks_hear_their_own_pass_again(kind: str, shared: bool) 
 def test_state_comes_back_with_its_frequencies() -> None:
     triple, other = adapter_triple(), adapter_triple()
     disturb(triple)
-    other.guides[GENERATOR] = other.guides[GENERATOR]
-    for buffer in other.guides[GENERATOR].buffers():
+    other.guidance_conditioners[GENERATOR] = other.guidance_conditioners[GENERATOR]
+    for buffer in other.guidance_conditioners[GENERATOR].buffers():
         buffer.zero_()
     other.load_state(GENERATOR, {key: value.clone() for key, value in triple.state(GENERATOR).items()})
     assert torch.equal(ask(triple, GENERATOR), ask(other, GENERATOR))
-    with pytest.raises(Refusal, match="1 missing"):
+    with pytest.raises(UserError, match="1 missing"):
         other.load_state(GENERATOR, dict(list(triple.state(GENERATOR).items())[1:]))
 
 
@@ -133,7 +133,7 @@ def test_full_networks_are_copied_without_adapters() -> None:
 def test_an_adapted_teacher_is_guided_in_one_call(tmp_path: Path) -> None:
     triple = adapter_triple()
     disturb(triple)
-    guide_of = triple.guides[GENERATOR]
+    guide_of = triple.guidance_conditioners[GENERATOR]
     file = tmp_path / "guidance_adapter.safetensors"
     save_file(
         {key: value.contiguous() for key, value in guide_of.state_dict().items()}, file, metadata_of(guide_of.settings)
@@ -152,13 +152,13 @@ def test_an_adapted_teacher_is_guided_in_one_call(tmp_path: Path) -> None:
     assert torch.allclose(plain + gain, own, atol=1e-12)
     assert torch.equal(plain, adapted.real_score.x0(noise(2, 4, 8, 8), T, text()))
     assert torch.equal(ask(adapted, GENERATOR, None), ask(adapted, REAL_SCORE, None))
-    with pytest.raises(Refusal, match=r"model\.guidance_adapter cannot be used: .*nowhere"):
+    with pytest.raises(UserError, match=r"model\.guidance_adapter cannot be used: .*nowhere"):
         Triple(unet(), ToyUNet(), vp(), layouts("lora", "lora"), teacher_adapter=str(tmp_path / "nowhere"))  # type: ignore[arg-type]
 
 
 def test_a_network_without_attention_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     case = replace(CASES["agd"])
-    with pytest.raises(Refusal, match="no attention that looks at a prompt"):
+    with pytest.raises(UserError, match="no attention that looks at a prompt"):
         train(Bench(tiny, tmp_path).config(case, 1, family="analytic"), tmp_path / "run")
 
 
@@ -172,7 +172,7 @@ def test_targets_are_the_guided_prediction_in_the_teacher_s_own_type(prediction:
     triple = Triple(network, ToyUNet(), schedule, {})  # type: ignore[arg-type]
     cond, null, x = text(), text(seed=6), noise(2, 4, 8, 8)
     times = [torch.full((2,), t, dtype=torch.float64) for t in (999.0, 500.0, 20.0)]
-    states = list(guided_walk(triple.real_score, cond, null, x, times, W))
+    states = list(guided_trajectory(triple.real_score, cond, null, x, times, W))
     assert len(states) == 3
     for index, state in enumerate(states):
         with torch.no_grad():
@@ -197,7 +197,7 @@ def test_targets_are_the_guided_prediction_in_the_teacher_s_own_type(prediction:
 
 def method(source: str = "rollout", **options: object) -> AGD:
     config = GuidedConfig(guidance=3.0, guidance_range=(1.0, 5.0), walk_steps=4, source=source, **options)  # type: ignore[arg-type]
-    return AGD(config, Setting(vp(), (4, 8, 8), CHANNELS[-1], (4, 4), (8, 8), "toy"))
+    return AGD(config, Problem(vp(), (4, 8, 8), CHANNELS[-1], (4, 4), (8, 8), "toy"))
 
 
 def test_walks_cover_all_times_and_w() -> None:
@@ -255,7 +255,7 @@ def test_relative_errors_count_alike_at_any_w() -> None:
 
 def test_a_teacher_that_is_told_its_guidance_is_refused() -> None:
     cond = text().told(3.0)
-    with pytest.raises(Refusal, match="told its guidance, in one call"):
+    with pytest.raises(UserError, match="told its guidance, in one call"):
         method().rollout(Batch(cond, cond), adapter_triple(), Progress(), draws(range(2)))
 
 
@@ -273,7 +273,7 @@ def test_refusals(tiny: Callable[..., Path], tmp_path: Path, change: dict[str, o
     config = Bench(tiny, tmp_path).config(CASES["agd"], 1).model_dump(mode="json")
     for section, value in change.items():
         config[section] = {**config[section], **value} if section == "roles" else value  # type: ignore[dict-item]
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         train(parse(type(Bench(tiny, tmp_path).config(CASES["agd"], 1)), config, "test"), tmp_path / "run")
 
 

@@ -34,9 +34,9 @@ from stepdistill.config.schema import RunConfig
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.diffusion.timesteps import few_step_ladder
+from stepdistill.diffusion.timesteps import student_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
@@ -338,7 +338,7 @@ def test_each_sample_leaves_the_rollout_at_its_own_exit(exits: parts.Exits) -> N
     """x_t at every exit is the state of the full walk there, and the network is called as often on every process."""
     schedule = vp()
     _, triple = ready("dmd2", schedule)
-    ladder, transition = few_step_ladder(schedule, 4), Transition(TransitionKind.RENOISE)
+    ladder, transition = student_timesteps(schedule, 4), Transition(TransitionKind.RENOISE)
     batch = full_batch()
     for step in range(4):
         stream = draws(step=step)
@@ -366,7 +366,7 @@ def test_each_sample_leaves_the_rollout_at_its_own_exit(exits: parts.Exits) -> N
 def test_exits_follow_their_odds(exits: parts.Exits) -> None:
     schedule = vp()
     _, triple = ready("dmd2", schedule)
-    ladder, batch = few_step_ladder(schedule, 3), full_batch()
+    ladder, batch = student_timesteps(schedule, 3), full_batch()
     counts = torch.zeros(3)
     for step in range(150):
         _, t, _ = parts.roll_out(
@@ -376,7 +376,7 @@ def test_exits_follow_their_odds(exits: parts.Exits) -> None:
         counts += torch.tensor([(t == time).sum() for time in ladder])
     assert counts[1] == 0
     assert float(counts[0] / counts.sum()) == pytest.approx(0.75, abs=0.1 if exits == "batch" else 0.05)
-    with pytest.raises(Refusal, match=r"exit_odds is \[1.0\] and rollouts are left at one of 4 steps"):
+    with pytest.raises(UserError, match=r"exit_odds is \[1.0\] and rollouts are left at one of 4 steps"):
         DMD2(DMD2Config(guidance=2.0, exit_odds=[1.0]), setting(schedule, 2))
 
 
@@ -558,9 +558,9 @@ def test_needs() -> None:
 
 
 def test_check_refuses_what_is_missing() -> None:
-    with pytest.raises(Refusal, match=r"data\.images is not set"):
+    with pytest.raises(UserError, match=r"data\.images is not set"):
         DMD2.check(DMD2Config(guidance=1, gan=GAN), vp(), images=False, pairs=True)
-    with pytest.raises(Refusal, match=r"data\.pairs is not set"):
+    with pytest.raises(UserError, match=r"data\.pairs is not set"):
         DMD.check(DMDConfig(guidance=1), vp(), images=True, pairs=False)
     DMD2.check(DMD2Config(guidance=1, gan=GAN), vp(), images=True, pairs=False)
 
@@ -569,16 +569,16 @@ def test_check_refuses_what_is_missing() -> None:
         def needs(cls, config: DMD2Config) -> Needs:
             return Needs(predictions=(Prediction.V,))
 
-    with pytest.raises(Refusal, match=r"predicts epsilon.*v_prediction"):
+    with pytest.raises(UserError, match=r"predicts epsilon.*v_prediction"):
         OnlyV.check(DMD2Config(guidance=1), vp(), images=False, pairs=False)
     OnlyV.check(DMD2Config(guidance=1), vp(Prediction.V), images=False, pairs=False)
-    with pytest.raises(Refusal, match="no loss"):
+    with pytest.raises(UserError, match="no loss"):
         DMD(DMDConfig(guidance=1, matching=0, regression=0), setting(vp()))
 
 
 @pytest.mark.parametrize("ladder", [[], [499, 749], [499, 499], [1000], [0, -1], [499.5]])
 def test_ladders_that_are_none(ladder: list[float]) -> None:
-    with pytest.raises(Refusal, match=r"method\.timesteps"):
+    with pytest.raises(UserError, match=r"method\.timesteps"):
         DMD2(DMD2Config(guidance=1, timesteps=ladder), setting(vp()))
 
 
@@ -605,7 +605,7 @@ def test_recipes_of_four_steps() -> None:
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_an_ancestral_walk_is_exported_for_its_stock_scheduler(steps: int) -> None:
     """EulerAncestral takes no ladder: it is told its last timestep, and the first call sees noise of std 1 as in training."""
-    ladder = few_step_ladder(vp(), steps)
+    ladder = student_timesteps(vp(), steps)
     recipe = few_step_recipe(setting(vp()), "x", ladder, Transition(TransitionKind.ANCESTRAL), 1.0)
     assert (recipe.spaced, recipe.timesteps, recipe.ladder(vp())) == (ladder, (), ladder)
     assert recipe.transition() == Transition(TransitionKind.ANCESTRAL)
@@ -632,7 +632,7 @@ def test_an_ancestral_walk_is_exported_for_its_stock_scheduler(steps: int) -> No
 def test_ancestral_walks_that_no_stock_scheduler_makes(
     schedule: NoiseSchedule, ladder: tuple[float, ...], strength: float, words: str
 ) -> None:
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         few_step_recipe(setting(schedule), "x", ladder, Transition(TransitionKind.ANCESTRAL, strength), 1.0)
 
 

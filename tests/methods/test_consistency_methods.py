@@ -41,7 +41,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
@@ -145,7 +145,7 @@ def test_curricula() -> None:
     mu = CM(doubling.config.model_copy(update={"decay": "curriculum"}), setting(vp()))
     assert mu.decay(Progress(100)) == pytest.approx(math.exp(10 * math.log(0.95) / 21))
     assert doubling.decay(Progress(100)) == 0.95
-    with pytest.raises(Refusal, match="lower the first"):
+    with pytest.raises(UserError, match="lower the first"):
         CM(CMConfig(guidance=1.0, curriculum="root", first_points=50), setting(vp()))
 
 
@@ -186,7 +186,7 @@ def test_without_a_teacher_both_ends_carry_one_noise(schedule: str) -> None:
         teacher = method.teacher(None, images(4), x0, draws())  # type: ignore[arg-type]
         got = method.solve(teacher, method.schedule.add_noise(x0, eps, s), s, e)
         close(got, method.schedule.add_noise(x0, eps, e), 1e-9)
-    with pytest.raises(Refusal, match="guidance to 1"):
+    with pytest.raises(UserError, match="guidance to 1"):
         CM(CMConfig(guidance=2.0, distil=False), setting(vp()))
 
 
@@ -210,9 +210,9 @@ def test_stages() -> None:
     assert [(stage.name, stage.iterations) for stage in method.stages()] == [
         ("segments-8", 2000), ("segments-4", 2000), ("segments-2", 2000), ("segments-1", None),
     ]  # fmt: skip
-    with pytest.raises(Refusal, match=r"8 segments .* has no iterations"):
+    with pytest.raises(UserError, match=r"8 segments .* has no iterations"):
         MAKERS["tscd"](vp(), stages=[{"segments": 8}, {"segments": 1}])
-    with pytest.raises(Refusal, match=r"1 segments .* has no iterations"):
+    with pytest.raises(UserError, match=r"1 segments .* has no iterations"):
         MAKERS["tscd"](vp(), stages=[{"segments": 1}], score={})
     shares = [{"segments": 2, "iterations": 5, "gan": 0.0}, {"segments": 1, "gan": 2.0}]
     method = MAKERS["tscd"](vp(), stages=shares, gan={"weight": 0.1})
@@ -270,7 +270,7 @@ def test_recipes() -> None:
         assert MAKERS[name](flow()).recipe().scheduler_class == on_flow
     assert MAKERS["tcd"](vp(), eta=0.0).recipe().transition() == Transition(TransitionKind.TCD, 0.0)
     assert MAKERS["tcd"](flow(), eta=1.0).recipe().scheduler_class == "FlowMatchLCMScheduler"
-    with pytest.raises(Refusal, match=r"eta is 0.3 .* choose one"):
+    with pytest.raises(UserError, match=r"eta is 0.3 .* choose one"):
         MAKERS["tcd"](flow(), eta=0.3)
     assert MAKERS["tcd"](vp(), points=40).recipe().scheduler_config["original_inference_steps"] == 40
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.prediction import Prediction, from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.analytic import Mixture
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods.base import Batch, Progress
@@ -416,7 +416,7 @@ def test_ladders_in_native_times() -> None:
     ],
 )
 def test_ladders_that_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         scm(vp(), **options)
 
 

@@ -12,8 +12,8 @@ from support.whole_batch_draws import WholeBatchDraws
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.diffusion.timesteps import few_step_ladder
-from stepdistill.errors import Refusal
+from stepdistill.diffusion.timesteps import student_timesteps
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Progress, Rollout
@@ -34,7 +34,7 @@ def labels(count: int, empty: bool = False) -> Conditioning:
 
 def rolled(schedule: NoiseSchedule, step: int = 2) -> Rollout:
     """Four samples of a four-step student that left at ladder entry `step`."""
-    t = torch.full((4,), few_step_ladder(schedule, 4)[step], dtype=torch.float64)
+    t = torch.full((4,), student_timesteps(schedule, 4)[step], dtype=torch.float64)
     x = noise(4, 2, 1, 1, seed=3).requires_grad_()
     return Rollout(Batch(labels(4), labels(4, empty=True)), x, t, x)
 
@@ -104,7 +104,7 @@ def test_each_term_by_hand(name: str) -> None:
 def test_augmentation_stays_below_the_generators_level(name: str, step: int) -> None:
     """For every entry of the ladder, after the shift; and its interval is never empty."""
     schedule = SCHEDULES[name]()
-    t_gen = few_step_ladder(schedule, 4)[step]
+    t_gen = student_timesteps(schedule, 4)[step]
     high = schedule.fraction_at(torch.full((2000,), t_gen, dtype=torch.float64))
     u = torch.linspace(0, 1 - 1e-9, 2000, dtype=torch.float64)
     t = parts.times_below(schedule, u, 0.02, high)
@@ -126,7 +126,7 @@ def test_the_first_step_s_level_is_pure_noise_whatever_it_is_told() -> None:
 
 
 def test_augmentation_needs_room_below_the_last_step() -> None:
-    with pytest.raises(Refusal, match=r"lower ca_low, or take fewer steps"):
+    with pytest.raises(UserError, match=r"lower ca_low, or take fewer steps"):
         decoupled(SCHEDULES["eps"](), timesteps=[999.0, 10.0])
     decoupled(SCHEDULES["eps"](), timesteps=[999.0, 10.0], schedule="independent")
 
@@ -173,7 +173,7 @@ def test_the_moment_penalty_is_a_divergence_of_gaussians() -> None:
 
 
 def test_no_shield_is_refused() -> None:
-    with pytest.raises(Refusal, match="nothing bounds CFG augmentation: turn one of the three on"):
+    with pytest.raises(UserError, match="nothing bounds CFG augmentation: turn one of the three on"):
         decoupled(SCHEDULES["eps"](), matching=False)
 
 

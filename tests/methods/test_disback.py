@@ -30,7 +30,7 @@ from torch import Tensor
 from stepdistill.config.schema import RunConfig, load_config
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.analytic import Mixture
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Batch, Progress, Rollout, Terms
@@ -42,7 +42,7 @@ from stepdistill.planning.plan import plan
 from stepdistill.roles.deltas import changes, load_changes
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 from stepdistill.training.run import train
-from stepdistill.training.run_folder.tensor_store import RunShelf
+from stepdistill.training.run_folder.tensor_store import RunTensorStore
 from stepdistill.training.setup import prepare
 
 GRIDS = ["eps", "v", "flow", "flow-shift-3"]
@@ -76,7 +76,7 @@ def method_on(triple: Triple, dimension: int, shelf: MemoryShelf | None = None, 
     method = DisBack(config, setting(triple.schedule, dimension))
     method.prepare(triple)
     if shelf is not None:
-        method.furnish(shelf)
+        method.attach_storage(shelf)
     return method
 
 
@@ -313,7 +313,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(layout: str, fault: st
         kept[f"unet.{first}"] = kept[first]
     else:
         kept[first] = kept[first][:1]
-    with pytest.raises(Refusal, match=f"the saved target does not fit this one, with tensors 1 {fault}"):
+    with pytest.raises(UserError, match=f"the saved target does not fit this one, with tensors 1 {fault}"):
         load_changes(triple, TARGET, kept)
     assert all(torch.equal(value, before[key]) for key, value in triple.state(TARGET).items())
 
@@ -323,7 +323,7 @@ def test_a_path_that_stands_still_is_refused() -> None:
     method = method_on(triple, 2, shelf, record_every=1)
     for iteration in range(3):
         method.after_update(FAKE_SCORE, {}, triple, Progress(stage_iteration=iteration))
-    with pytest.raises(Refusal, match="'path-003' equals the target before it"):
+    with pytest.raises(UserError, match="'path-003' equals the target before it"):
         method.rollout(batch_of(4, CLASSES), triple, backtracking(0), draws())
 
 
@@ -334,9 +334,9 @@ def test_every_target_is_what_was_recorded(
     """In a run: each target's every tensor is that of the fake score when it was put, and differs from the one before."""
     recorded: list[dict[str, Tensor]] = []
     held: dict[int, dict[str, Tensor]] = {}
-    put, loss = RunShelf.put, DisBack.generator_loss
+    put, loss = RunTensorStore.put, DisBack.generator_loss
 
-    def kept(self: RunShelf, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    def kept(self: RunTensorStore, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         recorded.append({key: value.clone() for key, value in tensors.items()})
         return put(self, name, tensors)
 
@@ -345,7 +345,7 @@ def test_every_target_is_what_was_recorded(
         held[-1] = {k: v.clone() for k, v in triple.base_state().items()}
         return loss(self, rollout, triple, progress, draws)
 
-    monkeypatch.setattr(RunShelf, "put", kept)
+    monkeypatch.setattr(RunTensorStore, "put", kept)
     monkeypatch.setattr(DisBack, "generator_loss", watched)
     train(bench.config(CASE, RECORDED + 3, layout=layout), tmp_path / "run")
     base = held.pop(-1)
@@ -387,10 +387,10 @@ def test_a_path_that_was_touched_is_refused(bench: Bench, tmp_path: Path) -> Non
     file = run / "kept/path-001.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(Refusal, match=r"path-001\.safetensors' is not what the method kept there: put it back"):
+    with pytest.raises(UserError, match=r"path-001\.safetensors' is not what the method kept there: put it back"):
         train(config, run, resume="latest")
     shutil.move(file, tmp_path / "away")
-    with pytest.raises(Refusal, match=r"path-001\.safetensors', which the method kept, cannot be read"):
+    with pytest.raises(UserError, match=r"path-001\.safetensors', which the method kept, cannot be read"):
         train(config, run, resume="latest")
     file.write_bytes(content)
     assert train(config, run, resume="latest").finished

@@ -42,7 +42,7 @@ from support.toys import (
 from torch import Tensor
 
 from stepdistill.diffusion.timesteps import edges, part_of, spread, uniform_grid
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods import parts
 from stepdistill.methods.base import Progress
@@ -57,7 +57,7 @@ def test_the_grid_of_lcm() -> None:
     assert uniform_grid(vp(), 50).tolist() == [0.0, *(20.0 * i - 1 for i in range(1, 51))]
     assert uniform_grid(flow(), 4).tolist() == [0, 0.25, 0.5, 0.75, 1]
     close(uniform_grid(flow(3.0), 4), torch.tensor([0, 0.5, 0.75, 0.9, 1.0]).double(), 1e-7)
-    with pytest.raises(Refusal, match="use fewer points"):
+    with pytest.raises(UserError, match="use fewer points"):
         uniform_grid(vp(), 1000)
 
 
@@ -79,11 +79,11 @@ def test_phases() -> None:
     assert list(MAKERS["pcm"](vp()).ladder) == [999, 739, 499, 239]
     assert set(MAKERS["pcm"](vp(), phases=2).ladder) >= {999, 499}
     close(torch.tensor(MAKERS["pcm"](flow(3.0), points=100).ladder), torch.tensor([1, 0.9, 0.75, 0.5]), 1e-6)
-    with pytest.raises(Refusal, match="multiple of the phases"):
+    with pytest.raises(UserError, match="multiple of the phases"):
         MAKERS["pcm"](vp(), phases=3)
-    with pytest.raises(Refusal, match="use more points"):
+    with pytest.raises(UserError, match="use more points"):
         MAKERS["pcm"](vp(), points=3)
-    with pytest.raises(Refusal, match="use fewer steps"):
+    with pytest.raises(UserError, match="use fewer steps"):
         spread(uniform_grid(vp(), 5), 6)
 
 
@@ -314,7 +314,7 @@ def test_pairs_are_images_too() -> None:
     ],
 )
 def test_missing_data_is_refused(source: Any, given: dict[str, bool], words: str) -> None:
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         LCM.check(LCMConfig(guidance=2.0, source=source), vp(), **given)
 
 

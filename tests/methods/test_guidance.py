@@ -16,7 +16,7 @@ from support.toys import TEXT, ToyUNet, disturb, draws, layouts, noise, setting,
 from torch import Tensor
 
 import stepdistill
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.common.guidance_embedding import EmbeddingSettings, GuidanceEmbedding, guidance_embedding
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
@@ -59,7 +59,7 @@ def test_it_starts_as_the_base_and_is_what_a_unet_has_inside(mode: str) -> None:
     expected = unet()(noise(2, 4, 8, 8), T, noise(2, 3, TEXT, seed=5)).sample.detach()
     assert torch.equal(ask(triple, GENERATOR), expected)
     triple.add_copy("ema", GENERATOR)
-    guide = triple.guides[GENERATOR]
+    guide = triple.guidance_conditioners[GENERATOR]
     assert isinstance(guide, GuidanceEmbedding)
     with torch.no_grad():
         guide.cond_proj.weight.copy_(0.1 * noise(*guide.cond_proj.weight.shape))
@@ -222,10 +222,10 @@ def test_a_fixed_scale_is_a_plain_lora(run: Callable[..., Path], tmp_path: Path)
 
 
 def test_refusals(run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]) -> None:
-    with pytest.raises(Refusal, match=r"no LoRA file can hold: export it with --format pipeline"):
+    with pytest.raises(UserError, match=r"no LoRA file can hold: export it with --format pipeline"):
         stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
-    with pytest.raises(Refusal, match=r"'sd3' have no embedding .*guidance_range to null"):
+    with pytest.raises(UserError, match=r"'sd3' have no embedding .*guidance_range to null"):
         train(Bench(tiny, tmp_path).config(CASES["guidance"], 1, family="sd3"), tmp_path / "run")
     network = with_input()
-    with pytest.raises(Refusal, match="told a guidance scale already"):
+    with pytest.raises(UserError, match="told a guidance scale already"):
         SD().embedding_place(network)

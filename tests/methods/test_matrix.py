@@ -17,7 +17,7 @@ import stepdistill
 from stepdistill.api.training import natural_format
 from stepdistill.config.registry import family_names, load_family, method_names
 from stepdistill.config.schema import RunConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.training.run import train
 
 FAMILIES = [
@@ -82,7 +82,7 @@ def test_every_family_with_dmd2(bench: Bench, tmp_path: Path, family: str, varia
 def test_the_whole_matrix(bench: Bench, tmp_path: Path, method: str, family: str, variant: str, layout: str) -> None:
     try:
         through(bench, tmp_path, FULLEST[method], family, variant, layout)
-    except Refusal as refusal:
+    except UserError as refusal:
         assert not (tmp_path / "whole").exists()
         words = str(refusal)
         untold = UNTOLD.get(method) if family in ("sd3", "sana") and NO_EMBEDDING in words else None

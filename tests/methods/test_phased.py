@@ -11,7 +11,7 @@ from support.toys import SCHEDULES, analytic_triple, draws, four_modes, noise, p
 
 from stepdistill.diffusion.prediction import Prediction, from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule, broadcast
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods import parts
 from stepdistill.methods.base import STUDENT, Batch, Progress, Rollout, Stage
@@ -259,7 +259,7 @@ def test_stages_carry_experts_over() -> None:
     ],
 )
 def test_refusals(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         phased(SCHEDULES["eps"](), **options)
 
 

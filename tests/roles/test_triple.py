@@ -24,7 +24,7 @@ from support.toys import (
 )
 from torch import Tensor, nn
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.roles.heads import seeded_head
 from stepdistill.roles.lora import LoraSettings
@@ -358,7 +358,7 @@ def test_state_round_trip_and_refusals(held: tuple[str, str], role: str) -> None
     before = fingerprint(other.state(role))
     changed = {key: value + 1 for key, value in triple.state(role).items()}
     for message, state in broken(changed):
-        with pytest.raises(Refusal, match=f"{role}.*{message}"):
+        with pytest.raises(UserError, match=f"{role}.*{message}"):
             other.load_state(role, state)
         assert fingerprint(other.state(role)) == before
 
@@ -393,7 +393,7 @@ def test_the_delta_is_alpha_over_rank() -> None:
 @pytest.mark.parametrize("targets", [("nothing",), ("to_q", "to_quu")])
 def test_targets_that_match_nothing_are_refused(targets: tuple[str, ...]) -> None:
     """All of them, or only one: a misspelt target must not vanish in silence."""
-    with pytest.raises(Refusal, match=targets[-1]):
+    with pytest.raises(UserError, match=targets[-1]):
         Triple(unet(), _family(), vp(), layouts("lora", "lora", targets))
 
 

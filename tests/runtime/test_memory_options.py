@@ -19,7 +19,7 @@ import stepdistill
 from stepdistill.config.reading import parse
 from stepdistill.config.registry import load_family
 from stepdistill.config.schema import OptimizerConfig, RunConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.methods.base import Needs
@@ -143,7 +143,7 @@ def test_muon_moves_all_directions_of_a_matrix_alike() -> None:
     assert 0.6 < float(found.min()) < float(found.max()) < 1.3
     assert torch.allclose(vector, torch.full((16,), -1e-2), rtol=1e-3)  # AdamW's first step is the sign's
     assert set(optimizer.state_dict()) == {"m|momentum_buffer", "v|exp_avg", "v|exp_avg_sq", "v|step"}
-    with pytest.raises(Refusal, match="of kind 'muon' and the config says 'adamw'"):
+    with pytest.raises(UserError, match="of kind 'muon' and the config says 'adamw'"):
         RoleOptimizer({"m": matrix, "v": vector}, OptimizerConfig(lr=1e-2)).load_state_dict(optimizer.state_dict())
 
 
@@ -161,7 +161,7 @@ def test_muon_is_refused_in_one_sentence(
     config: Callable[..., RunConfig], no_weights: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimizers, "MUON_SINCE", "99.0")
-    with pytest.raises(Refusal, match=r"muon came with torch 99\.0, and this is torch .*: update torch"):
+    with pytest.raises(UserError, match=r"muon came with torch 99\.0, and this is torch .*: update torch"):
         train(config(kind="muon"), tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_8_bit_moments_are_bytes() -> None:
         "step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"
     }  # fmt: skip
     assert {state[f"w|state{i}"].dtype for i in (1, 2)} == {torch.uint8}
-    with pytest.raises(Refusal, match="of kind 'adamw8bit' and the config says 'adamw'"):
+    with pytest.raises(UserError, match="of kind 'adamw8bit' and the config says 'adamw'"):
         RoleOptimizer({"w": parameter}, OptimizerConfig(lr=1e-2)).load_state_dict(state)
 
 
@@ -193,14 +193,14 @@ def test_8_bits_are_refused_in_one_sentence(
     config: Callable[..., RunConfig], no_weights: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if find_spec("bitsandbytes") is not None:
-        with pytest.raises(Refusal, match="the device is 'mps'"):
+        with pytest.raises(UserError, match="the device is 'mps'"):
             check_adamw8bit(torch.device("mps"), torch.float32)
-        with pytest.raises(Refusal, match=r"model\.dtype is 'float64'"):
+        with pytest.raises(UserError, match=r"model\.dtype is 'float64'"):
             train(config(kind="adamw8bit", model__dtype="float64"), tmp_path)
     monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
-    with pytest.raises(Refusal, match=r"bitsandbytes.*pip install 'stepdistill\[quantization\]'"):
+    with pytest.raises(UserError, match=r"bitsandbytes.*pip install 'stepdistill\[quantization\]'"):
         train(config(kind="adamw8bit"), tmp_path)
-    with pytest.raises(Refusal, match="bitsandbytes"):
+    with pytest.raises(UserError, match="bitsandbytes"):
         stepdistill.dry_run(config(kind="adamw8bit"))
 
 
@@ -259,7 +259,7 @@ def test_sharded_networks_are_whole_tensors_no_more(
     config: Callable[..., RunConfig], changes: dict[str, Any], key: str
 ) -> None:
     roles: Any = {"fake_score": "fake_score"}
-    with pytest.raises(Refusal, match=rf"^{key} is set and the processes share every network out"):
+    with pytest.raises(UserError, match=rf"^{key} is set and the processes share every network out"):
         check_training_options(config(**changes), roles, Needs(), torch.device("cpu"), sharded=True)
     check_training_options(config(**changes), roles, Needs(), torch.device("cpu"), sharded=False)
 
@@ -269,17 +269,17 @@ def test_sharded_networks_are_whole_tensors_no_more(
 )
 def test_kernels_without_a_forward_mode(config: Callable[..., RunConfig], changes: dict[str, Any], key: str) -> None:
     run = config(**{f"model__{name}": value for name, value in changes.items()})
-    with pytest.raises(Refusal, match=rf"^model\.{key} is '\w+', whose kernels have no derivatives in forward mode"):
+    with pytest.raises(UserError, match=rf"^model\.{key} is '\w+', whose kernels have no derivatives in forward mode"):
         check_training_options(run, {}, Needs(jvp=True), torch.device("cpu"), sharded=False)
     check_training_options(run, {}, Needs(), torch.device("cpu"), sharded=False)
 
 
 def test_compiled_blocks_have_no_forward_mode_and_float16_no_small_gradients(config: Callable[..., RunConfig]) -> None:
     compiled = config(model__compile=True)
-    with pytest.raises(Refusal, match=r"^model\.compile is set and the method takes derivatives in forward mode"):
+    with pytest.raises(UserError, match=r"^model\.compile is set and the method takes derivatives in forward mode"):
         check_training_options(compiled, {}, Needs(jvp=True), torch.device("cpu"), sharded=False)
     check_training_options(compiled, {}, Needs(), torch.device("cpu"), sharded=False)
-    with pytest.raises(Refusal, match=r"^model\.dtype is 'float16', in which gradients"):
+    with pytest.raises(UserError, match=r"^model\.dtype is 'float16', in which gradients"):
         check_training_options(config(model__dtype="float16"), {}, Needs(), torch.device("cpu"), sharded=False)
 
 
@@ -416,10 +416,10 @@ def test_xformers_is_refused_where_it_cannot_be(
     config: Callable[..., RunConfig], no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    with pytest.raises(Refusal, match=r"pip install 'stepdistill\[xformers\]'"):
+    with pytest.raises(UserError, match=r"pip install 'stepdistill\[xformers\]'"):
         prepare(config(model__attention="xformers"))
     monkeypatch.setattr(kernels, "find_spec", lambda name: "there")
-    with pytest.raises(Refusal, match="runs on CUDA only, and the device is 'cpu'"):
+    with pytest.raises(UserError, match="runs on CUDA only, and the device is 'cpu'"):
         prepare(config(model__attention="xformers"))
 
 
@@ -443,7 +443,7 @@ def test_channels_last_draws_the_same(tiny: Callable[..., Path], mode: str) -> N
 def test_options_of_stock_networks_only(tiny: Callable[..., Path], config: Callable[..., RunConfig]) -> None:
     path = str(tiny("analytic"))
     for key, value in (("compile", True), ("quantization", "int8"), ("attention", "xformers")):
-        with pytest.raises(Refusal, match=rf"model\.{key} is set.*'analytic'"):
+        with pytest.raises(UserError, match=rf"model\.{key} is set.*'analytic'"):
             prepare(config(model__path=path, **{f"model__{key}": value}))
 
 

@@ -21,7 +21,7 @@ from stepdistill.config.reading import parse
 from stepdistill.config.registry import load_family
 from stepdistill.config.schema import RunConfig
 from stepdistill.data.latents.tensors import TensorFolder
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.exporting.proof import Proof, QuantizedStudent
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
@@ -275,7 +275,7 @@ def test_the_distance_is_relative_rms() -> None:
 def test_refusals_before_any_weight(
     config: Callable[..., RunConfig], no_weights: None, changes: dict[str, Any], sentence: str
 ) -> None:
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         prepare(config("int8", **changes))
 
 
@@ -283,5 +283,5 @@ def test_a_missing_package_is_named(
     config: Callable[..., RunConfig], no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    with pytest.raises(Refusal, match=r"pip install 'stepdistill\[quantization\]'"):
+    with pytest.raises(UserError, match=r"pip install 'stepdistill\[quantization\]'"):
         prepare(config("int8"))

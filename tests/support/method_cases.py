@@ -53,7 +53,7 @@ class Case:
     def told(self) -> bool:
         """Whether the student is told its guidance scale, for which the analytic network has no place."""
         method = load_method(self.method)
-        return method.guidance_told(method.Config.model_validate(dict(self.options))) is not None
+        return method.network_guidance_range(method.Config.model_validate(dict(self.options))) is not None
 
     def role(self, mode: str) -> dict[str, Any]:
         """The generator's section, for a layout's mode or the one that the method knows."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepdistill.config.registry import load_family
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.conditioning import ImageSize
@@ -20,7 +20,7 @@ from stepdistill.families.conditioning import ImageSize
 
 def refusal(call: Callable[[], object], *parts: str) -> None:
     """Refused in one sentence that holds the given parts and, after a colon, what to change."""
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         call()
     text = str(caught.value)
     assert "\n" not in text, text

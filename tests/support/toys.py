@@ -17,7 +17,7 @@ from stepdistill.families.analytic import Analytic, Mixture, MixtureNetwork
 from stepdistill.families.common.guidance_embedding import EmbeddingPlace
 from stepdistill.families.common.unet import UNetFamily
 from stepdistill.families.conditioning import Conditioning
-from stepdistill.methods.base import Batch, Setting
+from stepdistill.methods.base import Batch, Problem
 from stepdistill.roles.lora import LoraSettings
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, RoleLayout, Triple
 
@@ -98,8 +98,8 @@ def batch_of(count: int, classes: int = 1) -> Batch:
     return Batch(prompts(count, classes), prompts(count, classes))
 
 
-def setting(schedule: NoiseSchedule, dimension: int = DIMENSION, width: int = 16) -> Setting:
-    return Setting(schedule, (dimension, 1, 1), width, (1, 1), (8, 8), "toy")
+def setting(schedule: NoiseSchedule, dimension: int = DIMENSION, width: int = 16) -> Problem:
+    return Problem(schedule, (dimension, 1, 1), width, (1, 1), (8, 8), "toy")
 
 
 # ---------------------------------------------------------------- a random U-Net

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stepdistill.config.schema import RunConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.training.run import Outcome
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -45,7 +45,7 @@ def test_a_cell_that_was_stopped_is_no_cell(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(compare, "train", stopped)
     entry = COMPARISON.entries["check"].model_copy(update={"calls": 10**9})
-    with pytest.raises(Refusal, match="was stopped at iteration 1: run it again"):
+    with pytest.raises(UserError, match="was stopped at iteration 1: run it again"):
         compare.run_cell("check", entry, COMPARISON, 0, tmp_path)
 
 
@@ -87,7 +87,7 @@ def test_only_missing_and_changed_cells_run(tmp_path: Path) -> None:
     assert ("check", 0) not in compare.missing(COMPARISON, wanted)
     (tmp_path / "check-seed0.json").write_text(json.dumps(asdict(replace(kept, config_sha256="of another config"))))
     assert list(compare.missing(COMPARISON, compare.Wanted(tmp_path, ["check"], None))) == [("check", 0)]
-    with pytest.raises(Refusal, match="no entry 'dmd3'"):
+    with pytest.raises(UserError, match="no entry 'dmd3'"):
         list(compare.missing(COMPARISON, compare.Wanted(tmp_path, ["dmd3"], None)))
 
 

@@ -12,7 +12,7 @@ from support.method_cases import saved
 from stepdistill.config.reading import read_settings
 from stepdistill.config.schema import load_config
 from stepdistill.data.latents.trajectories import TrajectoryFolder
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.run import open_run, train
 
@@ -78,6 +78,6 @@ def test_it_is_the_run_of_train(walks: Path, tmp_path: Path, device: str) -> Non
     ],
 )
 def test_what_a_graph_does_not_do_is_refused(walks: Path, tmp_path: Path, change: str, words: str) -> None:
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(UserError, match=words):
         tool.train(load_config(CONFIG, [*overrides(walks, "cpu"), change]), tmp_path / "run")
     assert not (tmp_path / "run").exists()

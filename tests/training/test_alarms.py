@@ -15,7 +15,7 @@ from support.method_cases import CASES, Bench
 from stepdistill.assets import FOLDER
 from stepdistill.config.reading import parse
 from stepdistill.config.schema import AlarmsConfig, RunConfig, load_config
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.training.monitoring.alarms import ALARMS, Alarms, Swing, to_and_fro
 from stepdistill.training.monitoring.monitor import LatentReference
 from stepdistill.training.run import train
@@ -250,7 +250,7 @@ def test_bands_belong_to_the_config_and_change_no_run(
     train(bench.config(CASES["dmd2"], 2), tmp_path / "run")
     train(bench.config(CASES["dmd2"], 3, alarms={"diversity": 0.5}, grid_seeds=3), tmp_path / "run", resume="latest")
     assert "not bit for bit" not in caplog.text
-    with pytest.raises(Refusal, match="did you mean 'diversity'"):
+    with pytest.raises(UserError, match="did you mean 'diversity'"):
         parse(AlarmsConfig, {"diversty": 0.5}, "test")
 
 

@@ -12,7 +12,7 @@ from support.method_cases import CASES, Bench, saved
 from torch import Tensor
 
 from stepdistill.config.schema import TrainingConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.methods.base import STUDENT, Batch, Progress, Rollout, Stage, Terms
 from stepdistill.methods.matching.dmd2 import DMD2
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
@@ -20,7 +20,7 @@ from stepdistill.training.distributed import Processes
 from stepdistill.training.evaluation_hook import Seen
 from stepdistill.training.run import open_run, train
 from stepdistill.training.run_folder import checkpoints
-from stepdistill.training.run_folder.tensor_store import RunShelf
+from stepdistill.training.run_folder.tensor_store import RunTensorStore
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def bench(tiny: Callable[..., Path], tmp_path: Path) -> Bench:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> RunShelf:
+def shelf(tmp_path: Path) -> RunTensorStore:
     from accelerate import Accelerator
 
-    return RunShelf(tmp_path / "kept", Processes(Accelerator(cpu=True), TrainingConfig(max_steps=1)))
+    return RunTensorStore(tmp_path / "kept", Processes(Accelerator(cpu=True), TrainingConfig(max_steps=1)))
 
 
-def test_what_is_put_is_got(shelf: RunShelf) -> None:
+def test_what_is_put_is_got(shelf: RunTensorStore) -> None:
     tensors = {"a": torch.randn(3, 4, dtype=torch.float64), "b": torch.arange(5).bfloat16()}
     digest = shelf.put("path_1", tensors)
     got = shelf.get("path_1", digest)
@@ -48,18 +48,18 @@ def test_what_is_put_is_got(shelf: RunShelf) -> None:
     assert digest.dtype == torch.uint8
 
 
-def test_what_is_gone_or_changed_is_refused(shelf: RunShelf) -> None:
+def test_what_is_gone_or_changed_is_refused(shelf: RunTensorStore) -> None:
     digest = shelf.put("one", {"a": torch.zeros(3)})
     shelf.put("one", {"a": torch.ones(3)})
-    with pytest.raises(Refusal, match="not what the method kept"):
+    with pytest.raises(UserError, match="not what the method kept"):
         shelf.get("one", digest)
-    with pytest.raises(Refusal, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         shelf.get("two", digest)
 
 
-def test_a_disk_that_refuses_is_told(shelf: RunShelf, tmp_path: Path) -> None:
+def test_a_disk_that_refuses_is_told(shelf: RunTensorStore, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("a file where the folder should be")
-    with pytest.raises(Refusal, match="could not be written"):
+    with pytest.raises(UserError, match="could not be written"):
         shelf.put("one", {"a": torch.zeros(3)})
 
 

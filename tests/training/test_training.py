@@ -16,7 +16,7 @@ from support.method_cases import difference, saved
 
 from stepdistill.config.reading import parse
 from stepdistill.config.schema import OptimizerConfig, RunConfig
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.training.optimizers import RoleOptimizer, rate
 from stepdistill.training.run import open_run, train
 from stepdistill.training.run_folder import checkpoints
@@ -135,7 +135,7 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(
         return real(self)
 
     monkeypatch.setattr(RoleOptimizer, "clip", poisoned)
-    with pytest.raises(Refusal, match="5 steps in a row"):
+    with pytest.raises(UserError, match="5 steps in a row"):
         train(config(6, training__max_bad_steps=5), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -172,7 +172,7 @@ def test_corrupt_checkpoints_are_skipped_by_name(
     with caplog.at_level(logging.WARNING):
         assert checkpoints.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000002"
     assert "step-00000004" in caplog.text
-    with pytest.raises(Refusal, match="corrupt"):
+    with pytest.raises(UserError, match="corrupt"):
         checkpoints.read(newest)
 
 
@@ -199,11 +199,11 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
 def test_a_folder_holds_one_run(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     train(config(2), tmp_path)
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    with pytest.raises(Refusal, match="not empty"):
+    with pytest.raises(UserError, match="not empty"):
         train(config(2), tmp_path)
-    with pytest.raises(Refusal, match=r"roles\.fake_score\.mode = 'lora' and the config says 'full'"):
+    with pytest.raises(UserError, match=r"roles\.fake_score\.mode = 'lora' and the config says 'full'"):
         train(config(4, mode="full"), tmp_path, resume="latest")
-    with pytest.raises(Refusal, match=r"method\.guidance = 1\.5"):
+    with pytest.raises(UserError, match=r"method\.guidance = 1\.5"):
         train(config(4, method__guidance=2.0), tmp_path, resume="latest")
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
@@ -225,7 +225,7 @@ def test_open_run_and_refusals(config: Callable[..., RunConfig], tmp_path: Path)
     assert iteration == 2
     key = next(key for key in session.triple.state("generator") if "lora_B" in key)
     assert torch.equal(session.triple.state("generator")[key], saved(tmp_path / "run")["generator"][key])
-    with pytest.raises(Refusal, match="not a run"):
+    with pytest.raises(UserError, match="not a run"):
         open_run(tmp_path)
 
 
@@ -241,6 +241,6 @@ def test_rates() -> None:
 @pytest.mark.parametrize("name", ["gpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused(config: Callable[..., RunConfig], tmp_path: Path, name: str) -> None:
     """And not replaced by the CPU without a word; nothing is written."""
-    with pytest.raises(Refusal, match=f"the device '{name}' cannot be used"):
+    with pytest.raises(UserError, match=f"the device '{name}' cannot be used"):
         train(config(2, training__device=name), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -23,7 +23,7 @@ from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import Framing
 from stepdistill.data.loader import IndexStream, T_co, sample_draws
 from stepdistill.diffusion.draws import derive_seed, generator
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 log = logging.getLogger(__name__)
 CHUNK = 4096
@@ -63,14 +63,14 @@ def sort_images(source: IndexedImages, sizes: Sequence[tuple[int, int]], workers
     Each process of a run does so for itself, once, at its start.
 
     Raises:
-        Refusal: more unreadable headers than the source allows, or no readable one.
+        UserError: more unreadable headers than the source allows, or no readable one.
     """
     members: list[list[int]] = [[] for _ in sizes]
     for index, shape in enumerate(source.shapes(workers)):
         if shape is not None:
             members[nearest_bucket(shape, sizes)].append(index)
     if not any(members):
-        raise Refusal(f"none of the {len(source)} images in {source.source!r} can be read: replace them")
+        raise UserError(f"none of the {len(source)} images in {source.source!r} can be read: replace them")
     for size, found in zip(sizes, members, strict=True):
         log.info("bucket %d x %d (height x width): %d images", *size, len(found))
     return Buckets(tuple(sizes), tuple(tuple(found) for found in members))

@@ -22,7 +22,7 @@ class Cut:
     mirrored: bool
 
     def item(self, images: IndexedImages) -> ImageItem | None:
-        """Its pixels; None where they cannot be read. Raises Refusal as `IndexedImages.item`."""
+        """Its pixels; None where they cannot be read. Raises UserError as `IndexedImages.item`."""
         framing = Framing(self.size, "center", flip=True)
         numbers = (0.0 if self.mirrored else 1.0, 0.0, 0.0)
         return images.item(self.position, numbers, framing)

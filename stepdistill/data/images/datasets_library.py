@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 from stepdistill.config.registry import nearest
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import CAPTION_KEYS, Framing, pick_caption
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -38,13 +38,13 @@ def open_dataset(name: str, split: str, *, streaming: bool) -> Dataset | Iterabl
         streaming: an `IterableDataset`, which reads its files as it goes; otherwise a `Dataset`, all of it on this disk.
 
     Raises:
-        Refusal: `datasets` is missing, or finds no such data set, split or file.
+        UserError: `datasets` is missing, or finds no such data set, split or file.
     """
     try:
         import datasets
         from pyarrow import ArrowException
     except ImportError:
-        raise Refusal(
+        raise UserError(
             f"reading {PREFIX + name!r} needs the package datasets, which is missing: install it with "
             "pip install 'stepdistill[data]'"
         ) from None
@@ -55,10 +55,12 @@ def open_dataset(name: str, split: str, *, streaming: bool) -> Dataset | Iterabl
     except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError, ArrowException) as error:
         # a refusal is one sentence, whatever the library made of it
         reason = re.sub(r"[.!?] +(?=[A-Z])", ", ", " ".join(str(error).split())).rstrip(".")
-        raise Refusal(f"the data set {PREFIX + name!r} cannot be opened ({reason}): check its name and split") from None
+        raise UserError(
+            f"the data set {PREFIX + name!r} cannot be opened ({reason}): check its name and split"
+        ) from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
-            raise Refusal(f"the data set {PREFIX + name!r} has no split {split!r}: {nearest(split, tuple(found))}")
+            raise UserError(f"the data set {PREFIX + name!r} has no split {split!r}: {nearest(split, tuple(found))}")
         found = found[split]
     return found.to_iterable_dataset(num_shards=max(1, min(SAVED_SHARDS, len(found)))) if streaming else found
 
@@ -77,7 +79,7 @@ def undecoded(
     """The image and caption columns alone, images as bytes; and the caption column, None where there is none.
 
     Raises:
-        Refusal: no such column, or one that holds no images.
+        UserError: no such column, or one that holds no images.
     """
     import datasets
 
@@ -86,12 +88,12 @@ def undecoded(
         return dataset, caption_column
     for column in (image_column, caption_column):
         if column is not None and column not in features:
-            raise Refusal(f"the data set {source!r} has no column {column!r}: {nearest(column, tuple(features))}")
+            raise UserError(f"the data set {source!r} has no column {column!r}: {nearest(column, tuple(features))}")
     held = features[image_column]
     if isinstance(held, datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     elif not (isinstance(held, datasets.Value) and "binary" in held.dtype):
-        raise Refusal(
+        raise UserError(
             f"the column {image_column!r} of {source!r} holds {held} and no images: name another as data.image_column"
         )
     caption = caption_column or next((key for key in CAPTION_KEYS if key in features), None)
@@ -134,7 +136,7 @@ class HubImages(IndexedImages):
         caption_column: column of the captions; `text`, `caption` or `prompt` by default, no captions where it has none.
 
     Raises:
-        Refusal: no such column, or no row.
+        UserError: no such column, or no row.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class HubImages(IndexedImages):
         super().__init__(source, framing, max_bad_share)
         dataset, self._caption = undecoded(dataset, source, image_column, caption_column)
         if not len(dataset):
-            raise Refusal(f"the data set {source!r} has no rows: name one that holds images, or another split")
+            raise UserError(f"the data set {source!r} has no rows: name one that holds images, or another split")
         self._image = image_column
         self._images = dataset.select_columns([image_column])
         # apart from the images, whose bytes a look at a caption need not read

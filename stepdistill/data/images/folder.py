@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import CAPTION_KEYS, SUFFIXES, Framing, one_line, pick_caption
 from stepdistill.data.prompts import read_jsonl
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 
 class ImageFolder(IndexedImages):
@@ -28,7 +28,7 @@ class ImageFolder(IndexedImages):
         caption_column: key of the captions in `metadata.jsonl`; `text`, `caption` or `prompt` by default.
 
     Raises:
-        Refusal: missing or empty folder, malformed captions, an option out of range; when reading, too many bad files.
+        UserError: missing or empty folder, malformed captions, an option out of range; when reading, too many bad files.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ImageFolder(IndexedImages):
         self.names = tuple(captions)
         self.captions = tuple(captions.values())
         if require_captions and (bare := [name for name, text in captions.items() if not text]):
-            raise Refusal(
+            raise UserError(
                 f"{len(bare)} of {len(captions)} images in {str(self.folder)!r} have no caption, such as {bare[0]!r}: "
                 "write a .txt file beside each, or list them in metadata.jsonl"
             )
@@ -74,14 +74,14 @@ class ImageFolder(IndexedImages):
 def _captions(folder: Path, keys: tuple[str, ...]) -> dict[str, str]:
     """Relative name (with /) -> caption ("" where there is none) of every image, sorted by name."""
     if not folder.is_dir():
-        raise Refusal(f"there is no image folder {str(folder)!r}: check the path")
+        raise UserError(f"there is no image folder {str(folder)!r}: check the path")
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     listed = _metadata(folder / "metadata.jsonl", keys) if "metadata.jsonl" in names else {}
     visible = {name for name in names if not any(part.startswith(".") for part in name.split("/"))}
     # a file that is listed but missing is an image that cannot be read, and is counted as one
     images = sorted({name for name in visible if name.lower().endswith(SUFFIXES)} | listed.keys())
     if not images:
-        raise Refusal(f"{str(folder)!r} holds no image: put .png, .jpg or .webp files there")
+        raise UserError(f"{str(folder)!r} holds no image: put .png, .jpg or .webp files there")
     return {name: listed.get(name) or _sidecar(folder, name, names) for name in images}
 
 
@@ -92,7 +92,7 @@ def _sidecar(folder: Path, name: str, names: set[str]) -> str:
     try:
         return one_line((folder / note).read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
-        raise Refusal(f"the caption {str(folder / note)!r} is not UTF-8: save it again in UTF-8") from None
+        raise UserError(f"the caption {str(folder / note)!r} is not UTF-8: save it again in UTF-8") from None
 
 
 def _metadata(path: Path, keys: tuple[str, ...]) -> dict[str, str]:
@@ -100,11 +100,11 @@ def _metadata(path: Path, keys: tuple[str, ...]) -> dict[str, str]:
     for number, row in read_jsonl(path):
         name = row.get("file_name")
         if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in name.split("/"):
-            raise Refusal(
+            raise UserError(
                 f"line {number} of {str(path)!r} has file_name {name!r}: give an image's path, relative to the folder"
             )
         try:
             captions[PurePosixPath(name).as_posix()] = pick_caption(row, keys)
         except TypeError as error:
-            raise Refusal(f"line {number} of {str(path)!r} has {error}: make it a text") from None
+            raise UserError(f"line {number} of {str(path)!r} has {error}: make it a text") from None
     return captions

@@ -23,7 +23,7 @@ from stepdistill.data.images.source import (
     header_size,
 )
 from stepdistill.diffusion.draws import generator
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class IndexedImages(ABC):
 
         Raises:
             IndexError: no such position.
-            Refusal: more images than `max_bad_share` allows have turned out unreadable, or none is readable.
+            UserError: more images than `max_bad_share` allows have turned out unreadable, or none is readable.
         """
         return self.read_among(range(len(self)), index, draws, self.framing)
 
@@ -91,13 +91,13 @@ class IndexedImages(ABC):
             item = self.item(order[(place + step) % len(order)], numbers, framing)
             if item is not None:
                 return item
-        raise Refusal(f"none of the {len(order)} images in {self.source!r} can be read: replace them")
+        raise UserError(f"none of the {len(order)} images in {self.source!r} can be read: replace them")
 
     def item(self, index: int, numbers: Sequence[float], framing: Framing) -> ImageItem | None:
         """The very image at a position, cut by three numbers as `Framing.cut` does; None where it cannot be read.
 
         Raises:
-            Refusal: more images than `max_bad_share` allows have turned out unreadable.
+            UserError: more images than `max_bad_share` allows have turned out unreadable.
         """
         loaded = self._attempt(index, self._load)
         self._bad.refuse_too_many(len(self))
@@ -111,7 +111,7 @@ class IndexedImages(ABC):
         """Decode every image once, in `workers` threads; the names of the unreadable ones.
 
         Raises:
-            Refusal: they are more than `max_bad_share` allows.
+            UserError: they are more than `max_bad_share` allows.
         """
         readable = sum(size is not None for size in self._each(lambda index: self._load(index)[1].size, workers))
         log.info("%d of %d images in %s are readable", readable, len(self), self.source)
@@ -130,7 +130,7 @@ class IndexedImages(ABC):
         """(height, width) in pixels of every image, upright, from its header; None where that is unreadable.
 
         Raises:
-            Refusal: more headers are unreadable than `max_bad_share` allows.
+            UserError: more headers are unreadable than `max_bad_share` allows.
         """
         sizes = self._each(lambda index: header_size(self.open(index)), workers)
         found = list(tqdm(sizes, "image sizes", len(self), unit="image", dynamic_ncols=True, disable=None))

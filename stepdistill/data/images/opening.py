@@ -11,7 +11,7 @@ from stepdistill.data.images.source import Framing, ImageSource, warn_of_bare
 from stepdistill.data.images.stream import ImageStream
 from stepdistill.data.images.webdataset import TarImages, is_tar_pattern
 from stepdistill.diffusion.draws import derive_seed
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -26,10 +26,10 @@ def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSour
         seed: of the run; a stream's order depends on it.
 
     Raises:
-        Refusal: nothing there, or not what it should be.
+        UserError: nothing there, or not what it should be.
     """
     if data.images is None:
-        raise Refusal("data.images is not set: give a folder, tar shards or a data set")
+        raise UserError("data.images is not set: give a folder, tar shards or a data set")
     framing = Framing(size, data.crop, data.flip)
     if data.images.startswith(PREFIX):
         dataset = open_dataset(data.images.removeprefix(PREFIX), data.split, streaming=data.streaming)
@@ -52,7 +52,7 @@ def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSour
             max_bad_share=data.max_bad_share,
         )
     if data.streaming:
-        raise Refusal(
+        raise UserError(
             f"data.streaming is set and data.images is {data.images!r}, which is read in place: name a data set as "
             f"'{PREFIX}NAME', or set data.streaming to false"
         )

@@ -18,7 +18,7 @@ from stepdistill.data.images.datasets_library import PREFIX, HubImages, open_dat
 from stepdistill.data.images.folder import ImageFolder
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import Framing, ImageItem, decode
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,14 +77,14 @@ def open_ranked(data: DataConfig, images: object) -> RankedImages:
     """The images of a run, opened by `open_images`, with what `data.losers` names.
 
     Raises:
-        Refusal: images that are read in place, losers that are not there, or none that has a winner.
+        UserError: images that are read in place, losers that are not there, or none that has a winner.
     """
     if data.losers is None:
-        raise Refusal("preference pairs were asked for and data.losers is not set: give a folder or a column")
+        raise UserError("preference pairs were asked for and data.losers is not set: give a folder or a column")
     if isinstance(images, ImageFolder):
         return _by_name(data, images)
     if not isinstance(images, HubImages):
-        raise Refusal(
+        raise UserError(
             f"data.losers is set and data.images is {data.images!r}, which has no place for them: give two folders, or a data set "
             "with data.streaming false"
         )
@@ -100,7 +100,7 @@ def open_ranked(data: DataConfig, images: object) -> RankedImages:
     shares = _shares(data, len(images))
     rows = [row for row, share in enumerate(shares) if share != 0.5]
     if not rows:
-        raise Refusal(
+        raise UserError(
             f"every row of {data.images!r} is a tie by its column {data.preferred_column!r}: name another column"
         )
     return RankedImages(
@@ -114,7 +114,7 @@ def _by_name(data: DataConfig, images: ImageFolder) -> RankedImages:
     places = {PurePosixPath(name).with_suffix(""): index for index, name in enumerate(losers.names)}
     stems = [PurePosixPath(name).with_suffix("") for name in images.names]
     if lone := [name for name, stem in zip(images.names, stems, strict=True) if stem not in places]:
-        raise Refusal(
+        raise UserError(
             f"{len(lone)} of {len(stems)} images in {images.source!r} have no loser in {str(data.losers)!r}, such as {lone[0]!r}: "
             "put one there under the same name"
         )
@@ -128,12 +128,12 @@ def _shares(data: DataConfig, count: int) -> list[float]:
         return [1.0] * count
     dataset = cast("Dataset", open_dataset(str(data.images).removeprefix(PREFIX), data.split, streaming=False))
     if data.preferred_column not in dataset.column_names:
-        raise Refusal(
+        raise UserError(
             f"the data set {data.images!r} has no column {data.preferred_column!r}: name one of its own as data.preferred_column"
         )
     found = list(dataset[data.preferred_column])
     if not all(isinstance(share, int | float) and 0 <= share <= 1 for share in found):
-        raise Refusal(
+        raise UserError(
             f"the column {data.preferred_column!r} of {data.images!r} holds values that are no shares in [0, 1]: name another as "
             "data.preferred_column"
         )

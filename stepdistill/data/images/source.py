@@ -21,7 +21,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class ImageSource(Protocol):
         """Names of the unreadable images found so far, in the order of the source."""
 
     def read(self, index: int, draws: torch.Generator) -> ImageItem:
-        """Item at a position, cropped and flipped by `draws`; raises Refusal when too many images are unreadable."""
+        """Item at a position, cropped and flipped by `draws`; raises UserError when too many images are unreadable."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Framing:
         flip: mirror every other image, at random; captions that speak of left and right become wrong.
 
     Raises:
-        Refusal: an option out of range.
+        UserError: an option out of range.
     """
 
     size: tuple[int, int]
@@ -117,9 +117,9 @@ class Framing:
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
-            raise Refusal(f"the image size is {tuple(self.size)}: give (height, width) in pixels, each at least 1")
+            raise UserError(f"the image size is {tuple(self.size)}: give (height, width) in pixels, each at least 1")
         if self.crop not in ("center", "random"):
-            raise Refusal(f"crop is {self.crop!r}: use 'center' or 'random'")
+            raise UserError(f"crop is {self.crop!r}: use 'center' or 'random'")
 
     def mirrors(self, draws: Sequence[float]) -> bool:
         """Whether these draws of `cut` mirror an image."""
@@ -154,12 +154,12 @@ class BadImages:
     """Unreadable images of one source: each named and counted once, whichever thread meets it first.
 
     Raises:
-        Refusal: `max_share` is no share.
+        UserError: `max_share` is no share.
     """
 
     def __init__(self, source: str, max_share: float) -> None:
         if not 0 <= max_share <= 1:
-            raise Refusal(f"max_bad_share is {max_share}: give a share between 0 and 1")
+            raise UserError(f"max_bad_share is {max_share}: give a share between 0 and 1")
         self.source, self.max_share = source, max_share
         self._found: dict[tuple[int, ...], tuple[str, str]] = {}
 
@@ -182,12 +182,12 @@ class BadImages:
             log.warning("skipping unreadable image %s of %s (%s)", name, self.source, fact[1])
 
     def refuse_too_many(self, total: int) -> None:
-        """Raises Refusal where the images found are more than `max_share` of `total`."""
+        """Raises UserError where the images found are more than `max_share` of `total`."""
         found = [fact for _, fact in sorted(self._found.copy().items())]
         if len(found) <= self.max_share * total:
             return
         first = ", ".join(f"{name!r} ({reason})" for name, reason in found[:3])
-        raise Refusal(
+        raise UserError(
             f"{len(found)} of {total} images ({len(found) / total:.1%}) in {self.source!r} are unreadable, "
             f"such as {first}, but max_bad_share allows {self.max_share:.1%}: repair or remove them, or raise it"
         )

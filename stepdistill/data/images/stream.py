@@ -33,7 +33,7 @@ from stepdistill.data.images.source import (
     pick_caption,
 )
 from stepdistill.diffusion.draws import generator
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -70,7 +70,7 @@ class ImageStream:
         image_column, caption_column, max_bad_share: as for `HubImages`.
 
     Raises:
-        Refusal: no such column; when reading, too many unreadable images, a lane without rows.
+        UserError: no such column; when reading, too many unreadable images, a lane without rows.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ImageStream:
         """Item of a global sample number, cropped and flipped by `draws`, of which always three numbers are taken.
 
         Raises:
-            Refusal: more images than `max_bad_share` allows have turned out unreadable, or a lane has no readable one.
+            UserError: more images than `max_bad_share` allows have turned out unreadable, or a lane has no readable one.
         """
         place, number = divmod(index, len(self.lanes))
         lane = self.lanes[number]
@@ -122,7 +122,7 @@ class ImageStream:
                 caption, picture = loaded
                 image, crop = self.framing.cut(picture, numbers)
                 return ImageItem(image, caption, crop, _name(row), index + step * len(self.lanes))
-        raise Refusal(f"lane {number} of {self.source!r} holds no readable image: replace its files")
+        raise UserError(f"lane {number} of {self.source!r} holds no readable image: replace its files")
 
     def _load(self, lane: int, row: Row) -> tuple[str, Image.Image] | None:
         key = (lane, row.file, row.number)
@@ -165,13 +165,13 @@ class Lane:
         """The row at a position of the lane, counted over all epochs.
 
         Raises:
-            Refusal: the lane has no rows, or a file of it changed.
+            UserError: the lane has no rows, or a file of it changed.
         """
         with self._lock:
             while True:
                 length = self.length
                 if length == 0:
-                    raise Refusal(
+                    raise UserError(
                         f"file shard {self.lane} of the stream and every {self.lanes}th after it hold no rows: "
                         "leave empty files out, or write fewer and larger ones"
                     )
@@ -209,7 +209,7 @@ class Lane:
                 if number > start:
                     yield Row(file, number - 1, cells)
             if known is not None and number != known:
-                raise Refusal(
+                raise UserError(
                     f"file shard {file} of the stream had {known} rows and now has {number}: leave its files as they are during a run"
                 )
             self._lengths[file] = number

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import CAPTION_KEYS, SUFFIXES, Framing, one_line, pick_caption, warn_of_bare
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class TarImages(IndexedImages):
         caption_column: key of the caption in .json members; `text`, `caption` or `prompt` by default.
 
     Raises:
-        Refusal: no such shard, a compressed one or no tar file at all, no image in any.
+        UserError: no such shard, a compressed one or no tar file at all, no image in any.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TarImages(IndexedImages):
         if imageless:
             log.warning("left out %d samples of %s, which have no image", imageless, pattern)
         if not self.samples:
-            raise Refusal(
+            raise UserError(
                 f"the {len(self.shards)} shards {pattern!r} hold no image: put members such as 0001.jpg with 0001.txt into them"
             )
         warn_of_bare(sum(sample.text is None for sample in self.samples), len(self.samples), pattern)
@@ -123,12 +123,12 @@ def is_tar_pattern(source: str) -> bool:
 
 
 def expand(pattern: str) -> tuple[Path, ...]:
-    """The shards that a pattern names, sorted by name; raises Refusal where one is missing."""
+    """The shards that a pattern names, sorted by name; raises UserError where one is missing."""
     paths: list[Path] = []
     for name in _numbered(pattern):
         found = [name] if Path(name).is_file() else glob.glob(name)
         if not found:
-            raise Refusal(f"there is no tar shard {name!r}: check data.images")
+            raise UserError(f"there is no tar shard {name!r}: check data.images")
         paths.extend(Path(path) for path in found)
     return tuple(sorted(set(paths)))
 
@@ -156,7 +156,7 @@ def _members(shard: Path) -> dict[str, dict[str, Extent]]:
                     extent = Extent(dot + suffix.lower(), member.offset_data, member.size)
                     found.setdefault(folder + slash + stem, {})[extent.suffix] = extent
     except (tarfile.TarError, OSError) as error:
-        raise Refusal(
+        raise UserError(
             f"{str(shard)!r} is no uncompressed tar file ({error}): unpack .tar.gz shards first, or write it again"
         ) from None
     return found

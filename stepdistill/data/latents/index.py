@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from safetensors import SafetensorError, safe_open
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 SCHEMA = 1
 INDEX = "index.json"
@@ -111,9 +111,9 @@ class Index:
             faithful = index.content() == content and index.kind in get_args(Kind) and index.dtype in DTYPES
         except (ValueError, TypeError, KeyError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise Refusal(f"{str(path)!r} is no index of collected latents ({reason}): collect them anew") from None
+            raise UserError(f"{str(path)!r} is no index of collected latents ({reason}): collect them anew") from None
         if not faithful:
-            raise Refusal(f"{str(path)!r} contradicts itself or schema {SCHEMA}: collect the latents anew")
+            raise UserError(f"{str(path)!r} contradicts itself or schema {SCHEMA}: collect the latents anew")
         return index
 
 

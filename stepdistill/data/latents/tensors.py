@@ -33,7 +33,7 @@ from stepdistill.data.latents.index import (
     fault_of,
     shard_name,
 )
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.files.atomic import write_atomically
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class ShardWriter:
         dtype: that latents are stored in.
 
     Raises:
-        Refusal: the folder holds another kind or fingerprint, or a malformed index.
+        UserError: the folder holds another kind or fingerprint, or a malformed index.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ShardWriter:
         dtype: StoredDtype = "float16",
     ) -> None:
         if shard_size < 1:
-            raise Refusal(f"shard_size is {shard_size}: write at least one sample in a shard")
+            raise UserError(f"shard_size is {shard_size}: write at least one sample in a shard")
         self.folder = Path(folder)
         self.shard_size = shard_size
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,22 +112,22 @@ class ShardWriter:
         """Append B samples: seeds (B,) and prompt indices (B,), integers; latents (B, C, h, w).
 
         Raises:
-            Refusal: shapes that do not fit each other or the folder, latents that the stored dtype cannot hold.
+            UserError: shapes that do not fit each other or the folder, latents that the stored dtype cannot hold.
         """
         if latents.ndim != 4 or not seeds.shape == prompts.shape == (len(latents),):
             given = f"{tuple(seeds.shape)}, {tuple(latents.shape)} and {tuple(prompts.shape)}"
-            raise Refusal(f"seeds, latents and prompts have shapes {given}: make them (B,), (B, C, h, w) and (B,)")
+            raise UserError(f"seeds, latents and prompts have shapes {given}: make them (B,), (B, C, h, w) and (B,)")
         self._append({"seed": seeds, "latents": latents, "prompt": prompts}, tuple(latents.shape[1:]))
 
     def _append(self, rows: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
         """Rows of every column; latents are of `shape`. Raises as `write`."""
         if shape != (self._shape or shape):
             held = f"{str(self.folder)!r} holds {self._shape}"
-            raise Refusal(f"latents of shape {shape} were given, but {held}: collect each size in its own folder")
+            raise UserError(f"latents of shape {shape} were given, but {held}: collect each size in its own folder")
         codes = {name: code for name, (code, _) in columns(self._index, 0).items()}
         stored = {name: tensor.detach().to("cpu", BY_CODE[codes[name]]) for name, tensor in rows.items()}
         if not all(bool(tensor.isfinite().all()) for tensor in stored.values()):
-            raise Refusal(
+            raise UserError(
                 f"some latents are not finite in {self._index.dtype}: check the sampler, or run the network in float32"
             )
         self._shape = shape
@@ -164,7 +164,7 @@ class ShardWriter:
         elif ours.dtype != found.dtype:
             difference = f"dtype is {ours.dtype!r} here and {found.dtype!r} there"
         if difference is not None:
-            raise Refusal(f"{str(self.folder)!r} was collected otherwise ({difference}): name another or delete it")
+            raise UserError(f"{str(self.folder)!r} was collected otherwise ({difference}): name another or delete it")
         for stale in self.folder.glob("*.tmp"):
             stale.unlink()
         kept = found.shards
@@ -183,20 +183,20 @@ class TensorFolder:
     Attributes: `kind`, `fingerprint`, and `shape`, which is (C, h, w) of the latents.
 
     Raises:
-        Refusal: no such folder, nothing collected in it, a shard that is missing, cut short or of another shape.
+        UserError: no such folder, nothing collected in it, a shard that is missing, cut short or of another shape.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not (self.folder / INDEX).is_file():
-            raise Refusal(f"{str(self.folder)!r} holds no {INDEX}: make the folder with 'stepdistill collect'")
+            raise UserError(f"{str(self.folder)!r} holds no {INDEX}: make the folder with 'stepdistill collect'")
         self._index = Index.load(self.folder)
         if not self._index.shards:
-            raise Refusal(f"{str(self.folder)!r} holds no samples yet: run 'stepdistill collect' to its end")
+            raise UserError(f"{str(self.folder)!r} holds no samples yet: run 'stepdistill collect' to its end")
         for number in range(len(self._index.shards)):
             if (fault := fault_of(self.folder, self._index, number)) is not None:
                 name = str(self.folder / shard_name(number))
-                raise Refusal(f"{name!r} is damaged ({fault}): run the same 'stepdistill collect' again to mend it")
+                raise UserError(f"{name!r} is damaged ({fault}): run the same 'stepdistill collect' again to mend it")
         self.kind = self._index.kind
         self.fingerprint = self._index.fingerprint
         self.shape = self._index.shape or ()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepdistill.data.latents.index import Fingerprint, StoredDtype
 from stepdistill.data.latents.tensors import ShardWriter, TensorFolder, float32_copy
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TrajectoryWriter(ShardWriter):
         """Append B walks of K states: `seed`, `prompt` and `w` (B,), `t` and `plain` (B, K), `x_t` and `target` (B, K, C, h, w).
 
         Raises:
-            Refusal: as `write`.
+            UserError: as `write`.
         """
         self._append(rows, tuple(rows["x_t"].shape[2:]))
 
@@ -82,13 +82,13 @@ class TrajectoryFolder:
     Attributes: `fingerprint`, and `shape`, which is (C, h, w) of the latents.
 
     Raises:
-        Refusal: as `TensorFolder`, or the folder holds something else.
+        UserError: as `TensorFolder`, or the folder holds something else.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = TensorFolder(folder)
         if self._folder.kind != "trajectories":
-            raise Refusal(
+            raise UserError(
                 f"{str(folder)!r} holds {self._folder.kind}, not trajectories: make the folder with 'stepdistill collect trajectories'"
             )
         self.fingerprint, self.shape = self._folder.fingerprint, self._folder.shape

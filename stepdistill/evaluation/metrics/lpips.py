@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.images import Picture, ValueRange
 from stepdistill.evaluation.metrics.diversity import prompt_groups
 
@@ -30,15 +30,15 @@ class Lpips:
     """The distance under one backbone.
 
     Raises:
-        Refusal: unknown backbone, torchmetrics or torchvision missing, or weights that are not here and may not be fetched.
+        UserError: unknown backbone, torchmetrics or torchvision missing, or weights that are not here and may not be fetched.
     """
 
     def __init__(self, backbone: str = "alex", device: torch.device | str = "cpu", *, download: bool = False) -> None:
         if backbone not in BACKBONES:
-            raise Refusal(f"the LPIPS backbone {backbone!r} is not known: use one of {', '.join(BACKBONES)}")
+            raise UserError(f"the LPIPS backbone {backbone!r} is not known: use one of {', '.join(BACKBONES)}")
         file = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[backbone]
         if not file.is_file() and not download:
-            raise Refusal(
+            raise UserError(
                 f"LPIPS needs {file.name!r} and downloading is off: put it into {str(file.parent)!r}, or allow it"
             )
         try:
@@ -46,7 +46,7 @@ class Lpips:
 
             self._metric = LearnedPerceptualImagePatchSimilarity(net_type=backbone, normalize=False).to(device)  # type: ignore[arg-type]
         except ImportError as error:
-            raise Refusal(
+            raise UserError(
                 f"LPIPS needs torchmetrics and torchvision ({error}): pip install torchmetrics torchvision"
             ) from None
         self.name, self.device = f"lpips[{backbone}]", torch.device(device)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 
 class FeatureStatistics:
@@ -102,7 +102,7 @@ class FeatureStatistics:
         """What :meth:`save`, clean-fid or pytorch-fid wrote; theirs say no count, which is then 0.
 
         Raises:
-            Refusal: missing, not an npz, without `mu` and `sigma`, or of shapes that do not fit.
+            UserError: missing, not an npz, without `mu` and `sigma`, or of shapes that do not fit.
         """
         return load_stored(path).statistics
 
@@ -125,31 +125,31 @@ def load_stored(path: str | Path) -> Stored:
     """All that a statistics file holds. Raises as `FeatureStatistics.load`."""
     path = Path(path)
     if not path.is_file():
-        raise Refusal(f"there are no statistics {str(path)!r}: check the path")
+        raise UserError(f"there are no statistics {str(path)!r}: check the path")
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {}
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise Refusal(
+        raise UserError(
             f"the statistics {str(path)!r} cannot be read ({error}): give an .npz with 'mu' and 'sigma'"
         ) from None
     if not {"mu", "sigma"} <= set(arrays):
-        raise Refusal(
+        raise UserError(
             f"{str(path)!r} holds {sorted(arrays) or 'one bare array'} and 'mu' and 'sigma' are wanted: save them with "
             "clean-fid, pytorch-fid or stepdistill"
         )
     mean, covariance = np.asarray(arrays["mu"], dtype=np.float64), np.asarray(arrays["sigma"], dtype=np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise Refusal(
+        raise UserError(
             f"{str(path)!r} has mu of shape {mean.shape} and sigma of {covariance.shape}: they do not fit each other"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise Refusal(f"{str(path)!r} holds NaN or infinity: measure it again")
+        raise UserError(f"{str(path)!r} holds NaN or infinity: measure it again")
     try:
         record = json.loads(str(arrays["record"])) if "record" in arrays else {}
         count = int(arrays["count"]) if "count" in arrays else 0
     except (ValueError, TypeError) as error:
-        raise Refusal(f"{str(path)!r} has an unreadable record or count ({error}): measure it again") from None
+        raise UserError(f"{str(path)!r} has an unreadable record or count ({error}): measure it again") from None
     statistics = FeatureStatistics(len(mean))
     statistics.count, statistics.mean = count, mean
     # without a count the covariance is held as that of two vectors; such statistics cannot be merged

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from stepdistill.assets import FOLDER
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.evaluation.images import Picture
 from stepdistill.evaluation.networks.inception import find_inception, load_inception
 from stepdistill.evaluation.networks.judge import Judge
@@ -75,7 +75,7 @@ class FeatureExtractor:
         """Features (n, D) of images as they come; the caller's batches do not matter.
 
         Raises:
-            Refusal: the network does not answer with (B, D), or with non-finite numbers.
+            UserError: the network does not answer with (B, D), or with non-finite numbers.
         """
         waiting = iter(images)
         while chunk := list(islice(waiting, INTERNAL_BATCH)):
@@ -84,13 +84,13 @@ class FeatureExtractor:
             with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                 answer = self._network(padded.to(self.device))
             if answer.ndim != 2 or len(answer) != INTERNAL_BATCH or answer.shape[1] < 2:
-                raise Refusal(
+                raise UserError(
                     f"the feature network {self.record.name!r} answered with the shape {tuple(answer.shape)}; "
                     f"({INTERNAL_BATCH}, D) with D >= 2 is wanted: mend the network"
                 )
             features = answer[: len(chunk)].float().cpu().numpy()
             if not np.isfinite(features).all():
-                raise Refusal(
+                raise UserError(
                     f"the feature network {self.record.name!r} answered with NaN or infinity: check its weights"
                 )
             yield features
@@ -120,7 +120,7 @@ def load_extractor(
         download: allow fetching what is not on this machine.
 
     Raises:
-        Refusal: unknown name, missing or wrong weights.
+        UserError: unknown name, missing or wrong weights.
     """
     kind, _, weights = name.partition(":")
     if kind == "inception":
@@ -133,11 +133,11 @@ def load_extractor(
         return _random(device)
     if kind in ("dinov2", "clip"):
         if not weights:
-            raise Refusal(f"the features {kind!r} come without a checkpoint: write {kind}:FOLDER, or {kind}:HUB_ID")
+            raise UserError(f"the features {kind!r} come without a checkpoint: write {kind}:FOLDER, or {kind}:HUB_ID")
         return (_dinov2 if kind == "dinov2" else _clip)(weights, device, download)
     if kind and weights:
         return _user(kind, weights)
-    raise Refusal(
+    raise UserError(
         f"the feature network {name!r} is not known: use inception, dinov2:PATH, clip:PATH, judge, random or MODULE:FUNCTION"
     )
 
@@ -157,7 +157,7 @@ def _judge(device: torch.device | str) -> FeatureExtractor:
 
     def prepare(image: Picture) -> torch.Tensor:
         if image.shape[:2] != (32, 32):
-            raise Refusal(
+            raise UserError(
                 f"the judge reads 32 x 32 images and got {image.shape[1]} x {image.shape[0]}: use another network"
             )
         return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 127.5 - 1.0
@@ -220,11 +220,11 @@ def _user(module: str, function: str) -> FeatureExtractor:
         made = vars(importlib.import_module(module))[function]()
     except Exception as error:
         # a user's module fails in every way there is
-        raise Refusal(
+        raise UserError(
             f"the feature network {module}:{function} cannot be loaded ({error}): check the module's name and path"
         ) from None
     if not isinstance(made, FeatureExtractor):
-        raise Refusal(
+        raise UserError(
             f"{module}:{function}() returned a {type(made).__name__} and a FeatureExtractor is wanted: return one"
         )
     return made
@@ -267,10 +267,10 @@ def _pretrained(cls: Any, path: str, download: bool) -> Any:
         model, loaded = cls.from_pretrained(path, local_files_only=not download, output_loading_info=True)
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split())[:160]
-        raise Refusal(
+        raise UserError(
             f"the checkpoint {path!r} cannot be loaded ({first}): give a local folder, or allow downloading"
         ) from None
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])[0]
-        raise Refusal(f"the checkpoint {path!r} is of another kind (it lacks {missing!r}): give one of this network")
+        raise UserError(f"the checkpoint {path!r} is of another kind (it lacks {missing!r}): give one of this network")
     return model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 HASH_PREFIX = "6726825d"
@@ -29,12 +29,12 @@ def inception_layers() -> nn.Sequential:
     """The network up to pool3: normalised (B, 3, 299, 299) -> (B, 2048). Keys are pytorch-fid's.
 
     Raises:
-        Refusal: torch-fidelity is not installed.
+        UserError: torch-fidelity is not installed.
     """
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as blocks
     except ImportError:
-        raise Refusal("the Inception network needs torch-fidelity: pip install 'stepdistill[evaluation]'") from None
+        raise UserError("the Inception network needs torch-fidelity: pip install 'stepdistill[evaluation]'") from None
     layers: list[tuple[str, nn.Module]] = [
         ("Conv2d_1a_3x3", blocks.BasicConv2d(3, 32, kernel_size=3, stride=2)),
         ("Conv2d_2a_3x3", blocks.BasicConv2d(32, 32, kernel_size=3)),
@@ -67,10 +67,10 @@ def load_inception(path: Path) -> nn.Module:
     """The network with the weights of a file: torch-fidelity's or pytorch-fid's .pth, .safetensors, or NVIDIA's TorchScript.
 
     Raises:
-        Refusal: missing, truncated, or not these weights.
+        UserError: missing, truncated, or not these weights.
     """
     if not path.is_file():
-        raise Refusal(f"there is no Inception weight file {str(path)!r}: give {NAMES[0]} or {NAMES[2]}")
+        raise UserError(f"there is no Inception weight file {str(path)!r}: give {NAMES[0]} or {NAMES[2]}")
     try:
         if _is_torchscript(path):
             module: nn.Module = torch.jit.load(path, map_location="cpu").eval().layers  # type: ignore[no-untyped-call]
@@ -80,29 +80,29 @@ def load_inception(path: Path) -> nn.Module:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except Refusal:
+    except UserError:
         raise
     except Exception as error:
         # a truncated download ends here, with a different exception from every torch version
-        raise Refusal(
+        raise UserError(
             f"the Inception weights {str(path)!r} cannot be read ({type(error).__name__}; a truncated download?): fetch them again"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise Refusal(f"{str(path)!r} holds no weights by name: give torch-fidelity's or pytorch-fid's weight file")
+        raise UserError(f"{str(path)!r} holds no weights by name: give torch-fidelity's or pytorch-fid's weight file")
     network = inception_layers()
     state = {key: value for key, value in state.items() if not key.startswith(("fc.", "AuxLogits."))}
     wanted = {key for key in network.state_dict() if not key.endswith("num_batches_tracked")}
     state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     if set(state) != wanted:
         odd = sorted(set(state) ^ wanted)[0]
-        raise Refusal(
+        raise UserError(
             f"{str(path)!r} does not hold the 2015 Inception (first key that differs: {odd!r}): give torch-fidelity's or "
             "pytorch-fid's weight file, not torchvision's"
         )
     try:
         network.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise Refusal(
+        raise UserError(
             f"{str(path)!r} has weights of other shapes ({' '.join(str(error).split())[:120]}): fetch it again"
         ) from None
     return network.eval().requires_grad_(False)
@@ -116,14 +116,14 @@ def find_inception(cache: Path, *, download: bool) -> Path:
         download: False never touches the network.
 
     Raises:
-        Refusal: not there, and not downloaded.
+        UserError: not there, and not downloaded.
     """
     for folder in (cache, Path(torch.hub.get_dir()) / "checkpoints"):
         for name in NAMES:
             if (folder / name).is_file():
                 return folder / name
     if not download:
-        raise Refusal(
+        raise UserError(
             f"the Inception weights are in neither {str(cache)!r} nor torch's hub cache, and downloading is off: put {NAMES[0]!r} "
             "there, or give its path as inception:PATH"
         )
@@ -133,7 +133,7 @@ def find_inception(cache: Path, *, download: bool) -> Path:
         # writes to a temporary file, checks the SHA-256 prefix and renames
         torch.hub.download_url_to_file(URL, str(target), hash_prefix=HASH_PREFIX, progress=True)
     except (OSError, RuntimeError) as error:
-        raise Refusal(
+        raise UserError(
             f"the Inception weights could not be fetched ({error}): put {NAMES[0]!r} into {str(cache)!r} by hand"
         ) from None
     return target

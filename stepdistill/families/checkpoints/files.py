@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"})
 FALLBACK_VARIANTS = ("fp16", "bf16")
@@ -34,29 +34,29 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Names and shapes of a file's tensors; no tensor is read. Raises Refusal where it is not a safetensors file."""
+    """Names and shapes of a file's tensors; no tensor is read. Raises UserError where it is not a safetensors file."""
     try:
         with safe_open(str(path), framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             return Header(shapes, file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise Refusal(
+        raise UserError(
             f"{str(path)!r} is not a readable safetensors file ({error}): download or write it again"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises Refusal where the file is missing or broken."""
+    """A JSON object. Raises UserError where the file is missing or broken."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Refusal(
+        raise UserError(
             f"{str(path)!r} is missing: complete the folder with the file of the original checkpoint"
         ) from None
     except (OSError, ValueError) as error:
-        raise Refusal(f"{str(path)!r} is not readable JSON ({error}): download or write it again") from error
+        raise UserError(f"{str(path)!r} is not readable JSON ({error}): download or write it again") from error
     if not isinstance(content, dict):
-        raise Refusal(
+        raise UserError(
             f"{str(path)!r} holds a JSON {type(content).__name__} where an object is expected: write it again"
         )
     return content
@@ -78,20 +78,20 @@ def weights(folder: Path, component: str) -> dict[str, tuple[Path, ...]]:
 
 
 def variant_of(folder: Path, component: str) -> str:
-    """The variant to load of a component: the one without a name, else fp16, else bf16. Raises Refusal."""
+    """The variant to load of a component: the one without a name, else fp16, else bf16. Raises UserError."""
     found = weights(folder, component)
     for variant in ("", *FALLBACK_VARIANTS):
         if variant in found:
             return variant
     seen = f"only the variants {sorted(found)}" if found else "none"
-    raise Refusal(
+    raise UserError(
         f"safetensors weights are wanted in {str(folder / component)!r} and there are {seen}: "
         "download the weights of this component"
     )
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raises Refusal where a component has pickled weights only: unpickling runs whatever code they carry."""
+    """Raises UserError where a component has pickled weights only: unpickling runs whatever code they carry."""
     for component in components(folder):
         pickles = sorted(path for path in (folder / component).glob("*") if path.suffix in PICKLES)
         if pickles and not weights(folder, component):
@@ -99,15 +99,15 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raises Refusal."""
-    raise Refusal(
+    """Raises UserError."""
+    raise UserError(
         f"{str(path)!r} is a pickle, which can run code when it is opened, and safetensors files alone are loaded: "
         "convert it on a machine that you can spare, or find the same weights as .safetensors"
     )
 
 
 def refuse_key_differences(where: str, found: Shapes, wanted: Shapes, advice: str) -> None:
-    """Raises Refusal, naming the first few keys, unless both have the same keys and shapes."""
+    """Raises UserError, naming the first few keys, unless both have the same keys and shapes."""
     differences = {
         "missing": [key for key in wanted if key not in found],
         "unexpected": [key for key in found if key not in wanted],
@@ -119,7 +119,7 @@ def refuse_key_differences(where: str, found: Shapes, wanted: Shapes, advice: st
     }
     told = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in differences.items() if keys]
     if told:
-        raise Refusal(f"the weights of {where} do not fit their config, with tensors {' and '.join(told)}: {advice}")
+        raise UserError(f"the weights of {where} do not fit their config, with tensors {' and '.join(told)}: {advice}")
 
 
 def licence(folder: Path) -> str | None:

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from stepdistill.config.registry import family_names, load_family, nearest
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part
 from stepdistill.families.checkpoints.files import (
     FALLBACK_VARIANTS,
@@ -42,7 +42,7 @@ def inspect_checkpoint(
         config_dir: for a single file, a diffusers folder of its architecture, in place of the packaged configs.
 
     Raises:
-        Refusal: nothing there, a pickle, a pipeline or an architecture of no family, or configs that do not fit together.
+        UserError: nothing there, a pickle, a pipeline or an architecture of no family, or configs that do not fit together.
     """
     source = str(source)
     path = Path(source).expanduser()
@@ -51,7 +51,7 @@ def inspect_checkpoint(
     if path.is_file():
         return _inspect_file(source, path, family, config_dir)
     if config_dir is not None:
-        raise Refusal(
+        raise UserError(
             f"config_dir is {str(config_dir)!r}, but {source!r} is no single file and has its own configs: remove it"
         )
     if path.is_dir():
@@ -59,7 +59,9 @@ def inspect_checkpoint(
     elif is_hub_id(source):
         folder = _download(source, None, _CONFIGS)
     else:
-        raise Refusal(f"there is no file or folder {source!r}: give a path that exists, or a hub id like 'owner/name'")
+        raise UserError(
+            f"there is no file or folder {source!r}: give a path that exists, or a hub id like 'owner/name'"
+        )
     _refuse_other_folders(folder)
     found = load_family(family) if family is not None else _family_of(folder)
     refuse_pickles(folder)
@@ -84,7 +86,7 @@ def load_checkpoint(
     quantization: of the network alone; see `models/quantization.py`.
 
     Raises:
-        Refusal: weights are absent, pickled, or do not fit the configs; found before any of them is read.
+        UserError: weights are absent, pickled, or do not fit the configs; found before any of them is read.
     """
     fetch_weights(info)
     family: Family = load_family(info.family)
@@ -98,28 +100,30 @@ def load_checkpoint(
 
 
 def fetch_weights(info: CheckpointInfo) -> None:
-    """Have the weight files of a hub id on this disk; nothing to do for a folder or a file. Raises Refusal."""
+    """Have the weight files of a hub id on this disk; nothing to do for a folder or a file. Raises UserError."""
     if info.single_file is None and not Path(info.source).expanduser().exists():
         _download_weights(info)
 
 
 def _inspect_file(source: str, path: Path, family: str | None, config_dir: str | Path | None) -> CheckpointInfo:
     if path.suffix != ".safetensors":
-        raise Refusal(f"{source!r} is a file of type {path.suffix!r}: give a .safetensors file or a diffusers folder")
+        raise UserError(f"{source!r} is a file of type {path.suffix!r}: give a .safetensors file or a diffusers folder")
     kind = architecture(path, read_header(path))
     found: Family = load_family(family or FAMILY_OF[kind])
     if found.name != FAMILY_OF[kind]:
-        raise Refusal(
+        raise UserError(
             f"{source!r} holds the tensors of family {FAMILY_OF[kind]!r}, not {family!r}: change or remove the family"
         )
     if config_dir is None:
         return found.inspect(source, CONFIGS / kind, path)
     folder = Path(config_dir).expanduser()
     if not folder.is_dir():
-        raise Refusal(f"config_dir {str(config_dir)!r} is no folder: give a diffusers folder of the same architecture")
+        raise UserError(
+            f"config_dir {str(config_dir)!r} is no folder: give a diffusers folder of the same architecture"
+        )
     _refuse_other_folders(folder)
     if _family_of(folder).name != found.name:
-        raise Refusal(
+        raise UserError(
             f"config_dir {str(config_dir)!r} is a folder of family {_family_of(folder).name!r}, while {source!r} holds the tensors "
             f"of {found.name!r}: give a folder of the file's own architecture"
         )
@@ -131,7 +135,7 @@ def _refuse_other_folders(folder: Path) -> None:
         return
     files = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
     advice = f"give the file {files[0]!r} itself, or such a folder" if files else "give the folder that holds this file"
-    raise Refusal(f"{str(folder)!r} is not a diffusers pipeline, as it has no model_index.json: {advice}")
+    raise UserError(f"{str(folder)!r} is not a diffusers pipeline, as it has no model_index.json: {advice}")
 
 
 def _family_of(folder: Path) -> Family:
@@ -143,7 +147,7 @@ def _family_of(folder: Path) -> Family:
         known[family.pipeline_name] = family
         if name in (family.pipeline_name, *family.other_pipelines):
             return family
-    raise Refusal(
+    raise UserError(
         f"{str(folder / 'model_index.json')!r} names the pipeline {name!r}, which no family reads, so change the checkpoint or "
         f"set the family: {nearest(name, tuple(known))}"
     )
@@ -179,7 +183,7 @@ def _download(repository: str, revision: str | None, patterns: list[str] | tuple
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).split("\n", 1)[0].split(". ", 1)[0].rstrip(".")
-        raise Refusal(
+        raise UserError(
             f"{repository!r} is no folder here and could not be had from the hub or its cache ({type(error).__name__}: {reason}): "
             "check the name, your access and connection, or download it first and give the folder"
         ) from error

@@ -22,7 +22,7 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor
 
 from stepdistill.assets import FOLDER
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.files import Header, Shapes, read_json, refuse_key_differences
 from stepdistill.families.checkpoints.weights import ModelClass, canonical, wanted_shapes
 
@@ -44,10 +44,10 @@ _NOT_OF_THE_VAE = (VAE + "loss.", VAE + "model_ema.")
 
 
 def architecture(path: Path, header: Header) -> str:
-    """Name of the packaged config folder: sd15, sd21, sd21base or sdxl. Raises Refusal for anything else."""
+    """Name of the packaged config folder: sd15, sd21, sd21base or sdxl. Raises UserError for anything else."""
     shapes = header.shapes
     if any("lora" in key for key in shapes):
-        raise Refusal(f"{str(path)!r} is a LoRA and no checkpoint: give its base as the model")
+        raise UserError(f"{str(path)!r} is a LoRA and no checkpoint: give its base as the model")
     conv_in = shapes.get(UNET + "input_blocks.0.0.weight")
     if conv_in is None:
         known = {
@@ -56,24 +56,24 @@ def architecture(path: Path, header: Header) -> str:
             UNET + "joint_blocks.0.": "an SD3 model, which is read from a folder only",
         }
         kind = next((words for prefix, words in known.items() if _has(shapes, prefix)), "of no known architecture")
-        raise Refusal(
+        raise UserError(
             f"{str(path)!r} has no 'model.diffusion_model.input_blocks', as SD 1.x, 2.x and SDXL files have, and is {kind}: "
             "give the folder of the whole pipeline in diffusers format"
         )
     if conv_in[1] in (8, 9):
-        raise Refusal(
+        raise UserError(
             f"{str(path)!r} is an inpainting or editing model, whose network reads {conv_in[1]} channels: give the "
             "text-to-image model that it was made from"
         )
     if _has(shapes, SDXL_OPEN_CLIP):
         return "sdxl"
     if _has(shapes, REFINER):
-        raise Refusal(f"{str(path)!r} is an SDXL refiner, which draws nothing on its own: give the SDXL base model")
+        raise UserError(f"{str(path)!r} is an SDXL refiner, which draws nothing on its own: give the SDXL base model")
     if _has(shapes, OPEN_CLIP):
         return _second_generation(path, header)
     if _has(shapes, CLIP_L):
         return "sd15"
-    raise Refusal(f"{str(path)!r} has a network but no text encoder: give a file that holds the whole checkpoint")
+    raise UserError(f"{str(path)!r} has a network but no text encoder: give a file that holds the whole checkpoint")
 
 
 def scheduler_facts(header: Header) -> Mapping[str, Any]:
@@ -100,13 +100,13 @@ def check_file(path: Path, header: Header, folder: Path, classes: Mapping[str, M
         classes: component -> class, of every component with weights.
 
     Raises:
-        Refusal: a component is absent, or tensors are missing, unexpected or of another shape.
+        UserError: a component is absent, or tensors are missing, unexpected or of another shape.
     """
     source = {key: torch.empty(shape, device="meta") for key, shape in header.shapes.items()}
     for component, model_class in classes.items():
         prefix = _prefix(component, header.shapes)
         if not _has(header.shapes, prefix):
-            raise Refusal(
+            raise UserError(
                 f"{str(path)!r} has no tensors '{prefix}*' for the {component}: give a file with all components"
             )
         converted = _converted(component, prefix, source, folder)
@@ -129,7 +129,7 @@ def _converted(component: str, prefix: str, source: Mapping[str, Tensor], folder
         try:
             converted: dict[str, Tensor] = convert(part, config=read_json(folder / component / "config.json"))
         except KeyError as error:
-            raise Refusal(
+            raise UserError(
                 f"the {component} lacks {error}, which the configs of {folder.name!r} ask for: give a diffusers folder of the "
                 "file's own architecture with config_dir"
             ) from error

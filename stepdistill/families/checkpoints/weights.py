@@ -61,7 +61,7 @@ def canonical(shapes: Shapes) -> Shapes:
 
 
 def check_folder(folder: Path, component: str, model_class: ModelClass) -> None:
-    """Raises Refusal where the component's safetensors files lack tensors, or hold others than its config asks for."""
+    """Raises UserError where the component's safetensors files lack tensors, or hold others than its config asks for."""
     found: dict[str, tuple[int, ...]] = {}
     for path in weights(folder, component)[variant_of(folder, component)]:
         found.update(read_header(path).shapes)

@@ -49,7 +49,7 @@ def tokenizer_of(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a folder; where it holds `tokenizer_config.json` alone, CLIP's packaged vocabulary with its pad.
 
     Raises:
-        Refusal: there is no tokenizer config either.
+        UserError: there is no tokenizer config either.
     """
     if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)

@@ -58,11 +58,11 @@ class GuidanceEmbedding(nn.Module):
             self._w = before
 
     @property
-    def heard(self) -> None:
+    def recorded_guidance(self) -> None:
         """Nothing that blocks need to hear again: time is embedded before them."""
 
     @contextmanager
-    def hearing(self, told: object | None) -> Iterator[None]:
+    def restore_guidance(self, told: object | None) -> Iterator[None]:
         """Nothing; see `heard`."""
         yield
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stepdistill.config.registry import nearest
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part, Posterior
 from stepdistill.families.checkpoints.files import components, licence, read_json, variant_of, weights
 from stepdistill.families.checkpoints.schedulers import scheduler_class
@@ -61,16 +61,16 @@ class PipelineFamily(Family):
         )
 
     def _latent_space(self, folder: Path, network: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
-        """(channels, image pixels per latent pixel) of two configs. Raises Refusal where they do not fit together."""
+        """(channels, image pixels per latent pixel) of two configs. Raises UserError where they do not fit together."""
         channels = network["in_channels"]
         if not channels == network["out_channels"] == vae["latent_channels"]:
-            raise Refusal(
+            raise UserError(
                 f"the {self.network_component} in {str(folder)!r} reads {channels} channels and writes "
                 f"{network['out_channels']}, and the VAE's latents have {vae['latent_channels']}: give a text-to-image "
                 "checkpoint, where the three are equal"
             )
         if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-            raise Refusal(
+            raise UserError(
                 f"the VAE in {str(folder)!r} is an {vae['_class_name']}: give a checkpoint with an AutoencoderKL"
             )
         return channels, 2 ** (len(vae["block_out_channels"]) - 1)
@@ -84,7 +84,7 @@ class PipelineFamily(Family):
 
     @abstractmethod
     def _schedule(self, config: Mapping[str, Any], origin: Path) -> NoiseSchedule:
-        """The noise schedule of a scheduler config found at `origin`. Raises Refusal where it is not the family's kind."""
+        """The noise schedule of a scheduler config found at `origin`. Raises UserError where it is not the family's kind."""
 
     def load(
         self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
@@ -180,7 +180,7 @@ class PipelineFamily(Family):
 
     def lora_targets(self, preset: str) -> tuple[str, ...]:
         if preset not in self.lora_presets:
-            raise Refusal(
+            raise UserError(
                 f"there is no preset of LoRA targets named {preset!r}: {nearest(preset, tuple(self.lora_presets))}"
             )
         return self.lora_presets[preset]
@@ -222,8 +222,8 @@ def read_schedule(config: Mapping[str, Any], origin: Path) -> NoiseSchedule:
     """`NoiseSchedule.from_config`, with the file named in what it refuses."""
     try:
         return NoiseSchedule.from_config(config)
-    except Refusal as refusal:
-        raise Refusal(f"in {str(origin)!r} {refusal}") from None
+    except UserError as refusal:
+        raise UserError(f"in {str(origin)!r} {refusal}") from None
 
 
 def _restore_float32(encoder: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import CheckpointInfo
 from stepdistill.families.common.pipeline import PipelineFamily, read_schedule
 
@@ -27,7 +27,7 @@ class TransformerFamily(PipelineFamily):
     def _schedule(self, config: Mapping[str, Any], origin: Path) -> NoiseSchedule:
         schedule = read_schedule(config, origin)
         if not schedule.is_flow or schedule.train_steps != TRAIN_STEPS:
-            raise Refusal(
+            raise UserError(
                 f"{str(origin)!r} describes {'flow matching' if schedule.is_flow else 'a VP process'} of "
                 f"{schedule.train_steps} timesteps, and {self.network_class.__name__} wants flow matching of {TRAIN_STEPS}: "
                 "restore the scheduler config of the original checkpoint"

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import CheckpointInfo
 from stepdistill.families.checkpoints import single_file as files_of_one
 from stepdistill.families.checkpoints.files import read_header, read_json
@@ -45,7 +45,7 @@ class UNetFamily(PipelineFamily):
     def _schedule(self, config: Mapping[str, Any], origin: Path) -> NoiseSchedule:
         schedule = read_schedule(config, origin)
         if schedule.is_flow:
-            raise Refusal(
+            raise UserError(
                 f"{str(origin)!r} describes flow matching, and the UNets of SD and SDXL are called with VP timesteps: "
                 "restore the scheduler config of the original checkpoint"
             )
@@ -82,14 +82,14 @@ class UNetFamily(PipelineFamily):
 
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         if cond.second_time is not None:
-            raise Refusal(
+            raise UserError(
                 "the conditioning has a second time, which a UNet has no input for: use a method with one time"
             )
         guidance = None
         if cond.guidance is not None:
             width: int | None = network.config.time_cond_proj_dim  # type: ignore[union-attr, assignment]
             if width is None:
-                raise Refusal(
+                raise UserError(
                     "the conditioning has a guidance scale to embed, and the UNet's time_cond_proj_dim is null: use a network "
                     "with that input, or guidance by two calls"
                 )
@@ -110,7 +110,7 @@ class UNetFamily(PipelineFamily):
     def feature_module(self, network: nn.Module) -> nn.Module:
         module = network.mid_block
         if not isinstance(module, nn.Module):
-            raise Refusal(
+            raise UserError(
                 "the UNet has no mid block, which a discriminator head reads: use a checkpoint with one, or no GAN term"
             )
         return module
@@ -123,7 +123,7 @@ class UNetFamily(PipelineFamily):
 
     def embedding_place(self, network: nn.Module) -> EmbeddingPlace:
         if network.config.time_cond_proj_dim is not None:  # type: ignore[union-attr]
-            raise Refusal(
+            raise UserError(
                 "the UNet is told a guidance scale already (its time_cond_proj_dim is set), and one can be embedded once: give the "
                 "checkpoint that it was distilled from"
             )

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from stepdistill.diffusion.timesteps import spread
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
-from stepdistill.methods.base import Batch, Progress, Setting
+from stepdistill.methods.base import Batch, Problem, Progress
 from stepdistill.methods.consistency.discrete import Consistency, ConsistencyConfig, Predict, jump
 from stepdistill.roles.triple import Triple
 
@@ -54,14 +54,14 @@ class CM(Consistency[CMConfig]):
     name = "cm"
     transition = Transition(TransitionKind.RENOISE)
 
-    def __init__(self, config: CMConfig, setting: Setting) -> None:
+    def __init__(self, config: CMConfig, setting: Problem) -> None:
         if not config.distil and (config.guidance != 1 or config.guidance_range is not None):
-            raise Refusal(
+            raise UserError(
                 f"method.distil is false and method.guidance is {config.guidance:g}, but data alone cannot teach guidance: set "
                 "method.guidance to 1, without a range"
             )
         if config.curriculum != "fixed" and config.first_points > config.points:
-            raise Refusal(
+            raise UserError(
                 f"method.first_points is {config.first_points} and method.points {config.points}: a curriculum grows, so "
                 "lower the first"
             )

@@ -25,11 +25,11 @@ from stepdistill.config.reading import Settings
 from stepdistill.diffusion.schedule import broadcast
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.diffusion.trigflow import TrigFlow
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
-from stepdistill.methods.base import Decode, Method, Needs, Progress, RoleKind, Setting, Terms
-from stepdistill.methods.timesteps import few_step_recipe, ladder_of
+from stepdistill.methods.base import Decode, Method, Needs, Problem, Progress, RoleKind, Terms
+from stepdistill.methods.timesteps import few_step_recipe, timesteps_of
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.heads import AngleWeight
 from stepdistill.roles.triple import GENERATOR, Triple
@@ -109,7 +109,7 @@ class Continuous(Method[ContinuousConfigT]):
     name: str
     """In recipes."""
 
-    def __init__(self, config: ContinuousConfigT, setting: Setting) -> None:
+    def __init__(self, config: ContinuousConfigT, setting: Problem) -> None:
         super().__init__(config, setting)
         self.bridge = TrigFlow(self.schedule, config.sigma_data)
         self.ladder = self._ladder()
@@ -221,18 +221,18 @@ class Continuous(Method[ContinuousConfigT]):
             # the pipelines of such networks walk evenly, but in two steps
             after = torch.linspace(self.bridge.max_angle, 0, self.config.steps + 1, dtype=torch.float64)[1:-1].tolist()
         if after is None:
-            raise Refusal(
+            raise UserError(
                 f"method.steps is {self.config.steps} and published ladders have {', '.join(map(str, LADDERS))} steps: "
                 "write method.angles out"
             )
         if self.config.angles is not None and len(self.config.angles) != self.config.steps:
-            raise Refusal(
+            raise UserError(
                 f"method.angles has {len(self.config.angles)} angles and method.steps is {self.config.steps}: make them agree"
             )
         # (a plan makes methods where new tensors have no content)
         times = self.schedule.time_at_angle(torch.tensor(after, dtype=torch.float64, device="cpu")).tolist()
         below = times if self.schedule.is_flow else [float(round(t)) for t in times]
-        return ladder_of(self.schedule, [self.schedule.terminal_time, *below])
+        return timesteps_of(self.schedule, [self.schedule.terminal_time, *below])
 
     def recipe(self) -> Recipe:
         """One call maps a state to x0, which is noised again to the next angle: what LCM schedulers walk, in native times."""

@@ -26,12 +26,12 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast
 from stepdistill.diffusion.timesteps import spread, uniform_grid
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
-from stepdistill.methods.base import Batch, Decode, Method, Needs, Progress, RoleKind, Rollout, Setting, Terms
+from stepdistill.methods.base import Batch, Decode, Method, Needs, Problem, Progress, RoleKind, Rollout, Terms
 from stepdistill.methods.gan import discriminate
-from stepdistill.methods.timesteps import few_step_recipe, ladder_of
+from stepdistill.methods.timesteps import few_step_recipe, timesteps_of
 from stepdistill.roles.heads import GanLoss, discriminator_loss, generator_loss
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 
@@ -136,12 +136,12 @@ class Consistency(Method[ConfigT]):
     transition: Transition
     """Of the sampler."""
 
-    def __init__(self, config: ConfigT, setting: Setting) -> None:
+    def __init__(self, config: ConfigT, setting: Problem) -> None:
         super().__init__(config, setting)
         if config.timesteps is not None:
-            self.ladder = ladder_of(self.schedule, config.timesteps)
+            self.ladder = timesteps_of(self.schedule, config.timesteps)
         else:
-            self.ladder = ladder_of(self.schedule, self.default_ladder())
+            self.ladder = timesteps_of(self.schedule, self.default_ladder())
 
     # ---------------------------------------------------------------- what a method says
 
@@ -202,12 +202,12 @@ class Consistency(Method[ConfigT]):
         cls, config: ConfigT, schedule: NoiseSchedule, *, images: bool, pairs: bool, trajectories: bool = False
     ) -> None:
         if config.source == "images" and not images:
-            raise Refusal(
+            raise UserError(
                 "a consistency method noises real images and data.images is not set: give an image folder, or set "
                 "method.source to pairs and data.pairs to what 'stepdistill collect pairs' made"
             )
         if config.source == "pairs" and not pairs:
-            raise Refusal(
+            raise UserError(
                 "method.source is 'pairs' and data.pairs is not set: run 'stepdistill collect pairs' first, or set "
                 "method.source to images"
             )
@@ -218,7 +218,7 @@ class Consistency(Method[ConfigT]):
         return {GENERATOR: "generator"}
 
     @classmethod
-    def guidance_told(cls, config: ConfigT) -> tuple[float, float] | None:
+    def network_guidance_range(cls, config: ConfigT) -> tuple[float, float] | None:
         return config.guidance_range if config.tell_guidance else None
 
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:

@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.diffusion.timesteps import edges, part_of
-from stepdistill.errors import Refusal
-from stepdistill.methods.base import Decode, Progress, RoleKind, Setting
+from stepdistill.errors import UserError
+from stepdistill.methods.base import Decode, Problem, Progress, RoleKind
 from stepdistill.methods.consistency.discrete import AdversaryConfig, Consistency, ConsistencyConfig
 from stepdistill.methods.gan import attach_discriminator
 from stepdistill.methods.timesteps import strategic
@@ -37,7 +37,7 @@ class PCM(Consistency[PCMConfig]):
     Config = PCMConfig
     name = "pcm"
 
-    def __init__(self, config: PCMConfig, setting: Setting) -> None:
+    def __init__(self, config: PCMConfig, setting: Problem) -> None:
         self.edges = edges(config.points, config.phases)
         super().__init__(config, setting)
         self.transition = strategic(self.schedule, 0.0)
@@ -56,7 +56,7 @@ class PCM(Consistency[PCMConfig]):
         """The upper edges of the phases, noisiest first."""
         steps, phases = self.config.steps, self.config.phases
         if steps % phases:
-            raise Refusal(f"method.steps is {steps} and method.phases is {phases}: give a multiple of the phases")
+            raise UserError(f"method.steps is {steps} and method.phases is {phases}: give a multiple of the phases")
         index = [*edges(self.config.points, steps).tolist()[1:], self.config.points]
         return self.grid(Progress())[index].flip(0).tolist()  # type: ignore[no-any-return]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.methods.base import Progress, Setting
+from stepdistill.methods.base import Problem, Progress
 from stepdistill.methods.consistency.discrete import Consistency, ConsistencyConfig
 from stepdistill.methods.timesteps import strategic
 
@@ -31,7 +31,7 @@ class TCD(Consistency[TCDConfig]):
     Config = TCDConfig
     name = "tcd"
 
-    def __init__(self, config: TCDConfig, setting: Setting) -> None:
+    def __init__(self, config: TCDConfig, setting: Problem) -> None:
         super().__init__(config, setting)
         default = 0.0 if self.schedule.is_flow else 0.3
         self.transition = strategic(self.schedule, default if config.eta is None else config.eta)

@@ -22,9 +22,9 @@ from torch import Tensor
 from stepdistill.config.reading import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import edges, part_of
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.methods import parts
-from stepdistill.methods.base import STUDENT, Batch, Decode, Progress, RoleKind, Rollout, Setting, Stage, Terms
+from stepdistill.methods.base import STUDENT, Batch, Decode, Problem, Progress, RoleKind, Rollout, Stage, Terms
 from stepdistill.methods.consistency.discrete import AdversaryConfig, Consistency, ConsistencyConfig, Leap
 from stepdistill.methods.gan import attach_discriminator
 from stepdistill.methods.timesteps import strategic
@@ -86,14 +86,14 @@ class TSCD(Consistency[TSCDConfig]):
     Config = TSCDConfig
     name = "tscd"
 
-    def __init__(self, config: TSCDConfig, setting: Setting) -> None:
+    def __init__(self, config: TSCDConfig, setting: Problem) -> None:
         self.edges = [edges(config.points, stage.segments) for stage in config.stages]
         super().__init__(config, setting)
         self.transition = strategic(self.schedule, 1.0 if config.eta is None else config.eta)
         earlier = config.stages if config.score is not None else config.stages[:-1]
         endless = [stage.segments for stage in earlier if stage.iterations is None]
         if endless:
-            raise Refusal(
+            raise UserError(
                 f"the stage of {endless[0]} segments in method.stages has no iterations and another stage follows: say how many"
             )
 

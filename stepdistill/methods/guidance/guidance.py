@@ -17,7 +17,7 @@ class Guidance(Guided[GuidedConfig]):
     name = "guidance"
 
     @classmethod
-    def guidance_told(cls, config: GuidedConfig) -> tuple[float, float] | None:
+    def network_guidance_range(cls, config: GuidedConfig) -> tuple[float, float] | None:
         return config.guidance_range
 
     def recipe(self) -> Recipe:

@@ -23,14 +23,14 @@ from torch import Tensor
 from stepdistill.config.reading import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import to_x0
-from stepdistill.diffusion.timesteps import NoiseLevels, trailing_ladder
+from stepdistill.diffusion.timesteps import NoiseLevels, trailing_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods.base import Batch, Method, Needs, Progress, RoleKind, Rollout, Terms
 from stepdistill.methods.timesteps import few_step_recipe
-from stepdistill.roles.sampler import GuidedState, guided_state, guided_walk, relative_error
+from stepdistill.roles.sampler import GuidedState, guided_state, guided_trajectory, relative_error
 from stepdistill.roles.triple import GENERATOR, Triple
 
 
@@ -93,7 +93,7 @@ class Guided(Method[ConfigT]):
         return {GENERATOR: "generator"}
 
     @classmethod
-    def guidance_told(cls, config: ConfigT) -> tuple[float, float] | None:
+    def network_guidance_range(cls, config: ConfigT) -> tuple[float, float] | None:
         return config.drawn
 
     @classmethod
@@ -106,7 +106,7 @@ class Guided(Method[ConfigT]):
     @torch.no_grad()
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> GuidedStates:
         states, told = self._states(batch, triple, draws.for_role("rollout"))
-        if self.guidance_told(self.config) is None:
+        if self.network_guidance_range(self.config) is None:
             told = replace(told, guidance=None)
         last, schedule = states[-1], self.schedule
         return GuidedStates(
@@ -135,7 +135,7 @@ class Guided(Method[ConfigT]):
 
     def recipe(self) -> Recipe:
         """The base's sampler on its trailing ladder, its guidance off."""
-        ladder = trailing_ladder(self.schedule, self.config.steps)
+        ladder = trailing_timesteps(self.schedule, self.config.steps)
         transition = Transition(TransitionKind.DETERMINISTIC)
         plain = few_step_recipe(self.setting, self.name, ladder, transition, self.config.guidance)
         return replace(plain, told_guidance=self.config.guidance)
@@ -143,7 +143,7 @@ class Guided(Method[ConfigT]):
     def _states(self, batch: Batch, triple: Triple, draws: Draws) -> tuple[list[GuidedState], Conditioning]:
         """States, one or more, and the conditioning that their student is given."""
         if batch.cond.guidance is not None or triple.real_score.guide is not None:
-            raise Refusal(
+            raise UserError(
                 "the teacher is told its guidance, in one call, and guidance distillation makes one call of two: choose a teacher "
                 "that is guided by two calls"
             )
@@ -161,7 +161,7 @@ class Guided(Method[ConfigT]):
             cond, null = batch.image_cond, batch.null.sized_like(batch.image_cond)
             return [guided_state(triple.real_score, x_t, t, cond, null, w)], cond.told(w)
         noise = draws.normal("noise", self.latent_shape(batch))
-        walk = guided_walk(triple.real_score, batch.cond, batch.null, noise, self._times(draws), w)
+        walk = guided_trajectory(triple.real_score, batch.cond, batch.null, noise, self._times(draws), w)
         return list(walk), batch.cond.told(w)
 
     def _times(self, draws: Draws) -> list[Tensor]:

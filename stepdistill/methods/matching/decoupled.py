@@ -22,9 +22,9 @@ from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.schedule import broadcast
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.methods import parts
-from stepdistill.methods.base import Progress, Rollout, Setting, Terms
+from stepdistill.methods.base import Problem, Progress, Rollout, Terms
 from stepdistill.methods.matching.few_step import FewStep, FewStepConfig
 from stepdistill.roles.triple import GENERATOR, Triple
 
@@ -47,17 +47,17 @@ class Decoupled(FewStep[DecoupledConfig]):
     Config = DecoupledConfig
     name = "decoupled"
 
-    def __init__(self, config: DecoupledConfig, setting: Setting) -> None:
+    def __init__(self, config: DecoupledConfig, setting: Problem) -> None:
         super().__init__(config, setting)
         if not config.matching and config.gan.weight == 0 and config.moments.weight == 0:
-            raise Refusal(
+            raise UserError(
                 "method.matching is false and neither method.gan.weight nor method.moments.weight is set, so nothing bounds "
                 "CFG augmentation: turn one of the three on"
             )
 
         last = float(self.schedule.fraction_at(torch.tensor(self.ladder[-1], dtype=torch.float64)))
         if config.schedule in ("hybrid", "restricted") and last <= config.ca_low:
-            raise Refusal(
+            raise UserError(
                 f"the last step of the ladder is at {last:.3g} of the noise axis and method.ca_low is {config.ca_low:g}, so CFG "
                 "augmentation would be asked for more noise than the sample had: lower ca_low, or take fewer steps"
             )

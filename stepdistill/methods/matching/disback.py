@@ -20,9 +20,9 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.methods import parts
-from stepdistill.methods.base import Batch, Decode, Progress, Rollout, Setting, Shelf, Stage, Terms
+from stepdistill.methods.base import Batch, Decode, Problem, Progress, Rollout, Stage, TensorStore, Terms
 from stepdistill.methods.matching.few_step import FewStep, FewStepConfig
 from stepdistill.roles.deltas import changes, load_changes
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
@@ -52,10 +52,10 @@ class DisBack(FewStep[DisBackConfig]):
     Config = DisBackConfig
     name = "disback"
 
-    def __init__(self, config: DisBackConfig, setting: Setting) -> None:
+    def __init__(self, config: DisBackConfig, setting: Problem) -> None:
         super().__init__(config, setting)
         self.targets = max(config.checkpoints - 1, 0)
-        self._shelf: Shelf | None = None
+        self._shelf: TensorStore | None = None
         self._digests = torch.zeros(self.targets, 32, dtype=torch.uint8)
         self._recorded = 0
         self._held = 0
@@ -66,7 +66,7 @@ class DisBack(FewStep[DisBackConfig]):
         if self.targets:
             triple.add_role(TARGET, triple.layouts[FAKE_SCORE], trainable=False)
 
-    def furnish(self, shelf: Shelf) -> None:
+    def attach_storage(self, shelf: TensorStore) -> None:
         self._shelf = shelf
 
     def stages(self) -> Sequence[Stage]:
@@ -109,12 +109,12 @@ class DisBack(FewStep[DisBackConfig]):
         """Make the role `target` s'_index. The teacher has a role of its own, and a plan has no shelf.
 
         Raises:
-            Refusal: its file is gone, is another, does not fit, or changes nothing.
+            UserError: its file is gone, is another, does not fit, or changes nothing.
         """
         if index in (0, self._held) or self._shelf is None:
             return
         if not load_changes(triple, TARGET, self._shelf.get(_file(index), self._digests[index - 1])):
-            raise Refusal(
+            raise UserError(
                 f"the recorded score {_file(index)!r} equals the target before it, so the path does not lead anywhere: "
                 "raise method.record_every or optimizers.fake_score.lr and start the run afresh"
             )

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from stepdistill.config.reading import Settings
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.timesteps import few_step_ladder
+from stepdistill.diffusion.timesteps import student_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
-from stepdistill.methods.base import Batch, Method, Needs, Progress, RoleKind, Rollout, Setting, Terms
-from stepdistill.methods.timesteps import few_step_recipe, ladder_of
+from stepdistill.methods.base import Batch, Method, Needs, Problem, Progress, RoleKind, Rollout, Terms
+from stepdistill.methods.timesteps import few_step_recipe, timesteps_of
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 
 
@@ -45,12 +45,12 @@ class DMDConfig(Settings):
 class DMD(Method[DMDConfig]):
     Config = DMDConfig
 
-    def __init__(self, config: DMDConfig, setting: Setting) -> None:
+    def __init__(self, config: DMDConfig, setting: Problem) -> None:
         super().__init__(config, setting)
         told = config.timestep
-        self.ladder = few_step_ladder(self.schedule, 1) if told is None else ladder_of(self.schedule, [told])
+        self.ladder = student_timesteps(self.schedule, 1) if told is None else timesteps_of(self.schedule, [told])
         if config.matching == 0 and config.regression == 0:
-            raise Refusal("method.matching and method.regression are both 0, which leaves no loss: set one of them")
+            raise UserError("method.matching and method.regression are both 0, which leaves no loss: set one of them")
         self.transition = Transition(TransitionKind.RENOISE)
 
     @classmethod

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from stepdistill.config.reading import Settings, Switch
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.timesteps import few_step_ladder
+from stepdistill.diffusion.timesteps import student_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
-from stepdistill.methods.base import Batch, Decode, Method, Needs, Progress, Rollout, Setting, Terms
+from stepdistill.methods.base import Batch, Decode, Method, Needs, Problem, Progress, Rollout, Terms
 from stepdistill.methods.gan import GanConfig, attach_gan, gan_critic_loss, gan_generator_loss, logits_at
 from stepdistill.methods.matching.divergence import DivergenceName, RatioWeights
 from stepdistill.methods.preference.losses import RewardTermConfig, reward_loss
-from stepdistill.methods.timesteps import few_step_recipe, ladder_of
+from stepdistill.methods.timesteps import few_step_recipe, timesteps_of
 from stepdistill.roles.blending import blend_role
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
@@ -40,7 +40,7 @@ class MomentConfig(Switch):
     std: float = Field(1.0, gt=0, description="of real latents; 0.9 for SDXL")
 
 
-class LadderConfig(Settings):
+class StudentTimestepsConfig(Settings):
     steps: int = Field(4, ge=1, description="network calls of the student")
     timesteps: list[float] | None = Field(
         None,
@@ -66,7 +66,7 @@ class LadderConfig(Settings):
     )
 
 
-class FewStepConfig(LadderConfig):
+class FewStepConfig(StudentTimestepsConfig):
     fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
     fake_space: Literal["native", "x0"] = "native"
     gan: GanConfig = GanConfig()
@@ -82,23 +82,23 @@ class FewStepConfig(LadderConfig):
     transition: Literal["renoise", "deterministic"] = "renoise"
 
 
-LadderConfigT = TypeVar("LadderConfigT", bound=LadderConfig)
+LadderConfigT = TypeVar("LadderConfigT", bound=StudentTimestepsConfig)
 FewStepConfigT = TypeVar("FewStepConfigT", bound=FewStepConfig)
 
 
-class OnLadder(Method[LadderConfigT]):
+class FewStepStudent(Method[LadderConfigT]):
     """A ladder, and two time scales along it."""
 
-    def __init__(self, config: LadderConfigT, setting: Setting) -> None:
+    def __init__(self, config: LadderConfigT, setting: Problem) -> None:
         super().__init__(config, setting)
         if config.timesteps is not None:
-            self.ladder = ladder_of(self.schedule, config.timesteps)
+            self.ladder = timesteps_of(self.schedule, config.timesteps)
         else:
-            self.ladder = few_step_ladder(self.schedule, config.steps)
+            self.ladder = student_timesteps(self.schedule, config.steps)
         odds = config.exit_odds
         exits = len(self.exit_ladder)
         if odds is not None and (len(odds) != exits or min(odds) < 0 or max(odds) <= 0):
-            raise Refusal(
+            raise UserError(
                 f"method.exit_odds is {odds} and rollouts are left at one of {exits} steps: give as many odds, none below 0"
             )
 
@@ -117,29 +117,29 @@ class OnLadder(Method[LadderConfigT]):
             blend_role(triple, FAKE_SCORE, GENERATOR, 1 - self.config.fake_blend)
 
 
-class FewStep(OnLadder[FewStepConfigT]):
+class FewStep(FewStepStudent[FewStepConfigT]):
     """Base of DMD2 and of what builds on it."""
 
     name: str
     """In recipes."""
 
-    def __init__(self, config: FewStepConfigT, setting: Setting) -> None:
+    def __init__(self, config: FewStepConfigT, setting: Problem) -> None:
         super().__init__(config, setting)
         self.transition = Transition(TransitionKind(config.transition))
         if config.exit_odds is not None and not config.simulate:
-            raise Refusal(
+            raise UserError(
                 "method.exit_odds is set and method.simulate is false, where every image is noised to an even draw of the "
                 "ladder: remove one of the two"
             )
         if config.reward.on and not config.simulate:
-            raise Refusal(
+            raise UserError(
                 "method.reward is set and method.simulate is false, where samples are told captions that a reward does not see: "
                 "remove one of the two"
             )
         self.decode: Decode | None = None
         self.ratios = RatioWeights(config.divergence) if config.divergence != "reverse_kl" else None
         if self.ratios is not None and (config.gan.weight == 0 or config.gan.loss != "logistic"):
-            raise Refusal(
+            raise UserError(
                 f"method.divergence is {config.divergence!r}, which reads density ratios off a logistic GAN, and there is none: "
                 "set method.gan.weight and method.gan.loss: logistic, or method.divergence: reverse_kl"
             )
@@ -154,7 +154,7 @@ class FewStep(OnLadder[FewStepConfigT]):
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         self.decode = decode
         if self.config.reward.on and decode is None:
-            raise Refusal("method.reward is set and the checkpoint has no autoencoder to decode with: remove it")
+            raise UserError("method.reward is set and the checkpoint has no autoencoder to decode with: remove it")
         if self.config.gan.weight > 0:
             attach_gan(triple, self.config.gan, self.setting, decode)
 

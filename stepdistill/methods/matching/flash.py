@@ -22,9 +22,9 @@ from torch import Tensor
 from stepdistill.config.reading import Settings
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.transitions import TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.methods import parts
-from stepdistill.methods.base import Batch, Decode, Needs, Progress, Rollout, Setting, Stage, Terms
+from stepdistill.methods.base import Batch, Decode, Needs, Problem, Progress, Rollout, Stage, Terms
 from stepdistill.methods.gan import GanConfig
 from stepdistill.methods.matching.few_step import FewStep, FewStepConfig
 from stepdistill.methods.preference.losses import REFERENCE, chosen_of, log_ratio, pairwise_loss, rewards_of
@@ -73,36 +73,36 @@ class Flash(FewStep[FlashConfig]):
     Config = FlashConfig
     name = "flash"
 
-    def __init__(self, config: FlashConfig, setting: Setting) -> None:
+    def __init__(self, config: FlashConfig, setting: Problem) -> None:
         super().__init__(config, setting)
         if len(self.ladder) < 2:
-            raise Refusal(
+            raise UserError(
                 "method.steps is 1, and flash matches at all steps but the last, which the GAN trains: set it to 2 or more"
             )
         if config.gan.weight == 0 or config.gan.features == "fake_score":
             found = "weight is 0" if config.gan.weight == 0 else "features is 'fake_score'"
-            raise Refusal(
+            raise UserError(
                 f"method.gan.{found}, and flash trains its last step by a GAN alone, whose gradient must not reach the fake "
                 "score: set a weight, and features to vision or real_score"
             )
         if not config.simulate:
-            raise Refusal("method.simulate is false, and flash trains on the student's own rollouts: remove the key")
+            raise UserError("method.simulate is false, and flash trains on the student's own rollouts: remove the key")
         if self.ratios is not None:
-            raise Refusal(
+            raise UserError(
                 f"method.divergence is {config.divergence!r}, which reads density ratios off the GAN, and flash's sees the last step "
                 "alone, where nothing is matched: set it to reverse_kl"
             )
         if config.rl is not None and not 1 <= self._ranked_steps(config.rl) < len(self.ladder):
-            raise Refusal(
+            raise UserError(
                 f"method.rl.steps is {config.rl.steps} and the ladder has {len(self.ladder)} steps, of which the last has no "
                 "noisy successor: give fewer"
             )
         if config.rl is not None and config.reward.on:
-            raise Refusal(
+            raise UserError(
                 "method.rl and method.reward both have a reward, and one is held in memory: remove one of the two"
             )
         if config.rl is not None and self.transition.kind is not TransitionKind.RENOISE:
-            raise Refusal(
+            raise UserError(
                 f"method.transition is {config.transition!r} and method.rl ranks random successors, which it does not have: set "
                 "it to renoise, or remove method.rl"
             )
@@ -121,7 +121,7 @@ class Flash(FewStep[FlashConfig]):
         super().prepare(triple, decode)
         if self.config.rl is not None:
             if decode is None:
-                raise Refusal("method.rl is set and the checkpoint has no autoencoder to decode with: remove it")
+                raise UserError("method.rl is set and the checkpoint has no autoencoder to decode with: remove it")
             triple.add_copy(REFERENCE, GENERATOR)
 
     def updates(self, progress: Progress) -> Sequence[str]:

@@ -24,11 +24,11 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast, full
 from stepdistill.diffusion.transitions import Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
-from stepdistill.methods.base import STUDENT, Batch, Decode, Needs, Progress, Rollout, Setting, Stage, Terms
-from stepdistill.methods.matching.few_step import LadderConfig, OnLadder
+from stepdistill.methods.base import STUDENT, Batch, Decode, Needs, Problem, Progress, Rollout, Stage, Terms
+from stepdistill.methods.matching.few_step import FewStepStudent, StudentTimestepsConfig
 from stepdistill.methods.timesteps import few_step_recipe
 from stepdistill.roles.sampler import by_turns, walk
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
@@ -37,7 +37,7 @@ MAX_WEIGHT = 10.0
 """Bound of 1 / sigma_{t|s}^2 in the fake score's loss, the paper's."""
 
 
-class PhasedConfig(LadderConfig):
+class PhasedConfig(StudentTimestepsConfig):
     phases: Annotated[int, Field(ge=1)] | list[float] = Field(
         2,
         description="number of phases, of steps as equal as can be, or the ladder's times at which later phases begin",
@@ -66,10 +66,10 @@ class Phase:
     s: float
 
 
-class Phased(OnLadder[PhasedConfig]):
+class Phased(FewStepStudent[PhasedConfig]):
     Config = PhasedConfig
 
-    def __init__(self, config: PhasedConfig, setting: Setting) -> None:
+    def __init__(self, config: PhasedConfig, setting: Problem) -> None:
         super().__init__(config, setting)
         self.transition = Transition(TransitionKind.DETERMINISTIC)
         firsts = self._firsts()
@@ -80,7 +80,7 @@ class Phased(OnLadder[PhasedConfig]):
             for levels in (config.dm_levels, config.fake_levels):
                 self._levels(levels, phase)
             if config.exit_odds is not None and not any(config.exit_odds[phase.first : phase.last]):
-                raise Refusal(
+                raise UserError(
                     f"method.exit_odds is {config.exit_odds}, which trains no step of ladder entries {phase.first + 1} to "
                     f"{phase.last}: give every phase a step with odds above 0"
                 )
@@ -90,10 +90,10 @@ class Phased(OnLadder[PhasedConfig]):
         chosen, steps = self.config.phases, len(self.ladder)
         if isinstance(chosen, int):
             if chosen > steps:
-                raise Refusal(f"method.phases is {chosen} and the ladder has {steps} steps: ask for {steps} at most")
+                raise UserError(f"method.phases is {chosen} and the ladder has {steps} steps: ask for {steps} at most")
             return [k * steps // chosen for k in range(chosen)]
         if any(t not in self.ladder[1:] for t in chosen) or sorted(set(chosen), reverse=True) != chosen:
-            raise Refusal(
+            raise UserError(
                 f"method.phases is {chosen}, and phases begin at falling entries of the ladder {list(self.ladder)} below its "
                 "first: choose among them, or give a number of phases"
             )
@@ -104,7 +104,7 @@ class Phased(OnLadder[PhasedConfig]):
         given, count = self.config.phase_iterations, len(self.phases) - 1
         lengths = [given] * count if isinstance(given, int) else list(given or [])
         if len(lengths) != count:
-            raise Refusal(
+            raise UserError(
                 f"method.phase_iterations is {given} and {count} phases come before the last: give one number, or {count}"
             )
         return lengths
@@ -204,13 +204,13 @@ class Phased(OnLadder[PhasedConfig]):
         if phase.s == self.schedule.clean_time:
             return levels
         if levels.shape != "uniform":
-            raise Refusal(
+            raise UserError(
                 f"the noise levels of a phase are drawn with shape {levels.shape!r}, which piles up where the phase ends: set "
                 "method.dm_levels.shape and method.fake_levels.shape to uniform"
             )
         low = max(levels.low, float(self.schedule.fraction_at(phase.s)) + self.config.margin)
         if low >= levels.high:
-            raise Refusal(
+            raise UserError(
                 f"the phase that ends at time {phase.s:g} leaves no noise level between {low:g} and {levels.high:g}: lower "
                 "method.margin, or let phases end at less noise"
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepdistill.config.reading import Switch
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.methods.base import Decode
 from stepdistill.rewards import HELD_OUT, REWARD
 from stepdistill.roles.triple import Triple
@@ -84,11 +84,11 @@ def reward_loss(
     """Mean of -r, or of max(0, margin - r) (ReFL), and what to log: the reward, and the held-out one where there is one.
 
     Raises:
-        Refusal: the reward cannot be differentiated.
+        UserError: the reward cannot be differentiated.
     """
     rewards = rewards_of(latents, prompts, triple, decode)
     if latents.requires_grad and not rewards.requires_grad:
-        raise Refusal(
+        raise UserError(
             "the reward has no gradient and is to be climbed: name a differentiable one, or rank samples by it with method.name: pso"
         )
     logged = {"reward": rewards.detach().mean()}

@@ -35,10 +35,10 @@ from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.transitions import Gaussian, Transition, TransitionKind
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods import parts
-from stepdistill.methods.base import Batch, Decode, Needs, Progress, Rollout, Setting, Terms
+from stepdistill.methods.base import Batch, Decode, Needs, Problem, Progress, Rollout, Terms
 from stepdistill.methods.preference.losses import log_ratio, pairwise_loss, rewards_of, within
 from stepdistill.methods.preference.tuning import Tuning, TuningConfig
 from stepdistill.roles.sampler import sample, walk
@@ -121,7 +121,7 @@ class PSO(Tuning[PSOConfig]):
     Config = PSOConfig
     name = "pso"
 
-    def __init__(self, config: PSOConfig, setting: Setting) -> None:
+    def __init__(self, config: PSOConfig, setting: Problem) -> None:
         super().__init__(config, setting)
         self.kernel = (
             self.transition if config.kernel is None else Transition(TransitionKind(config.kernel), config.strength)
@@ -129,23 +129,23 @@ class PSO(Tuning[PSOConfig]):
         self.beta = config.beta or BETA["hinge" if config.loss == "hinge" else config.form]
         exact = config.form == "online" or config.weighting == "transition"
         if exact and len(self.ladder) < 2:
-            raise Refusal(
+            raise UserError(
                 "the student has one step, which has no random transition to compare: set method.steps to 2 or more, or "
                 "method.form: offline with method.weighting: denoising"
             )
         if exact and self._step(torch.zeros(1, 1), torch.zeros(1, 1), 0).deterministic:
-            raise Refusal(
+            raise UserError(
                 f"method.transition is {config.transition!r} as it is configured, whose steps have no density: set method.kernel "
                 "to renoise or ancestral, which tuning then walks"
             )
         if (config.form == "online") != (config.reward is not None):
             said = "not set" if config.reward is None else f"{config.reward!r}"
-            raise Refusal(
+            raise UserError(
                 f"method.form is {config.form!r} and method.reward is {said}: online pairs are ranked by a reward and offline ones "
                 "are given, so change one of the two"
             )
         if config.loss == "hinge" and (config.form == "online" or config.weighting == "transition"):
-            raise Refusal(
+            raise UserError(
                 "method.loss is 'hinge', which knows no reference and weighs denoising losses alone: set method.form: offline "
                 "with method.weighting: denoising, or method.loss: sigmoid"
             )
@@ -158,7 +158,7 @@ class PSO(Tuning[PSOConfig]):
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         super().prepare(triple, decode)
         if self.config.form == "online" and decode is None:
-            raise Refusal("the checkpoint has no autoencoder, and rewards look at images: set method.form: offline")
+            raise UserError("the checkpoint has no autoencoder, and rewards look at images: set method.form: offline")
 
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         draws = draws.for_role("rollout")

@@ -20,9 +20,9 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.methods import parts
-from stepdistill.methods.base import Batch, Decode, Needs, Progress, Rollout, Setting, Terms
+from stepdistill.methods.base import Batch, Decode, Needs, Problem, Progress, Rollout, Terms
 from stepdistill.methods.preference.losses import reward_loss
 from stepdistill.methods.preference.tuning import Tuning, TuningConfig
 from stepdistill.roles.sampler import walk
@@ -64,13 +64,13 @@ class RewardTuning(Tuning[RewardConfig]):
     Config = RewardConfig
     name = "reward"
 
-    def __init__(self, config: RewardConfig, setting: Setting) -> None:
+    def __init__(self, config: RewardConfig, setting: Problem) -> None:
         super().__init__(config, setting)
         steps = len(self.ladder)
         self.late = config.late if config.late is not None else max(1, steps // 2)
         for key, count in (("last", config.last), ("late", self.late)):
             if count > steps:
-                raise Refusal(f"method.{key} is {count} and the student has {steps} steps: give no more than those")
+                raise UserError(f"method.{key} is {count} and the student has {steps} steps: give no more than those")
 
     @classmethod
     def needs(cls, config: RewardConfig) -> Needs:
@@ -79,7 +79,7 @@ class RewardTuning(Tuning[RewardConfig]):
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         super().prepare(triple, decode)
         if decode is None:
-            raise Refusal("the checkpoint has no autoencoder, and rewards look at images: choose another checkpoint")
+            raise UserError("the checkpoint has no autoencoder, and rewards look at images: choose another checkpoint")
 
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         shape = self.latent_shape(batch)

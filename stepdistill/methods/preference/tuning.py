@@ -14,12 +14,12 @@ from torch import Tensor
 
 from stepdistill.config.reading import Settings
 from stepdistill.diffusion.prediction import Prediction
-from stepdistill.diffusion.timesteps import few_step_ladder
+from stepdistill.diffusion.timesteps import student_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.families.recipe import Recipe
-from stepdistill.methods.base import Decode, Method, Progress, RoleKind, Setting
+from stepdistill.methods.base import Decode, Method, Problem, Progress, RoleKind
 from stepdistill.methods.preference.losses import REFERENCE
-from stepdistill.methods.timesteps import few_step_recipe, ladder_of
+from stepdistill.methods.timesteps import few_step_recipe, timesteps_of
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.triple import GENERATOR, REAL_SCORE, Triple
 
@@ -43,12 +43,12 @@ class Tuning(Method[TuningConfigT]):
     name: str
     """In recipes."""
 
-    def __init__(self, config: TuningConfigT, setting: Setting) -> None:
+    def __init__(self, config: TuningConfigT, setting: Problem) -> None:
         super().__init__(config, setting)
         if config.timesteps is not None:
-            self.ladder = ladder_of(self.schedule, config.timesteps)
+            self.ladder = timesteps_of(self.schedule, config.timesteps)
         else:
-            self.ladder = few_step_ladder(self.schedule, config.steps)
+            self.ladder = student_timesteps(self.schedule, config.steps)
         kind = TransitionKind(config.transition)
         self.transition = Transition(kind, config.gamma if kind is TransitionKind.TCD else 1.0)
         self.decode: Decode | None = None

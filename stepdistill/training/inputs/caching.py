@@ -33,14 +33,14 @@ from stepdistill.data.latents.cache import (
     null_key,
     text_key,
 )
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import PARTS, Checkpoint, Part, Posterior
 from stepdistill.families.checkpoints.loading import fetch_weights, load_checkpoint
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.training.inputs.encoding import CachedImages, Warm, image_entry, text_entry
 from stepdistill.training.options import products
 from stepdistill.training.session import DTYPES, device_of
-from stepdistill.training.setup import Plan
+from stepdistill.training.setup import RunSetup
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class _Caches:
     """Key -> image that is encoded under it."""
 
 
-def estimate(plan: Plan) -> int:
+def estimate(plan: RunSetup) -> int:
     """Bytes that the plan's caches take once they are full, shards' headers left out; 0 without a `cache` section."""
     section = plan.config.cache
     if section is None:
@@ -80,24 +80,24 @@ def estimate(plan: Plan) -> int:
     return text + sum(image_bytes(plan, cut.size) for cut in cuts_of(plan.images, plan.buckets))
 
 
-def fill(plan: Plan, device: torch.device | str | None = None) -> Filled:
+def fill(plan: RunSetup, device: torch.device | str | None = None) -> Filled:
     """Encode what the plan's caches lack. Safe to stop and to start again; several processes take turns.
 
     Raises:
-        Refusal: no `cache` section, too little room on the disk (before anything is loaded), more unreadable images than
+        UserError: no `cache` section, too little room on the disk (before anything is loaded), more unreadable images than
             data.max_bad_share, or an encoding that is not finite.
     """
     section = _section(plan)
     return _fill(plan, section, _caches(plan, section), device)
 
 
-def _fill(plan: Plan, section: CacheConfig, caches: _Caches, device: torch.device | str | None) -> Filled:
+def _fill(plan: RunSetup, section: CacheConfig, caches: _Caches, device: torch.device | str | None) -> Filled:
     where = device if isinstance(device, torch.device) else device_of(device or plan.config.training.device)
     with products(tf32=False):
         return _filled(plan, section, caches, where)
 
 
-def _filled(plan: Plan, section: CacheConfig, caches: _Caches, where: torch.device) -> Filled:
+def _filled(plan: RunSetup, section: CacheConfig, caches: _Caches, where: torch.device) -> Filled:
     _check_room(plan, section, caches)
     encoded = entries = 0
     if caches.text is not None:
@@ -111,10 +111,10 @@ def _filled(plan: Plan, section: CacheConfig, caches: _Caches, where: torch.devi
     return Filled(encoded, entries, folder, size)
 
 
-def warm(plan: Plan, device: torch.device | str | None = None) -> Warm | None:
+def warm(plan: RunSetup, device: torch.device | str | None = None) -> Warm | None:
     """The plan's caches, filled first where they are cold; None without a `cache` section.
 
-    The main process fills while all others wait for it; then everyone reads. Raises Refusal as `fill` does.
+    The main process fills while all others wait for it; then everyone reads. Raises UserError as `fill` does.
     """
     section = plan.config.cache
     if section is None:
@@ -126,7 +126,7 @@ def warm(plan: Plan, device: torch.device | str | None = None) -> Warm | None:
     state.wait_for_everyone()
     caches = caches or _caches(plan, section)
     if caches.text is not None and null_key(plan.config.model.negative_prompt) not in caches.text:
-        raise Refusal(
+        raise UserError(
             f"the cache in {section.folder!r} was filled by another process and is not seen by this one: set cache.folder to a "
             "folder that all machines share"
         )
@@ -145,19 +145,19 @@ def warm(plan: Plan, device: torch.device | str | None = None) -> Warm | None:
 # ---------------------------------------------------------------- what there is to encode
 
 
-def _section(plan: Plan) -> CacheConfig:
+def _section(plan: RunSetup) -> CacheConfig:
     if plan.config.cache is None:
-        raise Refusal("the config has no cache section: add, say, cache: {folder: caches}")
+        raise UserError("the config has no cache section: add, say, cache: {folder: caches}")
     return plan.config.cache
 
 
-def _texts(plan: Plan) -> dict[str, str]:
+def _texts(plan: RunSetup) -> dict[str, str]:
     """Key -> text of all that a run may ask of the text encoders but the unconditional branch."""
     captions = plan.images.readable_captions() if isinstance(plan.images, IndexedImages) else ()
     return {text_key(text): text for text in (*plan.prompts.texts, *captions)}
 
 
-def _caches(plan: Plan, section: CacheConfig) -> _Caches:
+def _caches(plan: RunSetup, section: CacheConfig) -> _Caches:
     root = Path(section.folder)
     hashes = FileHashes(root)
     fetch_weights(plan.info)
@@ -176,7 +176,7 @@ def _caches(plan: Plan, section: CacheConfig) -> _Caches:
     return caches
 
 
-def _identity(plan: Plan, part: Literal["text", "images"], hashes: FileHashes) -> EncoderIdentity:
+def _identity(plan: RunSetup, part: Literal["text", "images"], hashes: FileHashes) -> EncoderIdentity:
     files = {name: hashes.of(path) for name, path in plan.family.encoder_files(plan.info, part).items()}
     if part == "text":
         return EncoderIdentity("text", plan.info.family, plan.config.model.dtype, files)
@@ -186,22 +186,22 @@ def _identity(plan: Plan, part: Literal["text", "images"], hashes: FileHashes) -
 # ---------------------------------------------------------------- room
 
 
-def prompt_bytes(plan: Plan) -> int:
+def prompt_bytes(plan: RunSetup) -> int:
     """Of one prompt in a text cache."""
     return plan.family.encoding_bytes(plan.info, DTYPES[plan.config.model.dtype])
 
 
-def image_bytes(plan: Plan, size: tuple[int, int]) -> int:
+def image_bytes(plan: RunSetup, size: tuple[int, int]) -> int:
     """Mean and std of an image of (height, width) pixels."""
     return 2 * DTYPES[_latents_dtype(plan)].itemsize * prod(plan.info.latent_shape(size))
 
 
-def _latents_dtype(plan: Plan) -> str:
+def _latents_dtype(plan: RunSetup) -> str:
     """The autoencoder runs in float32 whatever the base is in, or in float64 along with it."""
     return "float64" if plan.config.model.dtype == "float64" else "float32"
 
 
-def _check_room(plan: Plan, section: CacheConfig, caches: _Caches) -> None:
+def _check_room(plan: RunSetup, section: CacheConfig, caches: _Caches) -> None:
     needed = 0
     if caches.text is not None:
         needed += sum(key not in caches.text for key in caches.texts) * prompt_bytes(plan)
@@ -213,7 +213,7 @@ def _check_room(plan: Plan, section: CacheConfig, caches: _Caches) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise Refusal(
+        raise UserError(
             f"the caches need {needed / 1e9:.2f} GB more in {section.folder!r} and {free / 1e9:.2f} GB are free there: "
             "set cache.folder to a larger disk, or cache.text or cache.latents to false"
         )
@@ -222,7 +222,7 @@ def _check_room(plan: Plan, section: CacheConfig, caches: _Caches) -> None:
 # ---------------------------------------------------------------- filling
 
 
-def _fill_text(plan: Plan, texts: Mapping[str, str], entries: EntryFolder, device: torch.device) -> int:
+def _fill_text(plan: RunSetup, texts: Mapping[str, str], entries: EntryFolder, device: torch.device) -> int:
     negative = plan.config.model.negative_prompt
     null = null_key(negative)
 
@@ -247,7 +247,7 @@ def _fill_text(plan: Plan, texts: Mapping[str, str], entries: EntryFolder, devic
 
 
 def _fill_latents(
-    plan: Plan, images: IndexedImages, wanted: Mapping[str, Cut], entries: EntryFolder, device: torch.device
+    plan: RunSetup, images: IndexedImages, wanted: Mapping[str, Cut], entries: EntryFolder, device: torch.device
 ) -> int:
     def missing() -> dict[str, Cut]:
         return {key: cut for key, cut in wanted.items() if key not in entries}
@@ -280,13 +280,13 @@ def _announce(entries: EntryFolder, count: int, total: int, unit: str) -> None:
     logger.info("%s: %d of %d %s are not in it yet", entries.path, count, total, unit)
 
 
-def _load(plan: Plan, part: Part, device: torch.device) -> Checkpoint:
+def _load(plan: RunSetup, part: Part, device: torch.device) -> Checkpoint:
     return load_checkpoint(plan.info, DTYPES[plan.config.model.dtype], device, frozenset({part}))
 
 
-def _check_text(cond: Conditioning, text: str, plan: Plan) -> None:
+def _check_text(cond: Conditioning, text: str, plan: RunSetup) -> None:
     if not all(bool(part.isfinite().all()) for part in (cond.text, cond.pooled) if part is not None):
-        raise Refusal(
+        raise UserError(
             f"the embedding of the prompt {text!r} is not finite in {plan.config.model.dtype}: set model.dtype to bfloat16 or "
             "float32"
         )
@@ -294,7 +294,7 @@ def _check_text(cond: Conditioning, text: str, plan: Plan) -> None:
 
 def _check_latents(posterior: Posterior, name: str) -> None:
     if not bool(posterior.mean.isfinite().all() and posterior.std.isfinite().all()):
-        raise Refusal(
+        raise UserError(
             f"the latents of {name!r} are not finite: replace the autoencoder's weights, which may be damaged, or "
             "remove that image"
         )

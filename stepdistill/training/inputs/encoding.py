@@ -16,7 +16,7 @@ from torch import Tensor
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import Crop, Framing, ImageItem, framing_draws
 from stepdistill.data.latents.cache import EntryFolder, image_key, null_key, text_key
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint, Family, Part, Posterior
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.training.options import products
@@ -172,7 +172,7 @@ class CachedImages:
         """As `read`, of a selection: the image at order[place], an unreadable one replaced by the next in `order`.
 
         Raises:
-            Refusal: none of the selection can be read.
+            UserError: none of the selection can be read.
         """
         mirrored = framing.mirrors(framing_draws(draws))
         for step in range(len(order)):
@@ -182,7 +182,7 @@ class CachedImages:
             # a run fills its caches first, so what has no entry could not be read
             if key is not None and key in self.entries:
                 return _latent_item(self.entries[key], self.source.caption_of(index))
-        raise Refusal(f"none of the {len(order)} images in {self.source.source!r} can be read: replace them")
+        raise UserError(f"none of the {len(order)} images in {self.source.source!r} can be read: replace them")
 
 
 @dataclass(frozen=True)

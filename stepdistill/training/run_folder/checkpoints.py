@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.files.atomic import file_hash
 from stepdistill.training.run_folder.environment import Environment
 
@@ -113,7 +113,7 @@ def is_complete(path: Path) -> bool:
     """Whether a checkpoint is there and is what was written."""
     try:
         _verified(path)
-    except Refusal:
+    except UserError:
         return False
     return True
 
@@ -145,13 +145,13 @@ def read(path: Path) -> Saved:
     """Read and verify one checkpoint.
 
     Raises:
-        Refusal: it is incomplete or corrupt.
+        UserError: it is incomplete or corrupt.
     """
     state = _verified(path)
     try:
         facts = Facts.of(state["facts"])
     except (TypeError, KeyError) as error:
-        raise Refusal(
+        raise UserError(
             f"the checkpoint {path} was written by another version ({error}): resume with the version that wrote it"
         ) from None
     return Saved(facts, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]})
@@ -164,13 +164,13 @@ def _verified(path: Path) -> dict[str, Any]:
         for name, facts in state["files"].items():
             file = path / name
             if file.stat().st_size != facts["bytes"] or file_hash(file) != facts["sha256"]:
-                raise Refusal(
+                raise UserError(
                     f"the checkpoint {path} is corrupt ({name} is not what was written): resume from an earlier one"
                 )
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, Refusal):
+        if isinstance(error, UserError):
             raise
-        raise Refusal(f"the checkpoint {path} is incomplete ({error}): resume from an earlier one") from None
+        raise UserError(f"the checkpoint {path} is incomplete ({error}): resume from an earlier one") from None
     return state
 
 
@@ -180,7 +180,7 @@ def latest(folder: Path) -> Path | None:
         path = path_of(folder, step)
         try:
             _verified(path)
-        except Refusal as refusal:
+        except UserError as refusal:
             logger.warning("skipped: %s", refusal)
             continue
         return path

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from stepdistill.errors import Refusal
+from stepdistill.errors import UserError
 from stepdistill.files.atomic import write_atomically
 from stepdistill.training.distributed import Processes
 
 KEPT = "kept"
 
 
-class RunShelf:
+class RunTensorStore:
     """The `Shelf` of a run: the main process writes, all processes read."""
 
     def __init__(self, folder: Path, processes: Processes) -> None:
@@ -40,7 +40,7 @@ class RunShelf:
             except OSError as error:
                 failure = str(error)
         if self.processes.any(bool(failure)):
-            raise Refusal(
+            raise UserError(
                 f"what the method must keep could not be written to {str(self._path(name))!r} "
                 f"({failure or 'on the main process'}): make room and resume with --resume latest"
             )
@@ -52,11 +52,11 @@ class RunShelf:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise Refusal(
+            raise UserError(
                 f"{str(path)!r}, which the method kept, cannot be read ({error}): put it back, or start the run afresh"
             ) from None
         if not torch.equal(_digest(content), digest.cpu()):
-            raise Refusal(f"{str(path)!r} is not what the method kept there: put it back, or start the run afresh")
+            raise UserError(f"{str(path)!r} is not what the method kept there: put it back, or start the run afresh")
         return load(content)
 
     def _path(self, name: str) -> Path:
