@@ -10,7 +10,7 @@ import pytest
 
 import stepdistill
 from stepdistill.errors import UserError
-from stepdistill.evaluation.fashion import SEEDS_PER_PROMPT, Scorer, evaluation_set
+from stepdistill.evaluation.fashion import SEEDS_PER_PROMPT, FashionScorer, evaluation_set
 
 
 def test_a_short_quickstart_writes_what_it_promises(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_the_scorer_reads_what_the_prompts_say() -> None:
     assert len(set(prompts)) == 2 + 16  # a third of the images in groups, the others with a prompt of their own
     assert len(set(seeds)) == len(prompts) == 24
     grey = np.full((24, 32, 32, 3), 127, np.uint8)
-    scores = Scorer().score(grey, prompts)
+    scores = FashionScorer().score(grey, prompts)
     assert abs(scores.diversity) < 1e-12  # one picture twenty-four times
     assert scores.saturation == 0
     assert scores.frechet > 1

@@ -22,17 +22,17 @@ import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from stepdistill.evaluation.images import Picture
+from stepdistill.evaluation.images import ImageArray
 from stepdistill.evaluation.measure import measure_images
 from stepdistill.evaluation.metrics.frechet import frechet_between
 from stepdistill.evaluation.metrics.statistics import FeatureStatistics
-from stepdistill.evaluation.networks.features import INTERNAL_BATCH, FeatureExtractor, FeatureRecord
+from stepdistill.evaluation.networks.features import FEATURE_BATCH_SIZE, FeatureExtractor, FeatureRecord
 from stepdistill.evaluation.networks.inception import inception_layers
 
 WIDTH = 2048
 
 
-def synthetic(count: int) -> Iterator[Picture]:
+def synthetic(count: int) -> Iterator[ImageArray]:
     rng = np.random.default_rng(0)
     for _ in range(count):
         yield rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -42,11 +42,11 @@ def peak_memory(count: int, answer: multiprocessing.Queue[float]) -> None:
     """MB of this process after `count` images."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(3072, WIDTH)).requires_grad_(False)
 
-    def prepare(image: Picture) -> torch.Tensor:
+    def prepare(image: ImageArray) -> torch.Tensor:
         return torch.from_numpy(image).permute(2, 0, 1).float()
 
     extractor = FeatureExtractor(FeatureRecord("linear", "", ""), prepare, network)
-    measure_images(synthetic(count), extractor, keep=False, drift=True)
+    measure_images(synthetic(count), extractor, keep_features=False, appearance_sums=True)
     answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -62,9 +62,9 @@ def in_own_process(count: int) -> float:
 def statistics_share(batches: int = 6) -> float:
     """Seconds of gathering over seconds of the network, for the same batches."""
     network = inception_layers().eval().requires_grad_(False)
-    x = torch.rand(INTERNAL_BATCH, 3, 299, 299)
+    x = torch.rand(FEATURE_BATCH_SIZE, 3, 299, 299)
     gathered = FeatureStatistics(WIDTH)
-    gathered.update(np.zeros((INTERNAL_BATCH, WIDTH), np.float32))
+    gathered.update(np.zeros((FEATURE_BATCH_SIZE, WIDTH), np.float32))
     spent = [0.0, 0.0]
     with torch.inference_mode():
         network(x)
@@ -90,7 +90,7 @@ class Identity(nn.Module):
 def against_torchmetrics(batches: int = 40) -> float:
     """torchmetrics' seconds over ours."""
     stream = torch.Generator().manual_seed(0)
-    features = [torch.randn(INTERNAL_BATCH, WIDTH, generator=stream) for _ in range(2 * batches)]
+    features = [torch.randn(FEATURE_BATCH_SIZE, WIDTH, generator=stream) for _ in range(2 * batches)]
     began = time.perf_counter()
     metric = FrechetInceptionDistance(feature=Identity())
     for index, batch in enumerate(features):
@@ -98,7 +98,7 @@ def against_torchmetrics(batches: int = 40) -> float:
     theirs_value = float(metric.compute())
     middle = time.perf_counter()
     arrays = [batch.numpy() for batch in features]
-    first, second = FeatureStatistics.gather(arrays[:batches]), FeatureStatistics.gather(arrays[batches:])
+    first, second = FeatureStatistics.from_batches(arrays[:batches]), FeatureStatistics.from_batches(arrays[batches:])
     if first is None or second is None:
         raise RuntimeError("no features came")
     ours_value = frechet_between(first, second)

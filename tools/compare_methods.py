@@ -37,11 +37,11 @@ from stepdistill.assets import FLOW_TEACHER, FOLDER, resolve
 from stepdistill.config.reading import Settings, parse
 from stepdistill.config.schema import RunConfig, load_config
 from stepdistill.errors import UserError
-from stepdistill.evaluation.fashion import Scorer, evaluation_set
+from stepdistill.evaluation.fashion import FashionScorer, evaluation_set
 from stepdistill.families.recipe import Recipe
 from stepdistill.families.sd3 import T5_TOKENS
 from stepdistill.files.atomic import write_atomically
-from stepdistill.inference.artifact import draw, load_artefact
+from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.planning.loop import CallCounter
 from stepdistill.training.evaluation_hook import Seen
 from stepdistill.training.run import train
@@ -146,8 +146,8 @@ def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: 
             f"{name} with seed {seed} was stopped at iteration {outcome.iteration}: run it again, cells are whole"
         )
     form = api.natural_format(config)
-    artefact = api.export(folder / "run", form, folder / "student", device="cpu")
-    rows = measure(artefact, None if form == "pipeline" else config.model.path, images)
+    artifact = api.export(folder / "run", form, folder / "student", device="cpu")
+    rows = measure(artifact, None if form == "pipeline" else config.model.path, images)
     shutil.rmtree(folder)
     return Cell(
         entry=name,
@@ -163,17 +163,17 @@ def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: 
     )
 
 
-def measure(artefact: Path, base: str | None, images: int) -> list[Measured]:
+def measure(artifact: Path, base: str | None, images: int) -> list[Measured]:
     """The student, a whole pipeline or a LoRA of `base`, at its own number of steps and at every fewer one of 1, 2, 4 that divides
     its ladder; several experts, whose turns are steps of the whole ladder, at their own alone."""
-    model, lora = (str(artefact), None) if base is None else (resolve(base), artefact)
-    loaded = load_artefact(model, lora, DTYPES["float32"], "cpu")
+    model, lora = (str(artifact), None) if base is None else (resolve(base), artifact)
+    loaded = load_artifact(model, lora, DTYPES["float32"], "cpu")
     if loaded.recipe is None:
-        raise RuntimeError(f"{artefact} holds no recipe")
+        raise RuntimeError(f"{artifact} holds no recipe")
     if "transformer" in loaded.pipeline.components:
         quicken(loaded.pipeline.transformer)
     prompts, seeds = evaluation_set(images)
-    scorer, rows = Scorer(), []
+    scorer, rows = FashionScorer(), []
     for shorter in _shortened(loaded.recipe):
         drawn = np.concatenate(
             list(draw(loaded.pipeline, prompts, seeds, recipe=shorter, experts=loaded.experts, batch_size=BATCH))

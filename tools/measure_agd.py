@@ -29,10 +29,10 @@ from stepdistill.api import training as api
 from stepdistill.assets import TEACHER, resolve
 from stepdistill.diffusion.timesteps import trailing_timesteps
 from stepdistill.errors import UserError
-from stepdistill.evaluation.fashion import IMAGES, Scorer, evaluation_set
+from stepdistill.evaluation.fashion import NUM_IMAGES, FashionScorer, evaluation_set
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.files.atomic import write_atomically
-from stepdistill.inference.artifact import draw, load_artefact
+from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.roles.guidance_adapter import GuidanceAdapter
 from stepdistill.roles.sampler import guided_trajectory, relative_error
 from stepdistill.training.run import open_run
@@ -71,9 +71,9 @@ def measure(
 ) -> list[Line]:
     """A line for each w, of the exported adapter and of the run's live one."""
     prompts, seeds = evaluation_set(images)
-    scorer, lines = Scorer(), []
+    scorer, lines = FashionScorer(), []
     base, adapted = (
-        load_artefact(resolve(TEACHER), lora, torch.float32, str(session.device)) for lora in (None, folder)
+        load_artifact(resolve(TEACHER), lora, torch.float32, str(session.device)) for lora in (None, folder)
     )
     recipe, live = adapted.recipe, session.triple.denoiser(session.student).guide
     if recipe is None or adapted.adapter is None or not isinstance(live, GuidanceAdapter):
@@ -88,10 +88,10 @@ def measure(
             rows = slice(start, start + BATCH)
             for name in drawn:
                 begun = time.perf_counter()
-                artefact = base if name == "guided" else adapted
+                artifact = base if name == "guided" else adapted
                 drawn[name] += draw(
-                    artefact.pipeline, prompts[rows], seeds[rows], recipe=guided if name == "guided" else recipe,
-                    adapter=artefact.adapter, guidance=w if name == "adapter" else None, batch_size=BATCH,
+                    artifact.pipeline, prompts[rows], seeds[rows], recipe=guided if name == "guided" else recipe,
+                    adapter=artifact.adapter, guidance=w if name == "adapter" else None, batch_size=BATCH,
                 )  # fmt: skip
                 seconds[name].append(time.perf_counter() - begun)
         found = {}
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of a run of method agd on the embedded teacher")
     parser.add_argument("--scales", type=float, nargs="*", default=[1.5, 3.0, 5.0, 7.5])
-    parser.add_argument("--images", type=int, default=IMAGES, help="a multiple of 12")
+    parser.add_argument("--images", type=int, default=NUM_IMAGES, help="a multiple of 12")
     parser.add_argument("--states", type=int, default=64, help="walks for the relative errors")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

@@ -18,20 +18,20 @@ from stepdistill.api.training import dtype_of, export, natural_format
 from stepdistill.assets import resolve
 from stepdistill.config.schema import load_config
 from stepdistill.errors import UserError
-from stepdistill.evaluation.drawing import Sampler, describe
+from stepdistill.evaluation.generation import Sampler, format_arguments
+from stepdistill.evaluation.image_scores import ImageScorers
 from stepdistill.evaluation.images import Quantize
 from stepdistill.evaluation.metrics.lpips import Lpips
 from stepdistill.evaluation.networks.features import load_extractor, weights_hash
 from stepdistill.evaluation.networks.resize import ResizeMode
-from stepdistill.evaluation.pictures import PictureScores
-from stepdistill.evaluation.protocols import PromptConfig, Protocol, expand, load_protocol, prompt_set
+from stepdistill.evaluation.protocols import PromptConfig, Protocol, expand_metric_names, load_protocol, prompt_set
 from stepdistill.evaluation.report import Report
 from stepdistill.evaluation.report import compare as compare_reports
 from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
-from stepdistill.exporting.export import check_output
+from stepdistill.exporting.export import check_output_folder
 from stepdistill.files.outputs import check_file, check_place
-from stepdistill.inference.artifact import SCHEDULERS, Artefact, compares_prompts, draw, load_artefact
+from stepdistill.inference.artifact import SCHEDULERS, Artifact, draw, load_artifact, supports_negative_prompt
 from stepdistill.training.session import place_of
 
 
@@ -91,7 +91,7 @@ def evaluate(
     wanted = prompt_set(plan, prompts, num_images, seeds_per_prompt)
     place = place_of(device)
     extractor = load_extractor(plan.features, resize=plan.resize, device=place, download=download)
-    scores = PictureScores(
+    scores = ImageScorers(
         ClipScorer(clip, place, download=download) if clip is not None else None,
         [name.strip() for name in clip_conventions],
         [load_reward(spec, place, download=download) for spec in rewards],
@@ -99,18 +99,18 @@ def evaluate(
     )
     with TemporaryDirectory() as scratch:
         base, adapter, stats = _student_of(model, lora, Path(scratch) / "student", place)
-        artefact = load_artefact(resolve(base), adapter, dtype_of(dtype), place)
-        recipe = artefact.recipe
+        artifact = load_artifact(resolve(base), adapter, dtype_of(dtype), place)
+        recipe = artifact.recipe
         chosen = Settings(plan.quantize, batch_size, size, dtype)
         own_w = guidance if guidance is not None else (recipe.w if recipe else 7.5)
         own_steps = list(steps) or [recipe.num_inference_steps if recipe else 50]
         label = "student" if recipe is not None else "model"
-        student = Candidate(artefact, _network_hash(artefact))
+        student = Candidate(artifact, _network_hash(artifact))
         samplers = [_sampler(f"{label}-{n}", student, n, own_w, scheduler, chosen) for n in own_steps]
         if teacher_steps is not None:
             teacher = student
             if recipe is not None:
-                origin = load_artefact(resolve(recipe.base), None, dtype_of(dtype), place)
+                origin = load_artifact(resolve(recipe.base), None, dtype_of(dtype), place)
                 teacher = Candidate(origin, _network_hash(origin))
             w = teacher_guidance if teacher_guidance is not None else (recipe.baked_guidance if recipe else own_w)
             samplers.insert(0, _sampler("teacher", teacher, teacher_steps, w, "ddim", chosen))
@@ -134,14 +134,14 @@ class Settings:
 class Candidate:
     """What was loaded, and the hash of its networks, adapters included."""
 
-    artefact: Artefact
+    artifact: Artifact
     weights: str
 
 
-def _network_hash(artefact: Artefact) -> str:
-    pipeline = artefact.pipeline
-    others = artefact.experts.networks if artefact.experts is not None else ()
-    beside = () if artefact.adapter is None else (artefact.adapter,)
+def _network_hash(artifact: Artifact) -> str:
+    pipeline = artifact.pipeline
+    others = artifact.experts.networks if artifact.experts is not None else ()
+    beside = () if artifact.adapter is None else (artifact.adapter,)
     networks = (pipeline.unet if "unet" in pipeline.components else pipeline.transformer, *others, *beside)
     return "+".join(weights_hash(network)[:16] for network in networks)
 
@@ -155,19 +155,19 @@ def _sampler(
     shared: Settings,
 ) -> Sampler:
     """A pipeline at one setting; its description tells every other setting and every other network from it."""
-    artefact, recipe = candidate.artefact, candidate.artefact.recipe
+    artifact, recipe = candidate.artifact, candidate.artifact.recipe
 
     def drawn(texts: Sequence[str], seeds: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         return draw(
-            artefact.pipeline, texts, seeds, recipe=recipe, experts=artefact.experts, adapter=artefact.adapter,
+            artifact.pipeline, texts, seeds, recipe=recipe, experts=artifact.experts, adapter=artifact.adapter,
             steps=steps, guidance=w, size=shared.size, scheduler=scheduler, batch_size=shared.batch_size, quantize=shared.quantize,
         )  # fmt: skip
 
     solver = scheduler or (recipe.scheduler_class if recipe is not None else "ddim")
-    told = describe(
+    told = format_arguments(
         {"network": candidate.weights, "solver": solver, "steps": steps, "w": f"{w:g}", "dtype": shared.dtype, "size": shared.size}
     )  # fmt: skip
-    calls = 2 if w > 1 and compares_prompts(artefact.pipeline) and artefact.adapter is None else 1
+    calls = 2 if w > 1 and supports_negative_prompt(artifact.pipeline) and artifact.adapter is None else 1
     return Sampler(name, steps, steps * calls, w, told, drawn)
 
 
@@ -193,7 +193,7 @@ def evaluate_images(
     Raises:
         UserError: no images, wrong weights, an output folder that holds something.
     """
-    check_output(Path(output))
+    check_output_folder(Path(output))
     if save_statistics is not None:
         check_file(Path(save_statistics))
     plan = Protocol(
@@ -201,7 +201,7 @@ def evaluate_images(
         prompts=PromptConfig(),
         features=features,
         resize=resize,
-        metrics=tuple(expand(metrics)),
+        metrics=tuple(expand_metric_names(metrics)),
     )
     extractor = load_extractor(features, resize=resize, device=place_of(device), download=download)
     return evaluate_folders(
@@ -222,7 +222,7 @@ def _changed(plan: Protocol, features: str | None, resize: ResizeMode | None, me
     changes: dict[str, object] = {
         "features": features or plan.features,
         "resize": resize or plan.resize,
-        "metrics": tuple(expand(metrics)) or plan.metrics,
+        "metrics": tuple(expand_metric_names(metrics)) or plan.metrics,
     }
     return plan.model_copy(update=changes)
 

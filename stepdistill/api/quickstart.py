@@ -24,11 +24,11 @@ from stepdistill.api import training as api
 from stepdistill.assets import FOLDER, TEACHER, resolve
 from stepdistill.config.schema import load_config
 from stepdistill.errors import UserError
-from stepdistill.evaluation.fashion import IMAGES, Row, Scorer, evaluation_set
-from stepdistill.exporting.card import usage
-from stepdistill.exporting.export import FILES, check_output
+from stepdistill.evaluation.fashion import NUM_IMAGES, FashionScorer, ResultRow, evaluation_set
+from stepdistill.exporting.export import EXPORT_FILES, check_output_folder
+from stepdistill.exporting.model_card import usage_snippet
 from stepdistill.families.recipe import Recipe
-from stepdistill.inference.artifact import draw, load_artefact
+from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.training.monitoring.grids import as_floats, save_images, tile
 
 logger = logging.getLogger(__name__)
@@ -40,12 +40,12 @@ TEACHER_ROW = FOLDER / "teacher_row.json"
 class Report:
     """The quickstart's table, and where its files are."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     noise_floor: float
     seconds_total: float
     folder: Path
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> ResultRow:
         """The row of that name."""
         return next(row for row in self.rows if row.name == name)
 
@@ -78,13 +78,15 @@ class Report:
                 "",
                 f"pictures: {self.folder / 'grid.png'}    the LoRA, and reproduce.py that loads it: {lora}",
                 "",
-                usage("StableDiffusionPipeline", recipe, "diffusers-lora", FILES["diffusers-lora"], lora),
+                usage_snippet(
+                    "StableDiffusionPipeline", recipe, "diffusers-lora", EXPORT_FILES["diffusers-lora"], lora
+                ),
             ]
         )
 
 
 def quickstart(
-    output: str | Path, *, remeasure: bool = False, overrides: Sequence[str] = (), images: int = IMAGES
+    output: str | Path, *, remeasure: bool = False, overrides: Sequence[str] = (), images: int = NUM_IMAGES
 ) -> Report:
     """Run the whole of it into a new folder.
 
@@ -99,7 +101,7 @@ def quickstart(
     """
     started = time.perf_counter()
     folder = Path(output)
-    check_output(folder)
+    check_output_folder(folder)
     prompts, seeds = evaluation_set(images)
     config = load_config(FOLDER / "quickstart.yaml", list(overrides))
     guidance = float(config.method_options["guidance"])
@@ -110,16 +112,16 @@ def quickstart(
         )
     api.export(folder / "run", "diffusers-lora", folder / "lora", device="cpu")
 
-    scorer = Scorer()
-    pipeline = load_artefact(resolve(TEACHER), None, torch.float32, "cpu").pipeline
+    scorer = FashionScorer()
+    pipeline = load_artifact(resolve(TEACHER), None, torch.float32, "cpu").pipeline
     bench = Bench(pipeline, prompts, seeds, scorer, folder / "images")
-    student = load_artefact(resolve(TEACHER), folder / "lora", torch.float32, "cpu")
+    student = load_artifact(resolve(TEACHER), folder / "lora", torch.float32, "cpu")
     recipe = student.recipe
     if recipe is None:
         raise RuntimeError("the exported LoRA has no recipe")
     steps = recipe.num_inference_steps
     rows = [
-        (None if remeasure or images != IMAGES else shipped_teacher_row(guidance)) or teacher_row(bench, guidance),
+        (None if remeasure or images != NUM_IMAGES else shipped_teacher_row(guidance)) or teacher_row(bench, guidance),
         bench.measure("base", steps, 2 * steps, steps=steps, guidance=guidance, scheduler="dpm++2m"),
         bench.measure("base_same_recipe", steps, steps, recipe=recipe),
         Bench(student.pipeline, prompts, seeds, scorer, folder / "images").measure(
@@ -127,7 +129,7 @@ def quickstart(
         ),
     ]
     draw_grid(pipeline, guidance, prompts, seeds, folder)
-    report = Report(tuple(rows), scorer.floor(images), time.perf_counter() - started, folder)
+    report = Report(tuple(rows), scorer.frechet_noise_floor(images), time.perf_counter() - started, folder)
     (folder / "report.json").write_text(report.to_json() + "\n")
     return report
 
@@ -136,11 +138,16 @@ class Bench:
     """Draws the protocol's images with one pipeline, keeps them as PNG, scores them and takes the time."""
 
     def __init__(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], scorer: Scorer, folder: Path
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        scorer: FashionScorer,
+        folder: Path,
     ) -> None:
         self.pipeline, self.prompts, self.seeds, self.scorer, self.folder = pipeline, prompts, seeds, scorer, folder
 
-    def measure(self, name: str, total_steps: int, network_calls: int, **arguments: Any) -> Row:
+    def measure(self, name: str, total_steps: int, network_calls: int, **arguments: Any) -> ResultRow:
         """The row of these sampler arguments (those of `stepdistill.inference.artifact.draw`)."""
         logger.info("measuring %s", name)
         begun = time.perf_counter()
@@ -148,20 +155,20 @@ class Bench:
         seconds = time.perf_counter() - begun
         save_images(drawn, self.folder / name)
         scores = self.scorer.score(drawn, self.prompts)
-        return Row.of(name, total_steps, network_calls, scores, seconds / len(drawn))
+        return ResultRow.of(name, total_steps, network_calls, scores, seconds / len(drawn))
 
 
-def teacher_row(bench: Bench, guidance: float) -> Row:
+def teacher_row(bench: Bench, guidance: float) -> ResultRow:
     """Draw the 50-step guided teacher."""
     return bench.measure(
         "teacher", TEACHER_STEPS, 2 * TEACHER_STEPS, steps=TEACHER_STEPS, guidance=guidance, scheduler="ddim"
     )
 
 
-def shipped_teacher_row(guidance: float) -> Row | None:
+def shipped_teacher_row(guidance: float) -> ResultRow | None:
     """The teacher's row as `tools/teacher/teacher_row.py` measured it at this guidance scale, None where it did not."""
     rows = json.loads(TEACHER_ROW.read_text()) if TEACHER_ROW.is_file() else {}
-    return Row(**rows[f"{guidance:g}"]) if f"{guidance:g}" in rows else None
+    return ResultRow(**rows[f"{guidance:g}"]) if f"{guidance:g}" in rows else None
 
 
 def draw_grid(

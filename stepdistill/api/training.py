@@ -19,12 +19,12 @@ from stepdistill.config.schema import RunConfig
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import UserError
 from stepdistill.evaluation.during_training import Goal, StudentEvaluation
-from stepdistill.exporting.card import push_to_hub as push
-from stepdistill.exporting.export import ExportFormat, check_output, export_student
+from stepdistill.exporting.export import ExportFormat, check_output_folder, export_student
+from stepdistill.exporting.model_card import push_to_hub as push
 from stepdistill.exporting.proof import QuantizedStudent, final_latents
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.inference.artifact import draw, load_artefact
+from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.rewards import load_reward
 from stepdistill.roles.triple import Mode
 from stepdistill.training.collect import CollectConfig, collect
@@ -119,7 +119,7 @@ def export(
     Raises:
         UserError: not a run, a non-empty output folder, non-finite weights, or a failed proof.
     """
-    check_output(Path(output))
+    check_output_folder(Path(output))
     # a half-precision base is widened, and a GPU's convolutions have all 24 bits: the proof is exact, and the LoRA's float32
     # weights are the same on any
     with products(tf32=False):
@@ -180,20 +180,20 @@ def sample(
         UserError: no prompt or two sources of them, a folder that is not empty, a LoRA that does not fit.
     """
     folder = Path(output)
-    check_output(folder)
+    check_output_folder(folder)
     if (prompt is None) == (prompts is None):
         raise UserError("exactly one of --prompt and --prompts is needed: give a text, or a file of prompts")
     if (width is None) != (height is None):
         raise UserError("--width and --height go together: give both or neither")
     listed = [prompt] if prompt is not None else list(read_prompts(str(prompts)).texts)
     texts = [text for text in listed for _ in range(num_images)]
-    artefact = load_artefact(
+    artifact = load_artifact(
         resolve(model), Path(lora) if lora is not None else None, dtype_of(dtype), device_of(device)
     )
     size = (height, width) if height is not None and width is not None else None
     images = draw(
-        artefact.pipeline, texts, [seed + i for i in range(len(texts))], recipe=artefact.recipe, experts=artefact.experts,
-        adapter=artefact.adapter, steps=steps, guidance=guidance, negative_prompt=negative_prompt, size=size,
+        artifact.pipeline, texts, [seed + i for i in range(len(texts))], recipe=artifact.recipe, experts=artifact.experts,
+        adapter=artifact.adapter, steps=steps, guidance=guidance, negative_prompt=negative_prompt, size=size,
         scheduler=scheduler, batch_size=batch_size,
     )  # fmt: skip
     paths: list[Path] = []

@@ -19,18 +19,26 @@ from stepdistill.assets import FOLDER
 from stepdistill.config.schema import EvaluationConfig
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import UserError
-from stepdistill.evaluation.images import Picture, as_uint8, shard
+from stepdistill.evaluation.images import ImageArray, as_uint8, indices_of_rank
 from stepdistill.evaluation.measure import (
-    KEEP_FEATURES,
-    Measured,
+    METRICS_NEEDING_FEATURES,
+    ImageSetFeatures,
     check_metrics,
-    compute,
+    compute_metrics,
     measure_images,
     merge,
     read_reference,
 )
 from stepdistill.evaluation.networks.features import load_extractor
-from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, expand, load_protocol, prompt_set, qualified
+from stepdistill.evaluation.protocols import (
+    Metric,
+    PromptSet,
+    Protocol,
+    expand_metric_names,
+    load_protocol,
+    metric_label,
+    prompt_set,
+)
 from stepdistill.evaluation.report import LOWER_IS_BETTER
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.roles.triple import GENERATOR
@@ -62,7 +70,7 @@ class Goal:
     def of(cls, config: EvaluationConfig) -> Goal:
         """Raises UserError: unknown protocol or metric, no prompts or no reference."""
         protocol = load_protocol(config.protocol)
-        metrics = tuple(m for m in expand(config.metrics) if m != "prompt_accuracy")
+        metrics = tuple(m for m in expand_metric_names(config.metrics) if m != "prompt_accuracy")
         if config.best not in metrics or config.best not in DECISIVE:
             raise UserError(
                 f"evaluation.best is {config.best!r}, and one of evaluation.metrics with a better side is wanted: use one of "
@@ -100,9 +108,13 @@ class StudentEvaluation:
             config.features or protocol.features, resize=protocol.resize, device=session.device
         )
         self.protocol, self.chain = protocol, protocol.chain.chain()
-        self.keep = bool(KEEP_FEATURES & set(self.metrics))
+        self.keep_features = bool(METRICS_NEEDING_FEATURES & set(self.metrics))
         self.reference = read_reference(
-            goal.place, self.extractor, keep=self.keep, chain=self.chain, lossy=protocol.reference.lossy
+            goal.place,
+            self.extractor,
+            keep_features=self.keep_features,
+            chain=self.chain,
+            lossy=protocol.reference.lossy,
         )
         check_metrics(self.metrics, self.reference, len(self.prompts))
 
@@ -111,11 +123,12 @@ class StudentEvaluation:
         values: dict[str, float] = {}
         decisive: float | None = None
         for role in dict.fromkeys((GENERATOR, self.session.student)):
-            own = measure_images(self._pictures(role), self.extractor, keep=self.keep)
+            own = measure_images(self._pictures(role), self.extractor, keep_features=self.keep_features)
             found = self._metrics(merge(own, len(self.prompts)))
             count = self.protocol.prompts.count
             values |= {
-                f"evaluation/{role}/{qualified(name, len(self.prompts), count)}": value for name, value in found.items()
+                f"evaluation/{role}/{metric_label(name, len(self.prompts), count)}": value
+                for name, value in found.items()
             }
             decisive = found.get(self.decides)
         if PartialState().is_main_process:
@@ -126,16 +139,18 @@ class StudentEvaluation:
             return Seen(values, None)
         return Seen(values, {"iteration": iteration, "metric": self.decides, "value": decisive})
 
-    def _metrics(self, measured: Measured) -> dict[str, float]:
-        return compute(measured, self.reference, self.metrics, np.random.default_rng(0), self.prompts.prompts).metrics
+    def _metrics(self, measured: ImageSetFeatures) -> dict[str, float]:
+        return compute_metrics(
+            measured, self.reference, self.metrics, np.random.default_rng(0), self.prompts.prompts
+        ).metrics
 
     @torch.no_grad()
-    def _pictures(self, role: str) -> Iterator[Picture]:
+    def _pictures(self, role: str) -> Iterator[ImageArray]:
         session, plan = self.session, self.session.plan
         state = PartialState()
-        indices = shard(len(self.prompts), state.process_index, state.num_processes)
+        indices = indices_of_rank(len(self.prompts), state.process_index, state.num_processes)
         # the first process has the most images; the others call a sharded network as often as it does
-        calls = range(0, len(shard(len(self.prompts), 0, state.num_processes)), BATCH)
+        calls = range(0, len(indices_of_rank(len(self.prompts), 0, state.num_processes)), BATCH)
         for start in calls:
             mine = indices[start : start + BATCH]
             rows = mine or range(1)

@@ -26,11 +26,11 @@ from stepdistill.evaluation.metrics.statistics import FeatureStatistics
 from stepdistill.evaluation.networks.judge import Judge
 
 SEEDS_PER_PROMPT = 4
-IMAGES = 1536
+NUM_IMAGES = 1536
 """24 times the feature dimension."""
-SEED = 1_000_000
+FIRST_SEED = 1_000_000
 """Image i of any protocol has the seed SEED + i, whatever process draws it."""
-UNIT = 12
+IMAGES_PER_BLOCK = 12
 """Of every UNIT images, SEEDS_PER_PROMPT share a prompt."""
 
 
@@ -46,7 +46,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One line of the table: a sampler and its scores. `seconds_per_image` is wall time on this machine, decoding included."""
 
     name: str
@@ -60,31 +60,31 @@ class Row:
     num_images: int
 
     @classmethod
-    def of(cls, name: str, steps: int, network_calls: int, scores: Scores, seconds_per_image: float) -> Row:
+    def of(cls, name: str, steps: int, network_calls: int, scores: Scores, seconds_per_image: float) -> ResultRow:
         return cls(
             name=name, steps=steps, network_calls=network_calls, seconds_per_image=seconds_per_image, **asdict(scores)
         )
 
 
-def evaluation_set(images: int = IMAGES) -> tuple[list[str], list[int]]:
+def evaluation_set(images: int = NUM_IMAGES) -> tuple[list[str], list[int]]:
     """(prompts, seeds) of the protocol at `images` images: a third in groups of SEEDS_PER_PROMPT to a prompt, the rest alone.
 
     Raises:
         UserError: `images` is not a positive multiple of 12.
     """
-    if images <= 0 or images % UNIT:
+    if images <= 0 or images % IMAGES_PER_BLOCK:
         raise UserError(
-            f"the protocol takes a positive multiple of {UNIT} images and was given {images}: change the number"
+            f"the protocol takes a positive multiple of {IMAGES_PER_BLOCK} images and was given {images}: change the number"
         )
     prompts = list(read_prompts("builtin:fashion").texts)
-    groups = images // UNIT
+    groups = images // IMAGES_PER_BLOCK
     if images - groups * (SEEDS_PER_PROMPT - 1) > len(prompts):
         raise UserError(f"the protocol has {len(prompts)} prompts, too few for {images} images: take fewer")
     grouped = [prompt for prompt in prompts[:groups] for _ in range(SEEDS_PER_PROMPT)]
-    return grouped + prompts[groups : images - len(grouped) + groups], [SEED + i for i in range(images)]
+    return grouped + prompts[groups : images - len(grouped) + groups], [FIRST_SEED + i for i in range(images)]
 
 
-def attribute_shares(judge: Judge, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float64]:
+def prompt_accuracy_per_image(judge: Judge, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float64]:
     """For each image, the share (N,) of the attributes that its prompt says and the judge sees.
 
     Raises:
@@ -103,7 +103,7 @@ def attribute_shares(judge: Judge, images: NDArray[np.uint8], prompts: Sequence[
     return np.array(shares, dtype=np.float64)
 
 
-class Scorer:
+class FashionScorer:
     """The judge with its reference statistics."""
 
     def __init__(self) -> None:
@@ -113,16 +113,16 @@ class Scorer:
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> Scores:
         """Scores of uint8 images (N, 32, 32, 3) drawn for `prompts`, in the order of `evaluation_set`."""
         features = self.judge.features(images)
-        grouped = features[: len(features) // UNIT * SEEDS_PER_PROMPT]
+        grouped = features[: len(features) // IMAGES_PER_BLOCK * SEEDS_PER_PROMPT]
         groups = grouped.reshape(-1, SEEDS_PER_PROMPT, features.shape[1])
         return Scores(
             frechet=frechet_between(FeatureStatistics.of(features), self.reference),
-            prompt_accuracy=float(attribute_shares(self.judge, images, prompts).mean()),
+            prompt_accuracy=float(prompt_accuracy_per_image(self.judge, images, prompts).mean()),
             diversity=pairwise_diversity(groups, self.reference.mean),
             saturation=saturation(images),
             num_images=len(images),
         )
 
-    def floor(self, images: int) -> float:
+    def frechet_noise_floor(self, images: int) -> float:
         """Fréchet distance that two sets of this size of one distribution have on average."""
         return noise_floor(self.reference.covariance, images, self.reference.count)

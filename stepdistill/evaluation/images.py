@@ -18,7 +18,7 @@ from PIL import Image
 
 from stepdistill.errors import UserError
 
-Picture = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 """One image (H, W, 3)."""
 
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -62,7 +62,7 @@ def list_images(folder: str | Path, *, recursive: bool = False, allow_lossy: boo
     return chosen
 
 
-def read_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Picture:
+def read_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> ImageArray:
     """Any image file as RGB: greys are tripled, transparency is laid on `background`.
 
     Raises:
@@ -133,32 +133,32 @@ class PixelChain:
     crop: Literal["none", "square", "patch"] = "none"
     size: int | None = None
 
-    def __call__(self, image: Picture) -> Picture:
+    def __call__(self, image: ImageArray) -> ImageArray:
         height, width = image.shape[:2]
         if self.crop == "none" and self.size is None:
             return image
         if self.crop == "patch":
             side = self.size or min(height, width)
-            return image if min(height, width) < side else _centre(image, side, side)
+            return image if min(height, width) < side else _center_crop(image, side, side)
         if self.crop == "square":
-            image = _centre(image, min(height, width), min(height, width))
+            image = _center_crop(image, min(height, width), min(height, width))
         if self.size is not None and image.shape[:2] != (self.size, self.size):
             picture = Image.fromarray(image).resize((self.size, self.size), Image.Resampling.LANCZOS)
             image = np.asarray(picture)
         return image
 
 
-def _centre(image: Picture, height: int, width: int) -> Picture:
+def _center_crop(image: ImageArray, height: int, width: int) -> ImageArray:
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
-def shard(count: int, rank: int, world: int) -> range:
+def indices_of_rank(count: int, rank: int, world: int) -> range:
     """Global indices of a rank: rank, rank + world, ...; no padding, so no image counts twice."""
     return range(rank, count, world)
 
 
-def read_all(paths: Sequence[Path], chain: PixelChain | None = None) -> Iterator[Picture]:
+def read_images(paths: Sequence[Path], chain: PixelChain | None = None) -> Iterator[ImageArray]:
     """The images of `paths`, one by one, through `chain`."""
     for path in paths:
         image = read_image(path)

@@ -16,24 +16,24 @@ from numpy.typing import NDArray
 from stepdistill.assets import FOLDER
 from stepdistill.data import appearance as looks
 from stepdistill.errors import UserError
-from stepdistill.evaluation.images import Picture, PixelChain, list_images, read_all, shard
+from stepdistill.evaluation.images import ImageArray, PixelChain, indices_of_rank, list_images, read_images
 from stepdistill.evaluation.metrics import diversity
 from stepdistill.evaluation.metrics import mmd as kernels
 from stepdistill.evaluation.metrics.frechet import (
     frechet_between,
-    frechet_error,
     frechet_infinity,
     frechet_of_features,
+    frechet_standard_error,
     noise_floor,
 )
-from stepdistill.evaluation.metrics.prdc import manifold
-from stepdistill.evaluation.metrics.statistics import FeatureStatistics, load_stored
+from stepdistill.evaluation.metrics.prdc import compute_prdc
+from stepdistill.evaluation.metrics.statistics import FeatureStatistics, load_statistics_file
 from stepdistill.evaluation.networks.features import FeatureExtractor
 from stepdistill.evaluation.protocols import Metric
 from stepdistill.files.atomic import file_hash
 
 logger = logging.getLogger(__name__)
-KEEP_FEATURES: frozenset[Metric] = frozenset(
+METRICS_NEEDING_FEATURES: frozenset[Metric] = frozenset(
     {
         "fd_infinity",
         "fid_error",
@@ -48,8 +48,8 @@ KEEP_FEATURES: frozenset[Metric] = frozenset(
     }
 )
 """Metrics that need every feature vector; the others run on statistics alone, whose size does not grow."""
-MANIFOLD: frozenset[Metric] = frozenset({"precision", "recall", "density", "coverage"})
-_DRIFT_FUNCTIONS = {
+PRDC_METRICS: frozenset[Metric] = frozenset({"precision", "recall", "density", "coverage"})
+_APPEARANCE_FUNCTIONS = {
     "saturation": looks.saturation,
     "brightness": looks.brightness,
     "sharpness": looks.sharpness,
@@ -57,7 +57,7 @@ _DRIFT_FUNCTIONS = {
 
 
 @dataclass
-class Measured:
+class ImageSetFeatures:
     """What is known of a set of images.
 
     Attributes:
@@ -69,8 +69,8 @@ class Measured:
 
     statistics: FeatureStatistics
     features: NDArray[np.float32] | None = None
-    drift: dict[str, float] = field(default_factory=dict)
-    identity: str = ""
+    appearance_sums: dict[str, float] = field(default_factory=dict)
+    content_hash: str = ""
 
     @property
     def count(self) -> int:
@@ -78,19 +78,19 @@ class Measured:
 
 
 def measure_images(
-    images: Iterable[Picture], extractor: FeatureExtractor, *, keep: bool, drift: bool = True
-) -> Measured:
+    images: Iterable[ImageArray], extractor: FeatureExtractor, *, keep_features: bool, appearance_sums: bool = True
+) -> ImageSetFeatures:
     """One process's pass. Memory does not grow with the number of images unless `keep`.
 
     Raises:
         UserError: no image at all.
     """
-    sums = dict.fromkeys(_DRIFT_FUNCTIONS, 0.0)
+    sums = dict.fromkeys(_APPEARANCE_FUNCTIONS, 0.0)
 
-    def watched() -> Iterable[Picture]:
+    def watched() -> Iterable[ImageArray]:
         for image in images:
-            if drift:
-                for name, function in _DRIFT_FUNCTIONS.items():
+            if appearance_sums:
+                for name, function in _APPEARANCE_FUNCTIONS.items():
                     value = function(image[None])
                     sums[name] += value * value if name == "sharpness" else value
             yield image
@@ -99,19 +99,21 @@ def measure_images(
 
     def features() -> Iterable[NDArray[np.float32]]:
         for part in extractor.stream(watched()):
-            if keep:
+            if keep_features:
                 kept.append(part)
             yield part
 
-    statistics = FeatureStatistics.gather(features())
+    statistics = FeatureStatistics.from_batches(features())
     if statistics is None:
         raise UserError("there is no image to measure: give at least two")
-    return Measured(statistics, np.concatenate(kept) if keep else None, sums if drift else {})
+    return ImageSetFeatures(
+        statistics, np.concatenate(kept) if keep_features else None, sums if appearance_sums else {}
+    )
 
 
-def measure_shard(
-    paths: Sequence[Path], extractor: FeatureExtractor, *, keep: bool, chain: PixelChain | None = None
-) -> Measured:
+def measure_files(
+    paths: Sequence[Path], extractor: FeatureExtractor, *, keep_features: bool, chain: PixelChain | None = None
+) -> ImageSetFeatures:
     """The files of a set, shared out over all processes without duplicates; every process gets the whole answer.
 
     Raises:
@@ -120,19 +122,19 @@ def measure_shard(
     state = PartialState()
     if len(paths) < max(2, state.num_processes):
         raise UserError(f"{len(paths)} images came in and at least {max(2, state.num_processes)} are needed: give more")
-    indices = shard(len(paths), state.process_index, state.num_processes)
-    own = measure_images(read_all([paths[i] for i in indices], chain), extractor, keep=keep)
+    indices = indices_of_rank(len(paths), state.process_index, state.num_processes)
+    own = measure_images(read_images([paths[i] for i in indices], chain), extractor, keep_features=keep_features)
     return merge(own, len(paths))
 
 
-def merge(own: Measured, total: int) -> Measured:
+def merge(own: ImageSetFeatures, total: int) -> ImageSetFeatures:
     """All processes' shards as one, features back in global order. A collective: every process must call it.
 
     Raises:
         RuntimeError: the shards do not add up to `total`.
     """
     state = PartialState()
-    parts: list[Measured] = gather_object([own])
+    parts: list[ImageSetFeatures] = gather_object([own])
     statistics = FeatureStatistics(len(own.statistics.mean))
     for part in parts:
         statistics.merge(part.statistics)
@@ -142,20 +144,20 @@ def merge(own: Measured, total: int) -> Measured:
     if own.features is not None:
         features = np.empty((total, own.features.shape[1]), dtype=np.float32)
         for rank, part in enumerate(parts):
-            features[shard(total, rank, state.num_processes)] = part.features
-    drift = {name: sum(part.drift[name] for part in parts) for name in own.drift}
-    return Measured(statistics, features, drift)
+            features[indices_of_rank(total, rank, state.num_processes)] = part.features
+    appearance_sums = {name: sum(part.appearance_sums[name] for part in parts) for name in own.appearance_sums}
+    return ImageSetFeatures(statistics, features, appearance_sums)
 
 
 def read_reference(
     source: str | Path,
     extractor: FeatureExtractor,
     *,
-    keep: bool,
+    keep_features: bool,
     chain: PixelChain | None = None,
     recursive: bool = False,
     lossy: bool = False,
-) -> Measured:
+) -> ImageSetFeatures:
     """A reference set: a folder of images, or statistics in an .npz of ours, clean-fid's or pytorch-fid's.
 
     Raises:
@@ -163,9 +165,9 @@ def read_reference(
     """
     path = Path(source)
     if path.suffix in (".npz", ".npy"):
-        stored = load_stored(path)
+        stored = load_statistics_file(path)
         record = stored.record
-        here = made_with(extractor, chain)
+        here = feature_provenance(extractor, chain)
         for key, now in here.items():
             if key in record and record[key] != now:
                 raise UserError(
@@ -174,14 +176,14 @@ def read_reference(
                 )
         if not set(here) <= set(record) and path.parent != FOLDER:
             logger.warning("%s does not say how it was made: network, resize and crop are taken on trust", path)
-        return Measured(stored.statistics, stored.features if keep else None, {}, file_hash(path))
+        return ImageSetFeatures(stored.statistics, stored.features if keep_features else None, {}, file_hash(path))
     paths = list_images(path, recursive=recursive, allow_lossy=lossy)
     listing = "\n".join(f"{file.relative_to(path).as_posix()} {file.stat().st_size}" for file in paths)
-    measured = measure_shard(paths, extractor, keep=keep, chain=chain)
-    return replace(measured, identity=hashlib.sha256(listing.encode()).hexdigest())
+    measured = measure_files(paths, extractor, keep_features=keep_features, chain=chain)
+    return replace(measured, content_hash=hashlib.sha256(listing.encode()).hexdigest())
 
 
-def made_with(extractor: FeatureExtractor, chain: PixelChain | None) -> dict[str, str]:
+def feature_provenance(extractor: FeatureExtractor, chain: PixelChain | None) -> dict[str, str]:
     """What a statistics file says of its making, and a reader checks."""
     pixels = str(chain or PixelChain())
     return {"weights": extractor.record.weights, "preprocessing": extractor.record.preprocessing, "chain": pixels}
@@ -191,20 +193,20 @@ def made_with(extractor: FeatureExtractor, chain: PixelChain | None) -> dict[str
 
 
 @dataclass(frozen=True)
-class Values:
+class MetricValues:
     """Metrics by name, and the noise floor of the Fréchet distance, None where the reference has no count."""
 
     metrics: dict[str, float]
     noise_floor: float | None = None
 
 
-def compute(
-    measured: Measured,
-    reference: Measured,
+def compute_metrics(
+    measured: ImageSetFeatures,
+    reference: ImageSetFeatures,
     metrics: Sequence[Metric],
     rng: np.random.Generator,
     prompts: Sequence[str] = (),
-) -> Values:
+) -> MetricValues:
     """The asked metrics of a set against a reference. `prompt_accuracy` is not among them: it needs the images.
 
     Raises:
@@ -222,18 +224,18 @@ def compute(
         raise UserError(f"the metrics cannot be computed ({error}): check the images and the reference") from None
 
 
-def check_metrics(metrics: Sequence[Metric], reference: Measured | None, images: int) -> None:
+def check_metrics(metrics: Sequence[Metric], reference: ImageSetFeatures | None, images: int) -> None:
     """What is known to fail before anything is drawn; `reference` is None where the teacher will be it.
 
     Raises:
         UserError: too few images, or a metric that needs feature vectors where the reference has statistics only.
     """
-    least = 20 if "fd_infinity" in metrics else 6 if MANIFOLD & set(metrics) else 2
+    least = 20 if "fd_infinity" in metrics else 6 if PRDC_METRICS & set(metrics) else 2
     if images < least:
         raise UserError(
             f"{images} images came in and {', '.join(metrics)} need at least {least}: give more, or leave metrics out"
         )
-    pairwise = (MANIFOLD | {"kid", "cmmd"}) & set(metrics)
+    pairwise = (PRDC_METRICS | {"kid", "cmmd"}) & set(metrics)
     if pairwise and reference is not None and reference.features is None:
         raise UserError(
             f"{', '.join(sorted(pairwise))} need the reference's feature vectors and it holds mean and covariance only: "
@@ -242,8 +244,12 @@ def check_metrics(metrics: Sequence[Metric], reference: Measured | None, images:
 
 
 def _compute(
-    measured: Measured, reference: Measured, metrics: Sequence[Metric], rng: np.random.Generator, prompts: Sequence[str]
-) -> Values:
+    measured: ImageSetFeatures,
+    reference: ImageSetFeatures,
+    metrics: Sequence[Metric],
+    rng: np.random.Generator,
+    prompts: Sequence[str],
+) -> MetricValues:
     mine, theirs = measured.statistics, reference.statistics
     found: dict[str, float] = {}
     features = measured.features
@@ -256,18 +262,18 @@ def _compute(
     if features is not None:
         found |= _with_features(features, reference, metrics, rng, prompts)
     for name in ("saturation", "brightness", "sharpness"):
-        if name in metrics and name in measured.drift:
-            mean = measured.drift[name] / measured.count
+        if name in metrics and name in measured.appearance_sums:
+            mean = measured.appearance_sums[name] / measured.count
             found[name] = float(np.sqrt(mean)) if name == "sharpness" else mean
     floor = None
     if "fid" in metrics and theirs.count > 0:
         floor = noise_floor(theirs.covariance, mine.count, theirs.count)
-    return Values(found, floor)
+    return MetricValues(found, floor)
 
 
 def _with_features(
     features: NDArray[np.float32],
-    reference: Measured,
+    reference: ImageSetFeatures,
     metrics: Sequence[Metric],
     rng: np.random.Generator,
     prompts: Sequence[str],
@@ -279,17 +285,17 @@ def _with_features(
         if extrapolated.value is not None:
             found["fd_infinity"] = extrapolated.value
     if "fid_error" in metrics and len(features) > 3:
-        found["fid_error"] = frechet_error(features, reference.statistics, rng)
+        found["fid_error"] = frechet_standard_error(features, reference.statistics, rng)
     if "kid" in metrics and other is not None:
-        kid = kernels.kernel_distance(features, other, rng)
+        kid = kernels.kernel_inception_distance(features, other, rng)
         found |= {"kid": 1000.0 * kid.mean, "kid_std": 1000.0 * kid.std}
-    wanted = MANIFOLD & set(metrics)
+    wanted = PRDC_METRICS & set(metrics)
     if wanted and other is not None:
         count = min(len(features), len(other))  # equal numbers on both sides, chosen at random: folders are sorted
         a, b = (x[rng.permutation(len(x))[:count]] for x in (features, other))
-        found |= {name: value for name, value in vars(manifold(a, b)).items() if name in wanted}
+        found |= {name: value for name, value in vars(compute_prdc(a, b)).items() if name in wanted}
     if "cmmd" in metrics and other is not None:
-        found["cmmd"] = kernels.clip_mmd(features, other)
+        found["cmmd"] = kernels.cmmd(features, other)
     if "diversity" in metrics and (groups := diversity.prompt_groups(prompts)):
         found["diversity"] = diversity.pairwise_diversity(features[np.array(groups)], reference.statistics.mean)
     return found

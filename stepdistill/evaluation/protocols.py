@@ -19,7 +19,7 @@ from stepdistill.assets import FOLDER
 from stepdistill.config.reading import Settings, read_settings
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import UserError
-from stepdistill.evaluation.fashion import SEED, evaluation_set
+from stepdistill.evaluation.fashion import FIRST_SEED, evaluation_set
 from stepdistill.evaluation.images import PixelChain, Quantize
 from stepdistill.evaluation.networks.resize import ResizeMode
 
@@ -29,7 +29,7 @@ Metric = Literal[
     "fid", "fid_error", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "cmmd", "prompt_accuracy", "diversity",
     "saturation", "brightness", "sharpness",
 ]  # fmt: skip
-GROUPS: dict[str, tuple[Metric, ...]] = {"prdc": ("precision", "recall", "density", "coverage")}
+METRIC_GROUPS: dict[str, tuple[Metric, ...]] = {"prdc": ("precision", "recall", "density", "coverage")}
 """Names that stand for several metrics."""
 
 
@@ -128,7 +128,9 @@ def prompt_set(protocol: Protocol, source: str | None, images: int | None, seeds
             f"give the full list, or --num-images {len(expanded)}, which renames the numbers"
         )
     # hashed as drawn: how many seeds each prompt has, and where the list was cut, tells one set from another
-    return PromptSet(tuple(expanded[:wanted]), tuple(SEED + i for i in range(wanted)), text_hash(expanded[:wanted]))
+    return PromptSet(
+        tuple(expanded[:wanted]), tuple(FIRST_SEED + i for i in range(wanted)), text_hash(expanded[:wanted])
+    )
 
 
 def text_hash(texts: Sequence[str]) -> str:
@@ -136,7 +138,7 @@ def text_hash(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-def expand(names: Sequence[str]) -> list[Metric]:
+def expand_metric_names(names: Sequence[str]) -> list[Metric]:
     """Metric names with groups resolved, in order, each once.
 
     Raises:
@@ -145,16 +147,16 @@ def expand(names: Sequence[str]) -> list[Metric]:
     known: tuple[Metric, ...] = Metric.__args__  # type: ignore[attr-defined]
     found: list[Metric] = []
     for name in names:
-        if name not in known and name not in GROUPS:
-            near = difflib.get_close_matches(name, [*known, *GROUPS], n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}" if near else f"known are {', '.join([*known, *GROUPS])}"
+        if name not in known and name not in METRIC_GROUPS:
+            near = difflib.get_close_matches(name, [*known, *METRIC_GROUPS], n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}" if near else f"known are {', '.join([*known, *METRIC_GROUPS])}"
             raise UserError(f"the metric {name!r} is not known: {hint}")
-        for metric in GROUPS.get(name, tuple(m for m in known if m == name)):
+        for metric in METRIC_GROUPS.get(name, tuple(m for m in known if m == name)):
             if metric not in found:
                 found.append(metric)
     return found
 
 
-def qualified(metric: str, images: int, wanted: int | None) -> str:
+def metric_label(metric: str, images: int, wanted: int | None) -> str:
     """`fid` at the protocol's own count, `fid@N` at another."""
     return metric if wanted is None or images == wanted else f"{metric}@{images}"

@@ -10,12 +10,12 @@ from pathlib import Path
 from stepdistill.errors import UserError
 
 LOWER_IS_BETTER = ("fid", "fd_infinity", "kid", "cmmd")
-PLAIN = {"kid_std"}
+METRICS_WITHOUT_COLUMN = {"kid_std"}
 """Spreads: shown in JSON, not as columns."""
 
 
 @dataclass(frozen=True)
-class Record:
+class ProtocolRecord:
     """Everything about a measurement except the model. Two numbers are comparable if and only if these are equal, apart from
     the reference's name (its hash counts) and the program's version."""
 
@@ -65,7 +65,7 @@ class Report:
         notes: what was not available, and why.
     """
 
-    record: Record
+    record: ProtocolRecord
     rows: tuple[ReportRow, ...]
     noise_floor: float | None = None
     wins: dict[str, dict[str, tuple[float, float, float]]] = field(default_factory=dict)
@@ -92,7 +92,9 @@ class Report:
                 for score, rates in content["wins"].items()
             }
             rows = tuple(ReportRow(**row) for row in content["rows"])
-            return cls(Record(**content["protocol"]), rows, content["noise_floor"], wins, tuple(content["notes"]))
+            return cls(
+                ProtocolRecord(**content["protocol"]), rows, content["noise_floor"], wins, tuple(content["notes"])
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{where!r} is not a report of 'stepdistill evaluate' ({error}): give its report.json"
@@ -111,7 +113,7 @@ class Report:
 def columns(rows: Sequence[ReportRow]) -> list[str]:
     """Metric names of all rows, in order of first appearance."""
     names = [name for row in rows for name in row.metrics]
-    return [name for name in dict.fromkeys(names) if name.partition("@")[0] not in PLAIN]
+    return [name for name in dict.fromkeys(names) if name.partition("@")[0] not in METRICS_WITHOUT_COLUMN]
 
 
 def table(rows: Sequence[ReportRow], labels: Sequence[str] | None = None) -> list[list[str]]:
@@ -131,7 +133,7 @@ def markdown(report: Report, labels: Sequence[str] | None = None) -> str:
     lines = [f"# {report.record.protocol}", "", _markdown_table(table(report.rows, labels)), ""]
     if report.noise_floor is not None:
         lines += [f"Noise floor of the Fréchet distance at these counts: {report.noise_floor:.4g}.", ""]
-    lines += [f"* {line}" for line in win_lines(report)]
+    lines += [f"* {line}" for line in win_rate_sentences(report)]
     lines += [f"* {note}" for note in report.notes]
     lines += ["", "| protocol | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in asdict(report.record).items()]
@@ -154,12 +156,14 @@ def compare(first: Report, second: Report, names: tuple[str, str]) -> str:
     rows = (*first.rows, *second.rows)
     labels = [f"{names[0]}: {row.name}" for row in first.rows] + [f"{names[1]}: {row.name}" for row in second.rows]
     wins = [
-        f"{name}: {line}" for name, report in zip(names, (first, second), strict=True) for line in win_lines(report)
+        f"{name}: {line}"
+        for name, report in zip(names, (first, second), strict=True)
+        for line in win_rate_sentences(report)
     ]
     return markdown(Report(first.record, rows, first.noise_floor, notes=(*wins, *first.notes, *second.notes)), labels)
 
 
-def win_lines(report: Report) -> list[str]:
+def win_rate_sentences(report: Report) -> list[str]:
     """The win rates as sentences."""
     return [
         f"{score}: {row} wins against the teacher on {100 * rate:.1f} % of prompts ({100 * low:.1f} to {100 * high:.1f})"

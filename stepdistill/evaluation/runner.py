@@ -19,29 +19,29 @@ from accelerate import PartialState
 from stepdistill.assets import FOLDER
 from stepdistill.data.fashion import parse_caption
 from stepdistill.errors import UserError
-from stepdistill.evaluation.drawing import Drawn, Sampler, claim, draw_missing
-from stepdistill.evaluation.fashion import SEED
-from stepdistill.evaluation.images import Picture
+from stepdistill.evaluation.fashion import FIRST_SEED
+from stepdistill.evaluation.generation import GeneratedImages, Sampler, claim_output_folder, generate_missing_images
+from stepdistill.evaluation.html_report import html_page
+from stepdistill.evaluation.image_scores import ImageScorers, score_images
+from stepdistill.evaluation.images import ImageArray
 from stepdistill.evaluation.measure import (
-    KEEP_FEATURES,
-    Measured,
+    METRICS_NEEDING_FEATURES,
+    ImageSetFeatures,
     check_metrics,
-    compute,
-    made_with,
+    compute_metrics,
+    feature_provenance,
     measure_images,
     merge,
     read_reference,
 )
 from stepdistill.evaluation.networks.features import FeatureExtractor
-from stepdistill.evaluation.page import html_page
-from stepdistill.evaluation.pictures import PictureScores, score_pictures
-from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, qualified, text_hash
-from stepdistill.evaluation.report import Record, Report, ReportRow, markdown
-from stepdistill.evaluation.text import Unavailable, Values, win_rate
+from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, metric_label, text_hash
+from stepdistill.evaluation.report import ProtocolRecord, Report, ReportRow, markdown
+from stepdistill.evaluation.text import ScoreArray, UnavailableReward, win_rate
 from stepdistill.files.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
-SHOWN = 8
+NUM_REPORT_IMAGES = 8
 
 
 def evaluate_samplers(
@@ -54,7 +54,7 @@ def evaluate_samplers(
     output: Path,
     *,
     metrics: Sequence[Metric],
-    beside: PictureScores | None = None,
+    beside: ImageScorers | None = None,
     keep_images: bool = True,
     recursive: bool = False,
     allow_lossy: bool = False,
@@ -71,30 +71,37 @@ def evaluate_samplers(
     Raises:
         UserError: no reference, a folder that holds another evaluation, or fewer images than two.
     """
-    beside = beside or PictureScores()
-    keep = bool(KEEP_FEATURES & set(metrics))
+    beside = beside or ImageScorers()
+    keep_features = bool(METRICS_NEEDING_FEATURES & set(metrics))
     chain = protocol.chain.chain()
     marker = {"protocol": name, "prompts": prompts.sha256, "images": len(prompts), "quantize": protocol.quantize}
     _check_reference(protocol, reference, samplers)
     _check_set(prompts, metrics, extractor)
     of_teacher = reference is None and protocol.reference.kind == "teacher"
-    fixed = None if of_teacher else _read(protocol, reference, extractor, keep, recursive, allow_lossy)
+    fixed = (
+        None
+        if of_teacher
+        else _read_protocol_reference(protocol, reference, extractor, keep_features, recursive, allow_lossy)
+    )
     check_metrics(metrics, fixed, len(prompts))
-    claim(output, marker, [(s.name, s.description) for s in samplers])
-    drawn: dict[str, Drawn] = {}
-    measured: dict[str, Measured] = {}
+    claim_output_folder(output, marker, [(s.name, s.description) for s in samplers])
+    drawn: dict[str, GeneratedImages] = {}
+    measured: dict[str, ImageSetFeatures] = {}
     for sampler in samplers:
-        images = draw_missing(sampler, prompts, output / "images" / sampler.name if keep_images else None)
-        own = measure_images(map(chain, images.share()), extractor, keep=keep)
+        images = generate_missing_images(sampler, prompts, output / "images" / sampler.name if keep_images else None)
+        own = measure_images(map(chain, images.iter_local_images()), extractor, keep_features=keep_features)
         drawn[sampler.name], measured[sampler.name] = images, merge(own, len(prompts))
-    truth = fixed or _teacher(samplers, prompts, measured)
-    scored = {s.name: score_pictures(drawn[s.name], prompts, metrics, beside, chain) for s in samplers}
-    rows, notes = [], [f"{r.name}: not available ({r.reason})" for r in beside.rewards if isinstance(r, Unavailable)]
+    truth = fixed or _teacher_reference(samplers, prompts, measured)
+    scored = {s.name: score_images(drawn[s.name], prompts, metrics, beside, chain) for s in samplers}
+    rows, notes = (
+        [],
+        [f"{r.name}: not available ({r.reason})" for r in beside.rewards if isinstance(r, UnavailableReward)],
+    )
     floor: float | None = None
     for sampler in samplers:
         own = measured[sampler.name]
-        asked = [metric for metric in metrics if not _trivial(metric, own, truth)]
-        values = compute(own, truth, asked, np.random.default_rng(0), prompts.prompts)
+        asked = [metric for metric in metrics if not _is_self_comparison(metric, own, truth)]
+        values = compute_metrics(own, truth, asked, np.random.default_rng(0), prompts.prompts)
         floor = floor if values.noise_floor is None else values.noise_floor
         found = {**values.metrics, **scored[sampler.name].means}
         notes += [f"{sampler.name}: {m} could not be computed" for m in asked if m not in found]
@@ -103,16 +110,18 @@ def evaluate_samplers(
             ReportRow(
                 sampler.name, sampler.steps, sampler.network_calls, sampler.guidance, sampler.description, len(prompts),
                 drawn[sampler.name].seconds_per_image,
-                {qualified(key, len(prompts), protocol.prompts.count): value for key, value in found.items()},
+                {metric_label(key, len(prompts), protocol.prompts.count): value for key, value in found.items()},
             )
         )  # fmt: skip
     source = str(reference or protocol.reference.kind)
     record = make_record(name, protocol, prompts.sha256, len(prompts), extractor, truth, source, beside.record())
-    wins = _wins({name: found.values for name, found in scored.items()}, prompts)
+    wins = _win_rates({name: found.values for name, found in scored.items()}, prompts)
     report = Report(record, tuple(rows), floor, wins, tuple(notes))
-    step = max(1, len(prompts) // SHOWN)
-    pictures = {name: images.pick(range(0, len(prompts), step)[:SHOWN]) for name, images in drawn.items()}
-    _write(report, output, pictures, stats)
+    step = max(1, len(prompts) // NUM_REPORT_IMAGES)
+    pictures = {
+        name: images.images_at(range(0, len(prompts), step)[:NUM_REPORT_IMAGES]) for name, images in drawn.items()
+    }
+    _write_reports(report, output, pictures, stats)
     return report
 
 
@@ -133,25 +142,27 @@ def evaluate_folders(
         UserError: a folder without images, statistics of another network, a metric that needs more than they hold.
     """
     metrics = protocol.metrics
-    keep = bool(KEEP_FEATURES & set(metrics))
+    keep_features = bool(METRICS_NEEDING_FEATURES & set(metrics))
     chain = protocol.chain.chain()
     if odd := {"prompt_accuracy", "diversity"} & set(metrics):
         raise UserError(f"{', '.join(sorted(odd))} need prompts, which a folder does not tell: leave them out")
     sets = [
-        read_reference(source, extractor, keep=keep, chain=chain, recursive=recursive, lossy=allow_lossy)
+        read_reference(
+            source, extractor, keep_features=keep_features, chain=chain, recursive=recursive, lossy=allow_lossy
+        )
         for source in (images, reference)
     ]
     own, truth = sets
     lossy = ", lossy files allowed" if allow_lossy else ""
     record = make_record("folders", protocol, "", own.count, extractor, truth, str(reference), lossy)
-    values = compute(own, truth, metrics, np.random.default_rng(0))
+    values = compute_metrics(own, truth, metrics, np.random.default_rng(0))
     row = ReportRow(Path(images).name, 0, 0, 1.0, "images from a folder", own.count, None, values.metrics)
     notes = tuple(f"{metric} could not be computed" for metric in metrics if metric not in values.metrics)
     report = Report(record, (row,), values.noise_floor, notes=notes)
-    _write(report, output, {}, None)
+    _write_reports(report, output, {}, None)
     if save_statistics is not None and PartialState().is_main_process:
         kept = {} if own.features is None else {"features": own.features}
-        own.statistics.save(save_statistics, made_with(extractor, chain), **kept)
+        own.statistics.save(save_statistics, feature_provenance(extractor, chain), **kept)
     return report
 
 
@@ -161,18 +172,18 @@ def make_record(
     prompts_sha256: str,
     images: int,
     extractor: FeatureExtractor,
-    reference: Measured,
+    reference: ImageSetFeatures,
     source: str,
     beside: str,
-) -> Record:
+) -> ProtocolRecord:
     """The resolved protocol of a measurement."""
-    return Record(
+    return ProtocolRecord(
         protocol=Path(name).stem if name.endswith((".yaml", ".yml")) else name,
         prompts_sha256=prompts_sha256,
         images=images,
-        seeds=f"{SEED} + global index" if prompts_sha256 else "",
+        seeds=f"{FIRST_SEED} + global index" if prompts_sha256 else "",
         reference=Path(source).name,
-        reference_sha256=reference.identity,
+        reference_sha256=reference.content_hash,
         reference_count=reference.count,
         chain=protocol.chain.text(),
         quantize=protocol.quantize,
@@ -218,18 +229,18 @@ def _check_set(prompts: PromptSet, metrics: Sequence[Metric], extractor: Feature
                 ) from None
 
 
-def _read(
+def _read_protocol_reference(
     protocol: Protocol,
     source: str | Path | None,
     extractor: FeatureExtractor,
-    keep: bool,
+    keep_features: bool,
     recursive: bool,
     allow_lossy: bool,
-) -> Measured:
+) -> ImageSetFeatures:
     """The reference that does not depend on what is drawn; read before anything is, since drawing takes hours."""
     place = source if source is not None else FOLDER / str(protocol.reference.builtin)
     reference = read_reference(
-        place, extractor, keep=keep, chain=protocol.chain.chain(), recursive=recursive,
+        place, extractor, keep_features=keep_features, chain=protocol.chain.chain(), recursive=recursive,
         lossy=allow_lossy or protocol.reference.lossy,
     )  # fmt: skip
     wanted = protocol.reference.count
@@ -240,7 +251,9 @@ def _read(
     return reference
 
 
-def _write(report: Report, output: Path, pictures: Mapping[str, Sequence[Picture]], stats: Path | None) -> None:
+def _write_reports(
+    report: Report, output: Path, pictures: Mapping[str, Sequence[ImageArray]], stats: Path | None
+) -> None:
     """report.json and report.md first: a page that cannot be drawn must not lose hours of numbers."""
     state = PartialState()
     if state.is_main_process:
@@ -254,17 +267,21 @@ def _write(report: Report, output: Path, pictures: Mapping[str, Sequence[Picture
     state.wait_for_everyone()
 
 
-def _teacher(samplers: Sequence[Sampler], prompts: PromptSet, measured: dict[str, Measured]) -> Measured:
+def _teacher_reference(
+    samplers: Sequence[Sampler], prompts: PromptSet, measured: dict[str, ImageSetFeatures]
+) -> ImageSetFeatures:
     teacher = next(sampler for sampler in samplers if sampler.name == "teacher")
-    return replace(measured["teacher"], identity=text_hash([teacher.description, prompts.sha256]))
+    return replace(measured["teacher"], content_hash=text_hash([teacher.description, prompts.sha256]))
 
 
-def _trivial(metric: Metric, own: Measured, truth: Measured) -> bool:
+def _is_self_comparison(metric: Metric, own: ImageSetFeatures, truth: ImageSetFeatures) -> bool:
     """The teacher against itself says nothing."""
     return own.statistics is truth.statistics and metric not in ("diversity", "saturation", "brightness", "sharpness")
 
 
-def _wins(scores: dict[str, dict[str, Values]], prompts: PromptSet) -> dict[str, dict[str, tuple[float, float, float]]]:
+def _win_rates(
+    scores: dict[str, dict[str, ScoreArray]], prompts: PromptSet
+) -> dict[str, dict[str, tuple[float, float, float]]]:
     teacher = scores.get("teacher")
     if teacher is None:
         return {}

@@ -19,16 +19,22 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizerFast
 
 from stepdistill.errors import UserError
-from stepdistill.evaluation.images import Picture, PixelChain
-from stepdistill.evaluation.networks.features import CLIP_DEVIATION, CLIP_MEAN, as_tensor, standardised, weights_hash
+from stepdistill.evaluation.images import ImageArray, PixelChain
+from stepdistill.evaluation.networks.features import (
+    CLIP_MEAN,
+    CLIP_STD,
+    pooled_embedding,
+    resize_and_normalize,
+    weights_hash,
+)
 from stepdistill.rewards.aesthetic import load_head
 
 logger = logging.getLogger(__name__)
-Values = NDArray[np.float64]
+ScoreArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Convention:
+class ClipScoreConvention:
     """How a cosine becomes a score.
 
     Attributes:
@@ -42,11 +48,11 @@ class Convention:
     clamp: Literal["none", "sample", "mean"]
 
 
-CONVENTIONS = {
-    "hessel": Convention("A photo depicts ", 2.5, "sample"),
-    "gigagan": Convention("A photo depicts ", 1.0, "none"),
-    "torchmetrics": Convention("", 100.0, "mean"),
-    "raw": Convention("", 1.0, "none"),
+CLIP_SCORE_CONVENTIONS = {
+    "hessel": ClipScoreConvention("A photo depicts ", 2.5, "sample"),
+    "gigagan": ClipScoreConvention("A photo depicts ", 1.0, "none"),
+    "torchmetrics": ClipScoreConvention("", 100.0, "mean"),
+    "raw": ClipScoreConvention("", 1.0, "none"),
 }
 """CLIPScore (Hessel et al. 2021); GigaGAN's script, which DMD and DMD2 use; torchmetrics; the plain cosine."""
 
@@ -57,7 +63,7 @@ class TextScore:
 
     name: str
     mean: float
-    values: Values
+    values: ScoreArray
     truncated: int
 
 
@@ -66,7 +72,7 @@ class Reward(Protocol):
 
     name: str
 
-    def score(self, images: Sequence[Picture], prompts: Sequence[str]) -> Values:
+    def score(self, images: Sequence[ImageArray], prompts: Sequence[str]) -> ScoreArray:
         """One number an image, (N,)."""
         ...
 
@@ -92,9 +98,9 @@ class ClipScorer:
         self.weights = weights_hash(self.model)
 
     @torch.inference_mode()
-    def cosines(
-        self, images: Sequence[Picture], prompts: Sequence[str], prefix: str = "", batch_size: int = 32
-    ) -> tuple[Values, int]:
+    def cosine_similarities(
+        self, images: Sequence[ImageArray], prompts: Sequence[str], prefix: str = "", batch_size: int = 32
+    ) -> tuple[ScoreArray, int]:
         """(cosine of each image with its prompt (N,), number of prompts cut). Long prompts keep their end token."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts came in; as many of each are wanted")
@@ -104,11 +110,11 @@ class ClipScorer:
             texts = [prefix + prompt for prompt in prompts[rows]]
             truncated += sum(len(ids) > self.length for ids in self.tokenizer(texts).input_ids)
             tokens = self.tokenizer(texts, truncation=True, max_length=self.length, padding=True, return_tensors="pt")
-            text = as_tensor(self.model.get_text_features(**tokens.to(self.device)))
+            text = pooled_embedding(self.model.get_text_features(**tokens.to(self.device)))
             pixels = torch.stack(
-                [standardised(_square(image), self.side, CLIP_MEAN, CLIP_DEVIATION) for image in images[rows]]
+                [resize_and_normalize(_square(image), self.side, CLIP_MEAN, CLIP_STD) for image in images[rows]]
             )
-            image = as_tensor(self.model.get_image_features(pixel_values=pixels.to(self.device)))
+            image = pooled_embedding(self.model.get_image_features(pixel_values=pixels.to(self.device)))
             values.append(F.cosine_similarity(image.double(), text.double(), dim=1).cpu().numpy())
         if truncated:
             logger.warning(
@@ -117,27 +123,29 @@ class ClipScorer:
         return np.concatenate(values), truncated
 
 
-def clip_score(scorer: ClipScorer, images: Sequence[Picture], prompts: Sequence[str], convention: str) -> TextScore:
+def clip_score(scorer: ClipScorer, images: Sequence[ImageArray], prompts: Sequence[str], convention: str) -> TextScore:
     """The CLIP score in a named convention.
 
     Raises:
         UserError: unknown convention.
     """
-    if convention not in CONVENTIONS:
-        raise UserError(f"the CLIP convention {convention!r} is not known: use one of {', '.join(CONVENTIONS)}")
-    rule = CONVENTIONS[convention]
-    cosines, truncated = scorer.cosines(images, prompts, rule.prefix)
-    values = rule.scale * (np.maximum(cosines, 0.0) if rule.clamp == "sample" else cosines)
+    if convention not in CLIP_SCORE_CONVENTIONS:
+        raise UserError(
+            f"the CLIP convention {convention!r} is not known: use one of {', '.join(CLIP_SCORE_CONVENTIONS)}"
+        )
+    rule = CLIP_SCORE_CONVENTIONS[convention]
+    cosine_similarities, truncated = scorer.cosine_similarities(images, prompts, rule.prefix)
+    values = rule.scale * (np.maximum(cosine_similarities, 0.0) if rule.clamp == "sample" else cosine_similarities)
     return TextScore(f"clip[{scorer.name},{convention}]", convention_mean(values, convention), values, truncated)
 
 
-def convention_mean(values: Values, convention: str) -> float:
+def convention_mean(values: ScoreArray, convention: str) -> float:
     """The mean over images as the convention takes it."""
     mean = float(values.mean())
-    return max(mean, 0.0) if CONVENTIONS[convention].clamp == "mean" else mean
+    return max(mean, 0.0) if CLIP_SCORE_CONVENTIONS[convention].clamp == "mean" else mean
 
 
-def _square(image: Picture) -> Picture:
+def _square(image: ImageArray) -> ImageArray:
     """CLIP's own centre crop; bicubic resampling of the short side afterwards is the same as before it, for squares."""
     return PixelChain("square")(image)
 
@@ -152,12 +160,12 @@ class PickScore:
         self._scorer = ClipScorer(path, device, download=download)
         self.name = "pickscore[v1,logit]"
 
-    def score(self, images: Sequence[Picture], prompts: Sequence[str]) -> Values:
+    def score(self, images: Sequence[ImageArray], prompts: Sequence[str]) -> ScoreArray:
         scale = float(self._scorer.model.logit_scale.exp())
-        return scale * self._scorer.cosines(images, prompts)[0]
+        return scale * self._scorer.cosine_similarities(images, prompts)[0]
 
 
-class Hps:
+class HPSv2:
     """HPSv2.1 (Wu et al. 2023) through the `hpsv2` package, times 100; v2.0 is another scale."""
 
     name = "hps[v2.1,100cos]"
@@ -167,7 +175,7 @@ class Hps:
 
         self._package = hpsv2
 
-    def score(self, images: Sequence[Picture], prompts: Sequence[str]) -> Values:
+    def score(self, images: Sequence[ImageArray], prompts: Sequence[str]) -> ScoreArray:
         from PIL import Image
 
         rows = zip(images, prompts, strict=True)
@@ -185,7 +193,7 @@ class ImageReward:
 
         self._model = package.load("ImageReward-v1.0")
 
-    def score(self, images: Sequence[Picture], prompts: Sequence[str]) -> Values:
+    def score(self, images: Sequence[ImageArray], prompts: Sequence[str]) -> ScoreArray:
         from PIL import Image
 
         rows = zip(images, prompts, strict=True)
@@ -203,22 +211,22 @@ class Aesthetic:
         self._layers = load_head(head, self._scorer.model.config.projection_dim).to(device)
 
     @torch.inference_mode()
-    def score(self, images: Sequence[Picture], prompts: Sequence[str]) -> Values:
+    def score(self, images: Sequence[ImageArray], prompts: Sequence[str]) -> ScoreArray:
         scorer = self._scorer
-        pixels = [standardised(_square(image), scorer.side, CLIP_MEAN, CLIP_DEVIATION) for image in images]
-        embedded = as_tensor(scorer.model.get_image_features(pixel_values=torch.stack(pixels).to(scorer.device)))
+        pixels = [resize_and_normalize(_square(image), scorer.side, CLIP_MEAN, CLIP_STD) for image in images]
+        embedded = pooled_embedding(scorer.model.get_image_features(pixel_values=torch.stack(pixels).to(scorer.device)))
         return self._layers(F.normalize(embedded, dim=1))[:, 0].double().cpu().numpy()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
-class Unavailable:
+class UnavailableReward:
     """A reward that could not be loaded, and why."""
 
     name: str
     reason: str
 
 
-def load_reward(spec: str, device: torch.device | str = "cpu", *, download: bool = False) -> Reward | Unavailable:
+def load_reward(spec: str, device: torch.device | str = "cpu", *, download: bool = False) -> Reward | UnavailableReward:
     """The reward of NAME[:WEIGHTS]: pickscore:PATH, hps, imagereward, aesthetic:CLIP_PATH,HEAD_FILE.
 
     Raises:
@@ -229,9 +237,9 @@ def load_reward(spec: str, device: torch.device | str = "cpu", *, download: bool
         if kind == "pickscore":
             return PickScore(weights or "yuvalkirstain/PickScore_v1", device, download=download)
         if kind in ("hps", "imagereward") and not download:
-            return Unavailable(kind, "its package fetches the weights: allow --download")
+            return UnavailableReward(kind, "its package fetches the weights: allow --download")
         if kind == "hps":
-            return Hps()
+            return HPSv2()
         if kind == "imagereward":
             return ImageReward()
         if kind == "aesthetic":
@@ -239,7 +247,7 @@ def load_reward(spec: str, device: torch.device | str = "cpu", *, download: bool
             return Aesthetic(clip or "openai/clip-vit-large-patch14", head, device, download=download)
     except Exception as error:
         # third-party packages fail at import in every way there is; the run must go on and say so
-        return Unavailable(kind, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return UnavailableReward(kind, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     raise UserError(f"the reward {spec!r} is not known: use pickscore, hps, imagereward or aesthetic")
 
 
@@ -254,7 +262,7 @@ class WinRate:
 
 
 def win_rate(
-    student: Values, teacher: Values, prompts: Sequence[str], rng: np.random.Generator, resamples: int = 2000
+    student: ScoreArray, teacher: ScoreArray, prompts: Sequence[str], rng: np.random.Generator, resamples: int = 2000
 ) -> WinRate:
     """Paired comparison at equal prompts and seeds; seeds of one prompt are averaged, since they are not independent."""
     if not len(student) == len(teacher) == len(prompts):

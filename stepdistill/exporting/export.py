@@ -15,9 +15,9 @@ import torch
 
 from stepdistill.assets import resolve
 from stepdistill.errors import UserError
-from stepdistill.exporting.card import write_card
-from stepdistill.exporting.guidance_adapter import adapter_of, write_guidance_adapter
+from stepdistill.exporting.guidance_adapter import guidance_adapter_of, write_guidance_adapter
 from stepdistill.exporting.lora import write_diffusers_lora, write_kohya_lora
+from stepdistill.exporting.model_card import write_model_card
 from stepdistill.exporting.pipeline import write_pipeline
 from stepdistill.exporting.proof import (
     HALF_TOLERANCE,
@@ -32,7 +32,7 @@ from stepdistill.families.base import Checkpoint
 from stepdistill.families.recipe import Recipe
 from stepdistill.files.outputs import check_place
 from stepdistill.inference import experts as loader
-from stepdistill.inference.artifact import load_artefact
+from stepdistill.inference.artifact import load_artifact
 from stepdistill.inference.lora_files import DIFFUSERS_FILE, KOHYA_FILE, expert_files
 from stepdistill.roles.guidance_adapter import FILE as ADAPTER_FILE
 from stepdistill.roles.guidance_adapter import GuidanceAdapter
@@ -40,7 +40,7 @@ from stepdistill.roles.triple import REAL_SCORE, Triple
 
 logger = logging.getLogger(__name__)
 ExportFormat = Literal["diffusers-lora", "kohya-lora", "guidance-adapter", "pipeline"]
-FILES: dict[ExportFormat, str] = {
+EXPORT_FILES: dict[ExportFormat, str] = {
     "diffusers-lora": DIFFUSERS_FILE,
     "kohya-lora": KOHYA_FILE,
     "guidance-adapter": ADAPTER_FILE,
@@ -48,7 +48,7 @@ FILES: dict[ExportFormat, str] = {
 }
 
 
-def check_output(folder: Path) -> None:
+def check_output_folder(folder: Path) -> None:
     """Refuse a folder that holds anything, or cannot be made."""
     check_place(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -78,7 +78,7 @@ def export_student(
         UserError: a non-empty folder, an expert that is not trained yet, a layout that the format cannot hold, non-finite tensors,
             or a failed proof.
     """
-    check_output(folder)
+    check_output_folder(folder)
     if REAL_SCORE in experts:
         raise UserError(
             f"only {len(experts) - experts.count(REAL_SCORE)} of the student's {len(experts)} experts have been in training: resume "
@@ -102,28 +102,28 @@ def export_student(
             write_guidance_adapter(triple, experts[0], recipe, aside, dtype)
         else:
             write = write_diffusers_lora if format == "diffusers-lora" else write_kohya_lora
-            for role, file in zip(experts, expert_files(FILES[format], len(experts)), strict=True):
+            for role, file in zip(experts, expert_files(EXPORT_FILES[format], len(experts)), strict=True):
                 write(triple, role, recipe, aside / file, dtype)
         if several:
             (aside / "experts.py").write_text(inspect.getsource(loader))
         (aside / "recipe.json").write_text(recipe.to_json() + "\n")
         proof.write(aside, recipe)
         exported = str(aside) if format == "pipeline" else base
-        artefact = load_artefact(exported, None if format == "pipeline" else aside, torch.float32, "cpu")
+        artifact = load_artifact(exported, None if format == "pipeline" else aside, torch.float32, "cpu")
         tolerance = HALF_TOLERANCE if half else TOLERANCE
-        verify(artefact.pipeline, proof, recipe, tolerance, experts=artefact.experts)
-        left_out = triple.family.left_out(checkpoint.info)
-        script = reproduction_script(base, format, FILES[format], tolerance, left_out, experts=several)
+        verify(artifact.pipeline, proof, recipe, tolerance, experts=artifact.experts)
+        omitted_components = triple.family.omitted_components(checkpoint.info)
+        script = reproduction_script(base, format, EXPORT_FILES[format], tolerance, omitted_components, experts=several)
         (aside / "reproduce.py").write_text(script)
-        write_card(
+        write_model_card(
             checkpoint.info,
             triple.family,
             recipe,
             format,
-            FILES[format],
+            EXPORT_FILES[format],
             folder,
             aside / "README.md",
-            notes=[_distance(quantized, proof)] if quantized is not None else [],
+            notes=[_quantization_note(quantized, proof)] if quantized is not None else [],
         )
         if folder.exists():
             folder.rmdir()
@@ -138,7 +138,7 @@ def check_format(triple: Triple, role: str, format: ExportFormat) -> None:
     """Refuse a format that cannot hold all of a role, before anything is drawn."""
     guide = triple.guidance_conditioners.get(role)
     if format == "guidance-adapter":
-        adapter_of(triple, role)
+        guidance_adapter_of(triple, role)
     elif isinstance(guide, GuidanceAdapter):
         raise UserError(f"the {role} is guidance adapters beside its base: export it with --format guidance-adapter")
     elif guide is not None and format != "pipeline":
@@ -147,7 +147,7 @@ def check_format(triple: Triple, role: str, format: ExportFormat) -> None:
         )
 
 
-def _distance(quantized: QuantizedStudent, proof: Proof) -> str:
+def _quantization_note(quantized: QuantizedStudent, proof: Proof) -> str:
     """A sentence for card and log."""
     text = (
         f"It was trained on {quantized.base}; on the unquantised base, which these files are for and were proved on, the final "

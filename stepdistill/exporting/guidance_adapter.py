@@ -15,10 +15,10 @@ from stepdistill.roles import guidance_adapter
 from stepdistill.roles.guidance_adapter import GuidanceAdapter, metadata_of
 from stepdistill.roles.triple import Triple
 
-MODULE = "guidance_adapter.py"
+MODULE_FILE = "guidance_adapter.py"
 
 
-def adapter_of(triple: Triple, role: str) -> GuidanceAdapter:
+def guidance_adapter_of(triple: Triple, role: str) -> GuidanceAdapter:
     """The adapters of a role. Raises UserError where it is held otherwise."""
     guide, mode = triple.guidance_conditioners.get(role), triple.layouts[role].mode
     if mode != "adapter" or not isinstance(guide, GuidanceAdapter):
@@ -33,7 +33,7 @@ def write_guidance_adapter(triple: Triple, role: str, recipe: Recipe, folder: Pa
     Raises:
         UserError: the role is no guidance adapter, or has non-finite values.
     """
-    adapter = adapter_of(triple, role)
+    adapter = guidance_adapter_of(triple, role)
     trained = {key for key, _ in adapter.named_parameters()}
     tensors = {
         # frequencies stay as they are: rounded ones are those of another adapter
@@ -46,4 +46,4 @@ def write_guidance_adapter(triple: Triple, role: str, recipe: Recipe, folder: Pa
             f"{len(bad)} tensors of the {role} are not finite in {dtype} (first: {bad[0]!r}): export an earlier checkpoint"
         )
     save_file(tensors, folder / guidance_adapter.FILE, {**metadata_of(adapter.settings), RECIPE_KEY: recipe.to_json()})
-    (folder / MODULE).write_text(inspect.getsource(guidance_adapter))
+    (folder / MODULE_FILE).write_text(inspect.getsource(guidance_adapter))

@@ -25,7 +25,7 @@ def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Ten
     Raises:
         UserError: the role is a full network, or has non-finite values.
     """
-    settings_of(triple, role)
+    lora_settings_of(triple, role)
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in triple.bank.parameters(role)}
     bad = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if bad:
@@ -35,7 +35,7 @@ def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Ten
     return tensors
 
 
-def settings_of(triple: Triple, role: str) -> LoraSettings:
+def lora_settings_of(triple: Triple, role: str) -> LoraSettings:
     """The role's LoRA settings. Raises UserError where it is no LoRA."""
     layout = triple.layouts[role]
     if layout.lora is None:
@@ -43,7 +43,7 @@ def settings_of(triple: Triple, role: str) -> LoraSettings:
     return layout.lora
 
 
-def alpha_of(module: str, lora: LoraSettings) -> float:
+def module_alpha(module: str, lora: LoraSettings) -> float:
     """The alpha of one module, exceptions applied as peft applies them."""
     return float(lora.alpha_pattern.get(get_pattern_key(list(lora.alpha_pattern), module), lora.alpha))
 
@@ -52,7 +52,7 @@ def write_diffusers_lora(triple: Triple, role: str, recipe: Recipe, path: Path, 
     """Write diffusers' layout to a file; the adapter's configuration travels in its metadata."""
     component = triple.family.network_component
     tensors = {f"{component}.{key}": value for key, value in lora_tensors(triple, role, dtype).items()}
-    config = settings_of(triple, role).peft().to_dict()
+    config = lora_settings_of(triple, role).peft().to_dict()
     kept = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "lora_bias", "use_dora", "use_rslora")
     adapter = {f"{component}.{key}": _plain(config[key]) for key in kept if key in config}
     metadata = {
@@ -70,7 +70,7 @@ def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtyp
             f"kohya's layout has no names that diffusers knows for the network of {triple.family.name!r}: export it with --format "
             "diffusers-lora, which ComfyUI reads as well"
         )
-    lora = settings_of(triple, role)
+    lora = lora_settings_of(triple, role)
     tensors: dict[str, Tensor] = {}
     for key, value in lora_tensors(triple, role, dtype).items():
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
@@ -79,7 +79,7 @@ def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtyp
             tensors[f"{name}.lora_down.weight"] = value
         else:
             # loaders disagree about modules with an alpha of their own: one alpha everywhere, exceptions folded into B
-            tensors[f"{name}.lora_up.weight"] = value * (alpha_of(module, lora) / lora.alpha)
+            tensors[f"{name}.lora_up.weight"] = value * (module_alpha(module, lora) / lora.alpha)
         tensors[f"{name}.alpha"] = torch.tensor(lora.alpha)
     metadata = {
         "ss_network_module": "networks.lora",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.exporting.lora import alpha_of, lora_tensors, settings_of
+from stepdistill.exporting.lora import lora_settings_of, lora_tensors, module_alpha
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.common.guidance_embedding import GuidanceEmbedding
 from stepdistill.families.recipe import Recipe
@@ -58,11 +58,11 @@ def merged_network(triple: Triple, role: str) -> nn.Module:
 
 def _merged_lora(triple: Triple, role: str) -> nn.Module:
     network = triple.plain_copy()
-    matrices, lora = lora_tensors(triple, role, torch.float32), settings_of(triple, role)
+    matrices, lora = lora_tensors(triple, role, torch.float32), lora_settings_of(triple, role)
     for key in [key for key in matrices if ".lora_A." in key]:
         module = key.removesuffix(".lora_A.weight")
         a, b = matrices[key], matrices[f"{module}.lora_B.weight"]
-        delta = (b.flatten(1) @ a.flatten(1)) * (alpha_of(module, lora) / len(a))
+        delta = (b.flatten(1) @ a.flatten(1)) * (module_alpha(module, lora) / len(a))
         weight = network.get_submodule(module).get_parameter("weight")
         weight.copy_(weight.float() + delta.reshape(weight.shape).to(weight.device))
     return network

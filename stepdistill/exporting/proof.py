@@ -16,12 +16,12 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.families.recipe import Recipe
-from stepdistill.inference.calls import seeded_steps
 from stepdistill.inference.experts import Experts
+from stepdistill.inference.pipeline_calls import seeded_scheduler_steps
 from stepdistill.roles.sampler import student_sample
 from stepdistill.roles.triple import REAL_SCORE, Triple
 
-FILE = "proof.safetensors"
+PROOF_FILE = "proof.safetensors"
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
 
@@ -69,7 +69,9 @@ class Proof:
         """Write `proof.safetensors`; prompts, seeds and recipe are in its metadata."""
         tensors = {"noise": self.noise, "fresh": self.fresh, "latents": self.latents, "images": self.images}
         metadata = {"prompts": json.dumps(self.prompts), "seeds": json.dumps(self.seeds), "recipe": recipe.to_json()}
-        save_file({key: value.float().cpu().contiguous() for key, value in tensors.items()}, folder / FILE, metadata)
+        save_file(
+            {key: value.float().cpu().contiguous() for key, value in tensors.items()}, folder / PROOF_FILE, metadata
+        )
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ def verify(
     tolerance: float,
     *,
     experts: Experts | None = None,
-    untouched: bool = False,
+    allow_base_output: bool = False,
 ) -> float:
     """Largest difference between the pipeline's images and the proof's.
 
@@ -135,7 +137,7 @@ def verify(
         arguments["callback_on_step_end"] = experts
     generators = [torch.Generator().manual_seed(seed) for seed in proof.seeds]
     height, width = recipe.resolution
-    with seeded_steps(pipeline, generators):
+    with seeded_scheduler_steps(pipeline, generators):
         drawn = pipeline(
             list(proof.prompts), generator=generators, output_type="pt", height=height, width=width, **arguments
         ).images
@@ -145,23 +147,29 @@ def verify(
             f"the exported files do not reproduce the trained generator (largest difference {worst:.2g}, allowed {tolerance:g}): "
             "nothing was written; please report this"
         )
-    if not untouched and bool((proof.latents - proof.base_latents).abs().max() < 1e-6):
+    if not allow_base_output and bool((proof.latents - proof.base_latents).abs().max() < 1e-6):
         raise UserError(
             "the trained generator draws exactly what its base draws, so there is nothing to export: train it first"
         )
     return worst
 
 
-def loader_arguments(left_out: Sequence[str]) -> str:
+def omitted_component_arguments(omitted_components: Sequence[str]) -> str:
     """`, NAME=None` for each component that `from_pretrained` must be told of."""
-    return "".join(f", {name}=None" for name in left_out)
+    return "".join(f", {name}=None" for name in omitted_components)
 
 
 def reproduction_script(
-    base: str, format: str, file: str, tolerance: float, left_out: Sequence[str] = (), *, experts: bool = False
+    base: str,
+    format: str,
+    file: str,
+    tolerance: float,
+    omitted_components: Sequence[str] = (),
+    *,
+    experts: bool = False,
 ) -> str:
     """A script that imports torch, safetensors and diffusers alone and reproduces the proof from the exported files."""
-    lacking = loader_arguments(left_out)
+    lacking = omitted_component_arguments(omitted_components)
     load = f"pipe = DiffusionPipeline.from_pretrained(here, torch_dtype=torch.float32{lacking})"
     if format != "pipeline":
         where = f'sys.argv[1] if len(sys.argv) > 1 else "{base}"'

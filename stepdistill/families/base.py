@@ -117,7 +117,7 @@ class Family(ABC):
         """Class name of the checkpoint's own pipeline, which its exports are loaded with."""
         return self.pipeline_name
 
-    def left_out(self, info: CheckpointInfo) -> tuple[str, ...]:
+    def omitted_components(self, info: CheckpointInfo) -> tuple[str, ...]:
         """Components that the checkpoint is without and the pipeline's loader must be told `None` for."""
         return ()
 

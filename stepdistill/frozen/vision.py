@@ -27,7 +27,7 @@ from stepdistill.frozen.critic import CHANNELS, Critic
 CRITIC = "builtin:critic"
 VISION = "vision"
 """In `Triple.frozen`."""
-CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LEVELS = 4
 """Feature maps of a transformer: after each quarter of its blocks."""
@@ -82,7 +82,7 @@ class Kind:
     fixed: bool = True
 
 
-_CLIP = (CLIP_MEAN, CLIP_DEVIATION)
+_CLIP = (CLIP_MEAN, CLIP_STD)
 KINDS: Mapping[str, Kind] = {
     "dinov2": Kind(Dinov2Model, lambda c: c, lambda c: 1, fixed=False),
     "dinov2_with_registers": Kind(
@@ -126,7 +126,7 @@ class TransformerVision(VisionEncoder):
         self.register_buffer("deviation", torch.tensor(kind.deviation).reshape(3, 1, 1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        pixels = standardised(images.to(self.mean.dtype), self.side, self.mean, self.deviation)  # type: ignore[arg-type, union-attr, call-overload]
+        pixels = resize_and_normalize(images.to(self.mean.dtype), self.side, self.mean, self.deviation)  # type: ignore[arg-type, union-attr, call-overload]
         states = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
         return [self._map(states[layer]) for layer in self.layers]
 
@@ -138,7 +138,7 @@ class TransformerVision(VisionEncoder):
         return tokens.reshape(len(tokens), -1, side, side)
 
 
-def standardised(images: Tensor, side: int, mean: Tensor, deviation: Tensor) -> Tensor:
+def resize_and_normalize(images: Tensor, side: int, mean: Tensor, deviation: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1], resized to a square (bicubic, antialiased) and standardised; differentiable."""
     if images.shape[-2:] != (side, side):
         images = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

@@ -20,9 +20,9 @@ from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.checkpoints.schedulers import scheduler_class
 from stepdistill.families.recipe import Recipe
-from stepdistill.inference.calls import seeded_steps, widened_decoding
 from stepdistill.inference.experts import Experts, adapter_experts, load_experts
-from stepdistill.inference.lora_files import DIFFUSERS_FILE, KOHYA_FILE, expert_files, recipe_of
+from stepdistill.inference.lora_files import DIFFUSERS_FILE, KOHYA_FILE, expert_files, read_recipe
+from stepdistill.inference.pipeline_calls import decode_in_vae_dtype, seeded_scheduler_steps
 from stepdistill.roles.guidance_adapter import FILE as ADAPTER_FILE
 from stepdistill.roles.guidance_adapter import GuidanceAdapter, load_guidance_adapter
 
@@ -51,7 +51,7 @@ FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """A stock pipeline, and what came with it.
 
     Attributes:
@@ -66,7 +66,7 @@ class Artefact:
     adapter: GuidanceAdapter | None = None
 
 
-def load_artefact(model: str, lora: Path | None, dtype: torch.dtype, device: torch.device | str) -> Artefact:
+def load_artifact(model: str, lora: Path | None, dtype: torch.dtype, device: torch.device | str) -> Artifact:
     """A stock pipeline of a base or exported pipeline, with a LoRA where one is given, and the recipe that came with it.
 
     lora: an exported folder or file, of guidance adapters too.
@@ -82,24 +82,24 @@ def load_artefact(model: str, lora: Path | None, dtype: torch.dtype, device: tor
     if lora is None:
         recipe = Recipe.read(checkpoint.info.folder)
         several = recipe is not None and recipe.experts
-        return Artefact(pipeline, recipe, load_experts(pipeline, checkpoint.info.folder) if several else None)
-    beside = lora / ADAPTER_FILE if lora.is_dir() else lora
-    if beside.name == ADAPTER_FILE and beside.is_file():
-        recipe = recipe_of(beside) or Recipe.read(beside.parent)
-        return Artefact(pipeline, recipe, adapter=_load_adapter(pipeline, beside, recipe))
+        return Artifact(pipeline, recipe, load_experts(pipeline, checkpoint.info.folder) if several else None)
+    adapter_file = lora / ADAPTER_FILE if lora.is_dir() else lora
+    if adapter_file.name == ADAPTER_FILE and adapter_file.is_file():
+        recipe = read_recipe(adapter_file) or Recipe.read(adapter_file.parent)
+        return Artifact(pipeline, recipe, adapter=_load_adapter(pipeline, adapter_file, recipe))
     file = lora_file(lora)
-    recipe = recipe_of(file) or Recipe.read(file.parent)
+    recipe = read_recipe(file) or Recipe.read(file.parent)
     if recipe is None or not recipe.experts:
         load_lora(pipeline, file)
-        return Artefact(pipeline, recipe)
-    return Artefact(pipeline, recipe, _load_experts(pipeline, lora, file, recipe.experts))
+        return Artifact(pipeline, recipe)
+    return Artifact(pipeline, recipe, _load_experts(pipeline, lora, file, recipe.experts))
 
 
 def _load_adapter(pipeline: DiffusionPipeline, file: Path, recipe: Recipe | None) -> GuidanceAdapter:
     try:
         return load_guidance_adapter(pipeline, file, None if recipe is None else recipe.told_guidance)
     except ValueError as error:
-        raise UserError(_first(error)) from None
+        raise UserError(_one_line(error)) from None
 
 
 def lora_file(path: Path) -> Path:
@@ -139,12 +139,12 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, name: str = "stepdistill"
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
         raise UserError(
-            f"the LoRA {str(file)!r} does not fit this model ({_first(error)}): use the base it was trained on"
+            f"the LoRA {str(file)!r} does not fit this model ({_one_line(error)}): use the base it was trained on"
         ) from None
     network = pipeline.unet if "unet" in pipeline.components else pipeline.transformer
     loaded = {key: value for key, value in network.named_parameters() if f".{name}." in key}
     # diffusers fills a module that got half of its pair with random numbers: counts alone do not show it
-    orphans = _orphans(keys, loaded, name) if keys[0].partition(".")[0] in pipeline.components else []
+    orphans = _unmatched_keys(keys, loaded, name) if keys[0].partition(".")[0] in pipeline.components else []
     if orphans or sum(value.numel() for value in loaded.values()) != total:
         pipeline.unload_lora_weights()
         raise UserError(
@@ -184,9 +184,9 @@ def draw(
     if adapter is not None and guidance is not None:
         adapter.w, guidance = guidance, None
     own = pipeline.scheduler
-    arguments = _arguments(pipeline, recipe, steps, guidance, scheduler)
+    arguments = _sampling_arguments(pipeline, recipe, steps, guidance, scheduler)
     arguments |= _size_arguments(pipeline, size)
-    if negative_prompt is not None and not compares_prompts(pipeline):
+    if negative_prompt is not None and not supports_negative_prompt(pipeline):
         raise UserError(
             f"a negative prompt was given, and {type(pipeline).__name__} tells its network a guidance scale instead of comparing "
             "two prompts: remove it"
@@ -206,7 +206,7 @@ def draw(
             if experts is not None:
                 experts.start()
             try:
-                with seeded_steps(pipeline, generators), widened_decoding(pipeline):
+                with seeded_scheduler_steps(pipeline, generators), decode_in_vae_dtype(pipeline):
                     images = pipeline(list(prompts[rows]), generator=generators, output_type="np", **batch).images
             except ValueError as error:
                 first = " ".join(str(error).split())[:200]
@@ -216,12 +216,12 @@ def draw(
         pipeline.scheduler = own  # the next scheduler must start from the checkpoint's config, not from this one's
 
 
-def compares_prompts(pipeline: DiffusionPipeline) -> bool:
+def supports_negative_prompt(pipeline: DiffusionPipeline) -> bool:
     """Whether its guidance is a second call of the network, with the negative prompt; else the network is told w."""
     return "negative_prompt" in signature(pipeline.__call__).parameters
 
 
-def _arguments(
+def _sampling_arguments(
     pipeline: DiffusionPipeline, recipe: Recipe | None, steps: int | None, guidance: float | None, scheduler: str | None
 ) -> dict[str, Any]:
     if scheduler is not None and scheduler not in SCHEDULERS:
@@ -296,11 +296,11 @@ def _size_arguments(pipeline: DiffusionPipeline, size: tuple[int, int] | None) -
     return {"height": height, "width": width, "use_resolution_binning": False}
 
 
-def _orphans(keys: Sequence[str], loaded: dict[str, torch.nn.Parameter], name: str) -> list[str]:
+def _unmatched_keys(keys: Sequence[str], loaded: dict[str, torch.nn.Parameter], name: str) -> list[str]:
     """Keys `COMPONENT.MODULE.lora_A.weight` of a file whose module has no adapter."""
     known = {key.replace(f".{name}.", ".") for key in loaded}
     return [key for key in keys if key.partition(".")[2] not in known]
 
 
-def _first(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]

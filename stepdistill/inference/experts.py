@@ -29,7 +29,7 @@ class Experts:
     """
 
     def __init__(self, calls: Sequence[int], select: Callable[[int], None], networks: Sequence[nn.Module] = ()) -> None:
-        self.turns = [expert for expert, share in enumerate(calls) for _ in range(share)]
+        self.expert_of_call = [expert for expert, share in enumerate(calls) for _ in range(share)]
         self.select, self.networks = select, tuple(networks)
         self.start()
 
@@ -40,11 +40,13 @@ class Experts:
     def __call__(self, pipe: DiffusionPipeline, step: int, timestep: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         # diffusers calls back after a step: what is chosen now makes the next one
         following = (step + 1) % pipe.num_timesteps
-        self.select(self.turns[following * len(self.turns) // pipe.num_timesteps])
+        self.select(self.expert_of_call[following * len(self.expert_of_call) // pipe.num_timesteps])
         return kwargs
 
 
-def load_experts(pipe: DiffusionPipeline, folder: str | Path, beside: Mapping[str, float] | None = None) -> Experts:
+def load_experts(
+    pipe: DiffusionPipeline, folder: str | Path, other_adapters: Mapping[str, float] | None = None
+) -> Experts:
     """Load the experts of an exported folder into its base's pipeline, or its own.
 
     beside: adapter -> weight of other LoRAs of the pipeline, which stay active through all steps.
@@ -57,14 +59,17 @@ def load_experts(pipe: DiffusionPipeline, folder: str | Path, beside: Mapping[st
     for name in names:
         (file,) = folder.glob(f"*_{name}.safetensors")
         pipe.load_lora_weights(str(folder), weight_name=file.name, adapter_name=name)
-    return adapter_experts(pipe, names, calls, beside)
+    return adapter_experts(pipe, names, calls, other_adapters)
 
 
 def adapter_experts(
-    pipe: DiffusionPipeline, names: Sequence[str], calls: Sequence[int], beside: Mapping[str, float] | None = None
+    pipe: DiffusionPipeline,
+    names: Sequence[str],
+    calls: Sequence[int],
+    other_adapters: Mapping[str, float] | None = None,
 ) -> Experts:
     """Experts that are loaded already, as adapters of these names."""
-    others = dict(beside or {})
+    others = dict(other_adapters or {})
     return Experts(calls, lambda i: pipe.set_adapters([names[i], *others], [1.0, *others.values()]))
 
 

@@ -20,7 +20,7 @@ def expert_files(file: str, experts: int) -> list[str]:
     return [file] if experts <= 1 else [f"{stem}_expert_{k}{dot}{suffix}" for k in range(1, experts + 1)]
 
 
-def recipe_of(path: Path) -> Recipe | None:
+def read_recipe(path: Path) -> Recipe | None:
     """The recipe inside a LoRA file, None where it has none."""
     with safe_open(path, "pt") as file:
         metadata: Mapping[str, str] = file.metadata() or {}

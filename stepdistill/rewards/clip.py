@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.single_file import CONFIGS
 from stepdistill.families.common.clip import tokenizer_of
-from stepdistill.frozen.vision import CLIP_DEVIATION, CLIP_MEAN, config_of, is_outline
+from stepdistill.frozen.vision import CLIP_MEAN, CLIP_STD, config_of, is_outline
 from stepdistill.rewards.base import Reward
 
 DEFAULT, PICKSCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
@@ -46,7 +46,7 @@ class ClipPixels(nn.Module):
         super().__init__()
         self.side, self.padded = side, padded
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).reshape(3, 1, 1))
-        self.register_buffer("deviation", torch.tensor(CLIP_DEVIATION).reshape(3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(CLIP_STD).reshape(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, side, side), standardised, of images (B, 3, H, W) in [0, 1]."""

@@ -17,9 +17,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 import stepdistill
 from stepdistill.errors import UserError
-from stepdistill.evaluation.images import read_all
-from stepdistill.evaluation.metrics.mmd import kernel_distance
-from stepdistill.evaluation.metrics.prdc import manifold
+from stepdistill.evaluation.images import read_images
+from stepdistill.evaluation.metrics.mmd import kernel_inception_distance
+from stepdistill.evaluation.metrics.prdc import compute_prdc
 from stepdistill.evaluation.networks.features import load_extractor
 from stepdistill.evaluation.networks.inception import inception_layers, load_inception
 from stepdistill.evaluation.networks.resize import RESIZE_MODES, ResizeMode
@@ -150,7 +150,7 @@ def test_features_equal_clean_fid_in_each_mode(
     theirs = cleanfid_fid.get_folder_features(
         str(folders[0]), model, num_workers=0, batch_size=COUNT, device=torch.device("cpu"), mode=mode, verbose=False
     )
-    pictures = list(read_all(sorted(folders[0].glob("*.png"))))
+    pictures = list(read_images(sorted(folders[0].glob("*.png"))))
     for file in (weights, offline_clean_fid) if mode == "clean" else (weights,):
         features = load_extractor(f"inception:{file}", resize=mode)(pictures)
         np.testing.assert_allclose(features, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
@@ -176,11 +176,11 @@ def test_kernel_and_manifold_equal_torch_fidelity_on_features() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(150, 24)), 0.3 + 1.2 * rng.normal(size=(150, 24))
     theirs = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subset_size=150, kid_subsets=1)
-    assert kernel_distance(a, b, rng, subsets=1, subset_size=150).mean == pytest.approx(
+    assert kernel_inception_distance(a, b, rng, subsets=1, subset_size=150).mean == pytest.approx(
         theirs["kernel_inception_distance_mean"], rel=1e-9
     )
     both = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b))
-    measured = manifold(a, b)
+    measured = compute_prdc(a, b)
     assert (measured.precision, measured.recall) == pytest.approx((both["precision"], both["recall"]), abs=1e-6)
 
 

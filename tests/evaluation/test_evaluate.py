@@ -17,7 +17,7 @@ from PIL import Image
 import stepdistill
 from stepdistill.cli import main
 from stepdistill.errors import UserError
-from stepdistill.evaluation.protocols import load_protocol, prompt_set, protocol_names, qualified
+from stepdistill.evaluation.protocols import load_protocol, metric_label, prompt_set, protocol_names
 from stepdistill.evaluation.report import Report
 from stepdistill.training.run_folder import checkpoints
 
@@ -278,9 +278,9 @@ def test_a_failing_reward_is_reported_beside_the_numbers(tmp_path: Path, monkeyp
 
 def test_fewer_images_rename_the_number() -> None:
     """Reports of 'FID on COCO' with 259 images: the count belongs to the name."""
-    assert qualified("fid", 30_000, 30_000) == "fid"
-    assert qualified("fid", 259, 30_000) == "fid@259"
-    assert qualified("fid", 259, None) == "fid"
+    assert metric_label("fid", 30_000, 30_000) == "fid"
+    assert metric_label("fid", 259, 30_000) == "fid@259"
+    assert metric_label("fid", 259, None) == "fid"
 
 
 @pytest.mark.parametrize("name", protocol_names())

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from stepdistill.errors import UserError
-from stepdistill.evaluation.images import PixelChain, as_uint8, list_images, read_image, shard
-from stepdistill.evaluation.networks.resize import RESIZE_MODES, SIDE, resize299
+from stepdistill.evaluation.images import PixelChain, as_uint8, indices_of_rank, list_images, read_image
+from stepdistill.evaluation.networks.resize import INCEPTION_SIZE, RESIZE_MODES, resize_for_inception
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None) -> Path:
@@ -131,32 +131,34 @@ def test_width_and_height_stay_apart(mode: str) -> None:
     """clean-fid 2, 7: a 200 x 300 picture whose left half is dark must be dark on the left."""
     image = np.zeros((200, 300, 3), np.uint8)
     image[:, 150:] = 240
-    resized = resize299(image, mode)
-    assert resized.shape == (3, SIDE, SIDE)
+    resized = resize_for_inception(image, mode)
+    assert resized.shape == (3, INCEPTION_SIZE, INCEPTION_SIZE)
     assert resized[:, :, :140].max() < 1
     assert resized[:, :, 160:].min() > 239
-    assert resize299(np.ascontiguousarray(image.transpose(1, 0, 2)), mode).allclose(resized.transpose(1, 2), atol=1e-3)
+    assert resize_for_inception(np.ascontiguousarray(image.transpose(1, 0, 2)), mode).allclose(
+        resized.transpose(1, 2), atol=1e-3
+    )
 
 
 def test_the_three_modes_differ_where_they_should() -> None:
     """A fine checkerboard, reduced: antialias makes grey of it, the legacy modes alias. At 299 pixels all agree."""
     board = np.indices((600, 600)).sum(0) % 2 * 255
     board = board.astype(np.uint8)[:, :, None].repeat(3, axis=2)
-    spread = {mode: float(resize299(board, mode).std()) for mode in RESIZE_MODES}
+    spread = {mode: float(resize_for_inception(board, mode).std()) for mode in RESIZE_MODES}
     assert spread["clean"] < 5 < min(spread["legacy_pytorch"], spread["legacy_tensorflow"])
-    same = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    same = np.random.default_rng(0).integers(0, 256, (INCEPTION_SIZE, INCEPTION_SIZE, 3), dtype=np.uint8)
     for mode in RESIZE_MODES:
-        assert resize299(same, mode).sub(torch.from_numpy(same).permute(2, 0, 1)).abs().max() < 1e-2
+        assert resize_for_inception(same, mode).sub(torch.from_numpy(same).permute(2, 0, 1)).abs().max() < 1e-2
 
 
 def test_bilinear_modes_against_values_by_hand() -> None:
     """Two columns, 0 and 255, to 299: TensorFlow 1 samples at i 2/299, PyTorch at (i + 1/2) 2/299 - 1/2."""
     pair = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8).repeat(2, axis=0)
-    position = np.arange(SIDE) * 2 / SIDE
+    position = np.arange(INCEPTION_SIZE) * 2 / INCEPTION_SIZE
     tensorflow = 255 * np.clip(position, 0, 1)
-    pytorch = 255 * np.clip(position + 1 / SIDE - 0.5, 0, 1)
-    np.testing.assert_allclose(resize299(pair, "legacy_tensorflow")[0, 7], tensorflow, atol=1e-3)
-    np.testing.assert_allclose(resize299(pair, "legacy_pytorch")[0, 7], pytorch, atol=1e-3)
+    pytorch = 255 * np.clip(position + 1 / INCEPTION_SIZE - 0.5, 0, 1)
+    np.testing.assert_allclose(resize_for_inception(pair, "legacy_tensorflow")[0, 7], tensorflow, atol=1e-3)
+    np.testing.assert_allclose(resize_for_inception(pair, "legacy_pytorch")[0, 7], pytorch, atol=1e-3)
 
 
 def test_pixel_chains() -> None:
@@ -176,5 +178,5 @@ def test_pixel_chains() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_shards_cover_everything_once(world: int) -> None:
     """accelerate 575: padded samplers count the last images twice."""
-    indices = [i for rank in range(world) for i in shard(97, rank, world)]
+    indices = [i for rank in range(world) for i in indices_of_rank(97, rank, world)]
     assert sorted(indices) == list(range(97))

@@ -23,18 +23,18 @@ import stepdistill
 from stepdistill.data.appearance import brightness, sharpness
 from stepdistill.errors import UserError
 from stepdistill.evaluation.fashion import evaluation_set
-from stepdistill.evaluation.images import Picture
-from stepdistill.evaluation.measure import Measured, compute, measure_images, read_reference
+from stepdistill.evaluation.images import ImageArray
+from stepdistill.evaluation.measure import ImageSetFeatures, compute_metrics, measure_images, read_reference
 from stepdistill.evaluation.metrics.diversity import pairwise_diversity
 from stepdistill.evaluation.metrics.frechet import (
     frechet_between,
     frechet_distance,
-    frechet_error,
     frechet_infinity,
     frechet_of_features,
+    frechet_standard_error,
 )
-from stepdistill.evaluation.metrics.mmd import clip_mmd, kernel_distance
-from stepdistill.evaluation.metrics.prdc import manifold, pairwise_distances
+from stepdistill.evaluation.metrics.mmd import cmmd, kernel_inception_distance
+from stepdistill.evaluation.metrics.prdc import compute_prdc, pairwise_distances
 from stepdistill.evaluation.metrics.statistics import FeatureStatistics
 from stepdistill.evaluation.networks import inception
 from stepdistill.evaluation.networks.features import FeatureExtractor, FeatureRecord, cache_folder, load_extractor
@@ -42,14 +42,14 @@ from stepdistill.evaluation.networks.inception import find_inception
 from stepdistill.evaluation.report import ReportRow, table
 
 
-def pictures(count: int, seed: int = 0, tint: int = 0) -> Iterator[Picture]:
+def pictures(count: int, seed: int = 0, tint: int = 0) -> Iterator[ImageArray]:
     rng = np.random.default_rng(seed)
     for _ in range(count):
         base = rng.integers(0, 200, (1, 1, 3)) + np.array([tint, 0, 0])
         yield (base + rng.integers(0, 50, (16, 16, 3))).clip(0, 255).astype(np.uint8)
 
 
-def write(folder: Path, images: Iterator[Picture]) -> Path:
+def write(folder: Path, images: Iterator[ImageArray]) -> Path:
     folder.mkdir(parents=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{i:04d}.png")
@@ -61,7 +61,7 @@ def means(images: torch.Tensor) -> torch.Tensor:
 
 
 def extractor(network: object = means) -> FeatureExtractor:
-    def prepare(image: Picture) -> torch.Tensor:
+    def prepare(image: ImageArray) -> torch.Tensor:
         return torch.from_numpy(image.copy()).permute(2, 0, 1).float()
 
     return FeatureExtractor(FeatureRecord("means", "0", "none"), prepare, network)  # type: ignore[arg-type]
@@ -148,7 +148,7 @@ def test_the_error_is_the_spread_over_fresh_samples() -> None:
     truth = FeatureStatistics.of(rng.normal(size=(50_000, 6)))
     draws = [0.3 + rng.normal(size=(600, 6)) for _ in range(40)]
     spread = np.std([frechet_between(FeatureStatistics.of(draw), truth) for draw in draws], ddof=1)
-    claimed = np.mean([frechet_error(draw, truth, rng) for draw in draws[:10]])
+    claimed = np.mean([frechet_standard_error(draw, truth, rng) for draw in draws[:10]])
     assert claimed == pytest.approx(spread, rel=0.3)
 
 
@@ -165,12 +165,14 @@ def test_a_rounding_below_zero_shows_as_zero_and_stays_in_the_record() -> None:
 def test_kid_is_unbiased_and_refuses_large_subsets() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(400, 8)), rng.normal(size=(400, 8))
-    same = kernel_distance(x, y, rng, subsets=50, subset_size=100)
+    same = kernel_inception_distance(x, y, rng, subsets=50, subset_size=100)
     assert abs(same.mean) < 3 * same.std
-    assert min(kernel_distance(x, y, rng, subsets=1, subset_size=50).mean for _ in range(20)) < 0  # never clamped
+    assert (
+        min(kernel_inception_distance(x, y, rng, subsets=1, subset_size=50).mean for _ in range(20)) < 0
+    )  # never clamped
     with pytest.raises(ValueError, match=r"subsets of 500 .* 400 and 400"):
-        kernel_distance(x, y, rng, subset_size=500)
-    assert kernel_distance(x, y, rng, subsets=1).subset_size == 400
+        kernel_inception_distance(x, y, rng, subset_size=500)
+    assert kernel_inception_distance(x, y, rng, subsets=1).subset_size == 400
 
 
 def test_kid_of_a_shift_by_hand() -> None:
@@ -178,34 +180,34 @@ def test_kid_of_a_shift_by_hand() -> None:
     x, y = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [2.0, 0.0]])
     k = lambda a, b: (a @ b / 2 + 1) ** 3  # noqa: E731
     expected = k(x[0], x[1]) + k(y[0], y[1]) - 0.5 * sum(k(a, b) for a in x for b in y)
-    found = kernel_distance(x, y, np.random.default_rng(0), subsets=1, subset_size=2)
+    found = kernel_inception_distance(x, y, np.random.default_rng(0), subsets=1, subset_size=2)
     assert found.mean == pytest.approx(expected, rel=1e-12)
 
 
 def test_cmmd_of_two_unit_vectors_and_of_others() -> None:
     a, b = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
-    assert clip_mmd(a, b) == pytest.approx(1000 * (2 - 2 * np.exp(-2 / 200)), rel=1e-12)
+    assert cmmd(a, b) == pytest.approx(1000 * (2 - 2 * np.exp(-2 / 200)), rel=1e-12)
     many = np.random.default_rng(0).normal(size=(3000, 4))
     many /= np.linalg.norm(many, axis=1, keepdims=True)
-    assert clip_mmd(many, many) == pytest.approx(0, abs=1e-9)
+    assert cmmd(many, many) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="unit length"):
-        clip_mmd(2 * a, b)
+        cmmd(2 * a, b)
 
 
 def test_precision_and_recall_are_not_exchanged() -> None:
     """torch-fidelity 58: a generator collapsed on one real image is precise and recalls nothing."""
     rng = np.random.default_rng(0)
     real = rng.normal(size=(300, 4))
-    collapsed = manifold(real[:1] + 1e-4 * rng.normal(size=(300, 4)), real)
+    collapsed = compute_prdc(real[:1] + 1e-4 * rng.normal(size=(300, 4)), real)
     assert collapsed.precision == 1.0
     assert collapsed.recall < 0.02
     assert collapsed.coverage < 0.05
     assert collapsed.density > 0.9
-    same = manifold(rng.normal(size=(3000, 2)), rng.normal(size=(3000, 2)))
+    same = compute_prdc(rng.normal(size=(3000, 2)), rng.normal(size=(3000, 2)))
     assert same.density == pytest.approx(1.0, abs=0.1)
     assert same.coverage == pytest.approx(1 - 0.5**5, abs=0.02)  # Naeem et al.: 1 - (1/2)^k at equal counts
     with pytest.raises(ValueError, match="5 images came in"):
-        manifold(real[:5], real)
+        compute_prdc(real[:5], real)
 
 
 def test_distances_of_features_with_a_large_mean_keep_their_digits() -> None:
@@ -313,11 +315,11 @@ def test_a_download_with_another_hash_leaves_nothing(tmp_path: Path, monkeypatch
     wrong = tmp_path / "served.pth"
     wrong.write_bytes(b"half a file")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(inception, "URL", wrong.as_uri())
+    monkeypatch.setattr(inception, "WEIGHTS_URL", wrong.as_uri())
     with pytest.raises(UserError, match="could not be fetched"):
         find_inception(tmp_path / "cache", download=True)
     assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.setattr(inception, "HASH_PREFIX", hashlib.sha256(wrong.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(inception, "SHA256_PREFIX", hashlib.sha256(wrong.read_bytes()).hexdigest()[:8])
     assert find_inception(tmp_path / "cache", download=True).read_bytes() == b"half a file"
 
 
@@ -326,7 +328,7 @@ def test_memory_of_the_streaming_path_does_not_grow() -> None:
 
     def peak(count: int) -> int:
         tracemalloc.start()
-        measure_images(pictures(count), extractor(), keep=False, drift=False)
+        measure_images(pictures(count), extractor(), keep_features=False, appearance_sums=False)
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return used
@@ -359,7 +361,7 @@ def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
         tmp_path / "s.npz", {"preprocessing": "clean to 299"}
     )
     with pytest.raises(UserError, match="preprocessing 'clean to 299'"):
-        read_reference(tmp_path / "s.npz", extractor(), keep=False)
+        read_reference(tmp_path / "s.npz", extractor(), keep_features=False)
 
 
 @pytest.mark.parametrize(
@@ -399,21 +401,21 @@ def test_diversity_is_the_quickstarts_whatever_the_list_repeats() -> None:
     prompts, _ = evaluation_set(1536)
     assert len(set(prompts)) < 128 + 1024  # the list does repeat itself
     rng = np.random.default_rng(0)
-    own = Measured(FeatureStatistics.of(features := rng.normal(size=(1536, 64)).astype(np.float32)), features)
-    reference = Measured(FeatureStatistics.of(rng.normal(size=(200, 64))))
-    found = compute(own, reference, ["diversity"], rng, prompts).metrics["diversity"]
+    own = ImageSetFeatures(FeatureStatistics.of(features := rng.normal(size=(1536, 64)).astype(np.float32)), features)
+    reference = ImageSetFeatures(FeatureStatistics.of(rng.normal(size=(200, 64))))
+    found = compute_metrics(own, reference, ["diversity"], rng, prompts).metrics["diversity"]
     expected = pairwise_diversity(features[:512].reshape(128, 4, 64), reference.statistics.mean)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_metrics_that_need_more_than_statistics_say_so() -> None:
-    own = measure_images(pictures(30), extractor(), keep=True)
-    bare = Measured(FeatureStatistics.of(np.random.default_rng(0).normal(size=(30, 3))))
+    own = measure_images(pictures(30), extractor(), keep_features=True)
+    bare = ImageSetFeatures(FeatureStatistics.of(np.random.default_rng(0).normal(size=(30, 3))))
     with pytest.raises(UserError, match="kid, precision need the reference's feature vectors"):
-        compute(own, bare, ["fid", "kid", "precision"], np.random.default_rng(0))
-    wide = Measured(FeatureStatistics.of(np.random.default_rng(0).normal(size=(30, 4))))
+        compute_metrics(own, bare, ["fid", "kid", "precision"], np.random.default_rng(0))
+    wide = ImageSetFeatures(FeatureStatistics.of(np.random.default_rng(0).normal(size=(30, 4))))
     with pytest.raises(UserError, match="3 features and the reference 4"):
-        compute(own, wide, ["fid"], np.random.default_rng(0))
+        compute_metrics(own, wide, ["fid"], np.random.default_rng(0))
 
 
 def test_two_folders_of_mixed_sizes_are_measured(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from stepdistill.data.appearance import saturation
 from stepdistill.evaluation.metrics.diversity import pairwise_diversity
 from stepdistill.evaluation.metrics.frechet import frechet_distance, noise_floor
-from stepdistill.evaluation.metrics.prdc import manifold
+from stepdistill.evaluation.metrics.prdc import compute_prdc
 from stepdistill.evaluation.metrics.statistics import FeatureStatistics
 
 
@@ -31,11 +31,11 @@ def test_merge_and_updates_equal_one_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [1, 40, 1000])
 def test_a_stream_gathered_by_the_hundred_is_one_pass(rows: int) -> None:
     features = np.random.default_rng(1).normal(3.0, 2.0, (301, 5))
-    gathered = FeatureStatistics.gather(iter(np.array_split(features, 17)), rows)
+    gathered = FeatureStatistics.from_batches(iter(np.array_split(features, 17)), rows)
     assert gathered is not None
     assert gathered.count == 301
     np.testing.assert_allclose(gathered.covariance, np.cov(features, rowvar=False), rtol=1e-10)
-    assert FeatureStatistics.gather(iter([])) is None
+    assert FeatureStatistics.from_batches(iter([])) is None
 
 
 def test_frechet_of_commuting_covariances() -> None:
@@ -83,10 +83,10 @@ def test_diversity_of_copies_and_of_opposites() -> None:
 
 def test_precision_and_recall_extremes() -> None:
     x = np.random.default_rng(3).normal(size=(200, 3))
-    same, far = manifold(x, x), manifold(x, x + 100.0)
+    same, far = compute_prdc(x, x), compute_prdc(x, x + 100.0)
     assert (same.precision, same.recall) == (1.0, 1.0)
     assert (far.precision, far.recall) == (0.0, 0.0)
-    collapsed = manifold(x[:1] + 1e-3 * x, x)
+    collapsed = compute_prdc(x[:1] + 1e-3 * x, x)
     assert collapsed.precision > 0.9
     assert collapsed.recall < 0.1
 

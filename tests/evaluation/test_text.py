@@ -13,17 +13,17 @@ from conftest import CLIP_LENGTH as LENGTH
 from stepdistill.errors import UserError
 from stepdistill.evaluation.metrics.lpips import Lpips
 from stepdistill.evaluation.networks.features import (
-    CLIP_DEVIATION,
     CLIP_MEAN,
-    as_tensor,
+    CLIP_STD,
     load_extractor,
-    standardised,
+    pooled_embedding,
+    resize_and_normalize,
 )
 from stepdistill.evaluation.text import (
     Aesthetic,
     ClipScorer,
     PickScore,
-    Unavailable,
+    UnavailableReward,
     clip_score,
     load_reward,
     win_rate,
@@ -41,7 +41,10 @@ PROMPTS = ["a red bag", "a blue dress on a white background", "a photo of a coat
 def test_the_conventions_are_one_cosine_and_their_names_say_which(clip: Path) -> None:
     """clipscore 17: the same score is 0.31, 31 or 0.78."""
     scorer = ClipScorer(str(clip))
-    raw, prefixed = scorer.cosines(images(3), PROMPTS)[0], scorer.cosines(images(3), PROMPTS, "A photo depicts ")[0]
+    raw, prefixed = (
+        scorer.cosine_similarities(images(3), PROMPTS)[0],
+        scorer.cosine_similarities(images(3), PROMPTS, "A photo depicts ")[0],
+    )
     scores = {
         name: clip_score(scorer, images(3), PROMPTS, name) for name in ("raw", "torchmetrics", "gigagan", "hessel")
     }
@@ -57,22 +60,22 @@ def test_the_conventions_are_one_cosine_and_their_names_say_which(clip: Path) ->
 def test_cosines_equal_the_models_own_forward(clip: Path) -> None:
     """torchmetrics 3407: transformers 5 answers with an object, whose pooled output is the embedding before the norm."""
     scorer = ClipScorer(str(clip))
-    pixels = torch.stack([standardised(image, 32, CLIP_MEAN, CLIP_DEVIATION) for image in images(3)])
+    pixels = torch.stack([resize_and_normalize(image, 32, CLIP_MEAN, CLIP_STD) for image in images(3)])
     tokens = scorer.tokenizer(PROMPTS, padding=True, return_tensors="pt")
     answer = scorer.model(pixel_values=pixels, **tokens)
     expected = (answer.image_embeds * answer.text_embeds).sum(1)
-    np.testing.assert_allclose(scorer.cosines(images(3), PROMPTS)[0], expected.double(), atol=1e-6)
+    np.testing.assert_allclose(scorer.cosine_similarities(images(3), PROMPTS)[0], expected.double(), atol=1e-6)
     with pytest.raises(TypeError, match="dict"):
-        as_tensor({})
+        pooled_embedding({})
 
 
 def test_long_prompts_keep_their_end_and_are_counted(clip: Path) -> None:
     """torchmetrics 2000, 2883: a crash, then a wrong token read where the end was cut off (17 in place of 26)."""
     scorer = ClipScorer(str(clip))
     picture = images(1)
-    fits, truncated = scorer.cosines(picture, ["x " * (LENGTH - 2)])
+    fits, truncated = scorer.cosine_similarities(picture, ["x " * (LENGTH - 2)])
     assert truncated == 0
-    longer, truncated = scorer.cosines(picture, ["x " * (LENGTH - 1)])
+    longer, truncated = scorer.cosine_similarities(picture, ["x " * (LENGTH - 1)])
     assert truncated == 1
     assert longer == pytest.approx(fits, abs=1e-6)  # the same 75 tokens between the same ends
 
@@ -81,14 +84,16 @@ def test_images_are_cropped_square_and_reduced_with_antialias(clip: Path) -> Non
     """cmmd-pytorch 4: bicubic without antialias turned a fine checkerboard into noise."""
     board = (np.indices((320, 320)).sum(0) % 2 * 255).astype(np.uint8)[:, :, None].repeat(3, axis=2)
     grey = (
-        standardised(board, 32, CLIP_MEAN, CLIP_DEVIATION) * torch.tensor(CLIP_DEVIATION)[:, None, None]
+        resize_and_normalize(board, 32, CLIP_MEAN, CLIP_STD) * torch.tensor(CLIP_STD)[:, None, None]
         + torch.tensor(CLIP_MEAN)[:, None, None]
     )
     assert (grey - 0.5).abs().max() < 0.03
     scorer = ClipScorer(str(clip))
     wide = np.concatenate([np.zeros((40, 20, 3), np.uint8), images(1)[0], np.zeros((40, 20, 3), np.uint8)], axis=1)
     np.testing.assert_allclose(
-        scorer.cosines([wide], PROMPTS[:1])[0], scorer.cosines(images(1), PROMPTS[:1])[0], atol=1e-6
+        scorer.cosine_similarities([wide], PROMPTS[:1])[0],
+        scorer.cosine_similarities(images(1), PROMPTS[:1])[0],
+        atol=1e-6,
     )
 
 
@@ -103,7 +108,7 @@ def test_rewards_on_their_own_scales(clip: Path, tmp_path: Path) -> None:
 
     pick = PickScore(str(clip))
     scale = float(pick._scorer.model.logit_scale.exp())
-    expected = scale * ClipScorer(str(clip)).cosines(images(3), PROMPTS)[0]
+    expected = scale * ClipScorer(str(clip)).cosine_similarities(images(3), PROMPTS)[0]
     np.testing.assert_allclose(pick.score(images(3), PROMPTS), expected)
     widths, state = (24, 1024, 128, 64, 16, 1), {}
     for i, index in enumerate((0, 2, 4, 6, 7)):
@@ -121,7 +126,7 @@ def test_an_absent_reward_is_reported_with_its_reason(monkeypatch: pytest.Monkey
     assert load_reward("hps").reason == "its package fetches the weights: allow --download"
     for spec in ("hps", "imagereward", "pickscore:/absent", "aesthetic:/absent,/absent"):
         found = load_reward(spec, download=spec in ("hps", "imagereward"))
-        assert isinstance(found, Unavailable)
+        assert isinstance(found, UnavailableReward)
         assert found.reason
     with pytest.raises(UserError, match="'pickscor' is not known"):
         load_reward("pickscor")

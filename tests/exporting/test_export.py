@@ -23,8 +23,8 @@ from stepdistill.errors import UserError
 from stepdistill.exporting.export import export_student
 from stepdistill.families.checkpoints.schedulers import scheduler_class
 from stepdistill.families.recipe import Recipe
-from stepdistill.inference.artifact import SCHEDULERS, draw, load_artefact
-from stepdistill.inference.calls import seeded_steps
+from stepdistill.inference.artifact import SCHEDULERS, draw, load_artifact
+from stepdistill.inference.pipeline_calls import seeded_scheduler_steps
 from stepdistill.training.run import open_run, train
 
 
@@ -169,9 +169,9 @@ def test_a_lora_that_does_not_fit_is_named(run: Callable[..., Path], tmp_path: P
     (tmp_path / "bad").mkdir()
     save_file(tensors, tmp_path / "bad" / file.name)
     with pytest.raises(UserError, match="LoRA"):
-        load_artefact(str(tiny("sd", "default")), tmp_path / "bad", torch.float32, "cpu")
+        load_artifact(str(tiny("sd", "default")), tmp_path / "bad", torch.float32, "cpu")
     with pytest.raises(UserError, match="no LoRA"):
-        load_artefact(str(tiny("sd", "default")), tmp_path / "nothing", torch.float32, "cpu")
+        load_artifact(str(tiny("sd", "default")), tmp_path / "nothing", torch.float32, "cpu")
 
 
 def test_a_second_lora_beside_and_unloading(
@@ -197,8 +197,8 @@ def test_seeds_do_not_depend_on_the_batch_and_calls_are_counted(
     run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]
 ) -> None:
     folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
-    artefact = load_artefact(str(tiny("sd", "default")), folder, torch.float32, "cpu")
-    pipe, recipe = artefact.pipeline, artefact.recipe
+    artifact = load_artifact(str(tiny("sd", "default")), folder, torch.float32, "cpu")
+    pipe, recipe = artifact.pipeline, artifact.recipe
     rows: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     prompts, seeds = ["a", "b", "c"], [5, 6, 7]
@@ -214,12 +214,12 @@ def test_one_scheduler_leaves_no_trace_in_the_next(tiny: Callable[..., Path]) ->
     def drawn(pipe: StableDiffusionPipeline, name: str) -> np.ndarray:
         return next(draw(pipe, ["a"], [5], steps=3, guidance=2.0, scheduler=name))
 
-    pipe = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu").pipeline
+    pipe = load_artifact(str(tiny("sd", "default")), None, torch.float32, "cpu").pipeline
     own = pipe.scheduler
     fresh = {name: drawn(pipe, name) for name in ("lcm", "dpm++2m", "euler")}
     assert pipe.scheduler is own
     for name in ("euler", "lcm", "dpm++2m"):
-        other = load_artefact(str(tiny("sd", "default")), None, torch.float32, "cpu").pipeline
+        other = load_artifact(str(tiny("sd", "default")), None, torch.float32, "cpu").pipeline
         assert (drawn(other, name) == fresh[name]).all()
 
 
@@ -229,7 +229,7 @@ def test_half_precision_draws_what_full_precision_draws(tiny: Callable[..., Path
     half, whole = (
         np.concatenate(
             list(
-                draw(load_artefact(str(tiny("sd")), None, kind, "cpu").pipeline, ["a cat"], [3], steps=2, guidance=1.0)
+                draw(load_artifact(str(tiny("sd")), None, kind, "cpu").pipeline, ["a cat"], [3], steps=2, guidance=1.0)
             )
         ).astype(float)
         for kind in (dtype, torch.float32)
@@ -240,13 +240,13 @@ def test_half_precision_draws_what_full_precision_draws(tiny: Callable[..., Path
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduler_is_told_what_its_pipeline_tells(tiny: Callable[..., Path], name: str) -> None:
     """Seeding a scheduler's steps hides none of its parameters: not each of them takes a generator, TCD takes an eta."""
-    pipe = load_artefact(str(tiny("sd")), None, torch.float32, "cpu").pipeline
+    pipe = load_artifact(str(tiny("sd")), None, torch.float32, "cpu").pipeline
     class_name, changes = SCHEDULERS[name]
     pipe.scheduler = scheduler_class(class_name).from_config({**pipe.scheduler.config, **changes})
 
     def drawn(seeded: bool) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-        with seeded_steps(pipe, generators) if seeded else nullcontext():
+        with seeded_scheduler_steps(pipe, generators) if seeded else nullcontext():
             call = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
             latents: torch.Tensor = pipe(["a", "b"], generator=generators, **call).images
             return latents

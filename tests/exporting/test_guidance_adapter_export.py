@@ -20,7 +20,7 @@ from stepdistill.config.schema import RunConfig
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
-from stepdistill.inference.artifact import draw, load_artefact
+from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.run import open_run, train
 
@@ -81,18 +81,18 @@ def test_what_cannot_be_exported(run: Callable[..., Path], tmp_path: Path, tiny:
 def test_samples_at_another_w(run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Path]) -> None:
     """`--guidance` is what the adapter is told, in as many network calls."""
     folder = stepdistill.export(run(), "guidance-adapter", tmp_path / "export")
-    artefact = load_artefact(str(tiny("sd")), folder, torch.float32, "cpu")
+    artifact = load_artifact(str(tiny("sd")), folder, torch.float32, "cpu")
     calls: list[int] = []
-    artefact.pipeline.unet.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
+    artifact.pipeline.unet.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
     drawn = [
-        next(draw(artefact.pipeline, ["a cat"], [0], recipe=artefact.recipe, adapter=artefact.adapter, guidance=w))
+        next(draw(artifact.pipeline, ["a cat"], [0], recipe=artifact.recipe, adapter=artifact.adapter, guidance=w))
         for w in (None, 3.0, 5.0)
     ]
     assert (drawn[0] == drawn[1]).all()
     assert (drawn[0] != drawn[2]).any()
     assert calls == [1] * 6
     with pytest.raises(UserError, match="lacks"):
-        load_artefact(str(tiny("sdxl")), folder, torch.float32, "cpu")
+        load_artifact(str(tiny("sdxl")), folder, torch.float32, "cpu")
 
 
 def test_an_adapted_teacher_for_another_method(

@@ -18,11 +18,11 @@ from stepdistill.assets import FLOW_TEACHER, FOLDER, TEACHER, resolve
 from stepdistill.config.reading import parse
 from stepdistill.config.registry import load_family
 from stepdistill.config.schema import RunConfig
-from stepdistill.evaluation.fashion import Scorer, evaluation_set
+from stepdistill.evaluation.fashion import FashionScorer, evaluation_set
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.families.sd3 import T5_TOKENS
-from stepdistill.inference.artifact import draw, load_artefact
+from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.sampler import teacher_sample
 from stepdistill.training.run import train
@@ -101,12 +101,12 @@ def test_latents_are_known_again_under_noise(source: str) -> None:
 
 
 def test_it_draws_what_it_is_told() -> None:
-    pipeline = load_artefact(resolve(FLOW_TEACHER), None, torch.float32, "cpu").pipeline
+    pipeline = load_artifact(resolve(FLOW_TEACHER), None, torch.float32, "cpu").pipeline
     countedzeros.count_zeros(pipeline.transformer, T5_TOKENS)
     prompts, seeds = evaluation_set(60)
     drawn = np.concatenate(list(draw(pipeline, prompts, seeds, steps=8, guidance=1.5, batch_size=60)))
     row = json.loads((FOLDER / "flow_teacher_row.json").read_text())["1.5"]
-    scores = Scorer().score(drawn, prompts)
+    scores = FashionScorer().score(drawn, prompts)
     assert scores.prompt_accuracy == pytest.approx(row["prompt_accuracy"], abs=0.08)
     assert scores.prompt_accuracy > 0.85
 

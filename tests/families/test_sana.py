@@ -41,7 +41,7 @@ from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_ch
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.families.recipe import Recipe
 from stepdistill.families.sana import GUIDANCE, Sana
-from stepdistill.inference.artifact import draw, load_artefact
+from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.methods.base import Problem
 from stepdistill.methods.consistency.scm import SCM, SCMConfig
 from stepdistill.methods.matching.dmd2 import DMD2, DMD2Config
@@ -504,7 +504,7 @@ def test_a_deterministic_or_full_student_exports(tiny: Tiny, tmp_path: Path, var
     train(type(config).model_validate(data), tmp_path / "run")
     refusal(lambda: stepdistill.export(tmp_path / "run", "kohya-lora", tmp_path / "kohya"), "'sana'", "diffusers-lora")
     folder = stepdistill.export(tmp_path / "run", "pipeline", tmp_path / "export")
-    loaded = load_artefact(str(folder), None, torch.float32, "cpu")
+    loaded = load_artifact(str(folder), None, torch.float32, "cpu")
     pipeline, recipe = loaded.pipeline, loaded.recipe
     wanted = "SCMScheduler" if variant == "sprint" else "FlowMatchEulerDiscreteScheduler"
     assert type(pipeline.scheduler).__name__ == recipe.scheduler_class == wanted
@@ -524,7 +524,7 @@ def test_ladders_of_the_teacher_are_those_of_the_shift(tiny: Tiny) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bases_are_drawn_by_the_solvers_that_their_pipelines_take(tiny: Tiny, variant: str) -> None:
     """At the size of the checkpoint, which is no size of the pipeline's list, and with its shift under any solver."""
-    loaded = load_artefact(str(tiny("sana", variant)), None, torch.float32, "cpu")
+    loaded = load_artifact(str(tiny("sana", variant)), None, torch.float32, "cpu")
     pipeline, recipe = loaded.pipeline, loaded.recipe
     assert recipe is None
     drawn = {

@@ -41,7 +41,7 @@ from stepdistill.families.checkpoints.weights import empty_component
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.families.recipe import Recipe
 from stepdistill.families.sd3 import SD3, TINY
-from stepdistill.inference.artifact import draw, load_artefact
+from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.methods.base import Problem
 from stepdistill.methods.timesteps import few_step_recipe
 from stepdistill.planning.plan import plan
@@ -379,7 +379,7 @@ def test_stock_schedulers_walk_the_trained_sigmas(tiny: Tiny, variant: str, kind
 
 def test_an_image_depends_on_its_own_seed_alone(tiny: Tiny) -> None:
     """SD3's pipeline leaves its scheduler to the global generator; here it is given the images' own."""
-    pipeline = load_artefact(str(tiny("sd3")), None, torch.float32, "cpu").pipeline
+    pipeline = load_artifact(str(tiny("sd3")), None, torch.float32, "cpu").pipeline
     recipe = recipe_of(schedule_of(_loaded(tiny("sd3"))), TransitionKind.RENOISE, steps=2)
     drawn = []
     for batch_size in (2, 1):
@@ -392,7 +392,7 @@ def test_an_image_depends_on_its_own_seed_alone(tiny: Tiny) -> None:
 
 
 def test_schedulers_by_name_are_those_of_flows(tiny: Tiny) -> None:
-    pipeline = load_artefact(str(tiny("sd3")), None, torch.float32, "cpu").pipeline
+    pipeline = load_artifact(str(tiny("sd3")), None, torch.float32, "cpu").pipeline
     images = [
         next(draw(pipeline, PROMPTS[:1], [0], steps=2, scheduler=name)) for name in (None, "ddim", "euler", "lcm")
     ]
@@ -408,7 +408,7 @@ def test_schedulers_by_name_are_those_of_flows(tiny: Tiny) -> None:
 
 
 def test_more_steps_than_the_recipe_s_start_at_pure_noise(tiny: Tiny) -> None:
-    pipeline = load_artefact(str(tiny("sd3")), None, torch.float32, "cpu").pipeline
+    pipeline = load_artifact(str(tiny("sd3")), None, torch.float32, "cpu").pipeline
     recipe = recipe_of(schedule_of(_loaded(tiny("sd3"))), TransitionKind.RENOISE, steps=2)
     told: list[float] = []
     hook = pipeline.transformer.register_forward_pre_hook(

@@ -24,7 +24,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import UserError
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.families.recipe import Recipe
-from stepdistill.inference.artifact import Artefact, draw, load_artefact
+from stepdistill.inference.artifact import Artifact, draw, load_artifact
 from stepdistill.inference.experts import Experts, load_experts
 from stepdistill.methods.base import Batch
 from stepdistill.planning.loop import walk
@@ -216,31 +216,31 @@ def test_sampling_an_exported_folder(exported: Path, tiny: Callable[..., Path], 
     """`sample --lora FOLDER`; every batch begins with the first expert, also after a call that broke off."""
     base = str(tiny("sd", "default"))
     paths = stepdistill.sample(base, tmp_path / "out", lora=exported, prompt="a", num_images=3, batch_size=2)
-    artefact = load_artefact(base, exported, torch.float32, "cpu")
-    assert artefact.recipe is not None
-    whole = drawn(artefact, [0, 1, 2])
+    artifact = load_artifact(base, exported, torch.float32, "cpu")
+    assert artifact.recipe is not None
+    whole = drawn(artifact, [0, 1, 2])
     pixels = [np.asarray(Image.open(path)).astype(int) for path in paths]
     assert max(int(abs(a - b).max()) for a, b in zip(pixels, whole.astype(int), strict=True)) <= 1
-    assert artefact.experts is not None
-    artefact.experts.select(2)
-    assert (drawn(artefact, [0, 1, 2]) == whole).all()
+    assert artifact.experts is not None
+    artifact.experts.select(2)
+    assert (drawn(artifact, [0, 1, 2]) == whole).all()
     with pytest.raises(ValueError, match="several experts"):
-        next(draw(artefact.pipeline, ["a"], [0], recipe=artefact.recipe))
+        next(draw(artifact.pipeline, ["a"], [0], recipe=artifact.recipe))
 
 
-def drawn(artefact: Artefact, seeds: list[int]) -> np.ndarray:
-    images = draw(artefact.pipeline, ["a"] * len(seeds), seeds, recipe=artefact.recipe, experts=artefact.experts)
+def drawn(artifact: Artifact, seeds: list[int]) -> np.ndarray:
+    images = draw(artifact.pipeline, ["a"] * len(seeds), seeds, recipe=artifact.recipe, experts=artifact.experts)
     return np.concatenate(list(images))
 
 
 def test_a_part_of_a_student_is_refused(exported: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
     base, name = str(tiny("sd", "default")), "pytorch_lora_weights_expert_{}.safetensors"
     with pytest.raises(UserError, match="is one of 3 experts, which draw together: give the folder"):
-        load_artefact(base, exported / name.format(2), torch.float32, "cpu")
+        load_artifact(base, exported / name.format(2), torch.float32, "cpu")
     for k in (1, 3):
         (tmp_path / name.format(k)).write_bytes((exported / name.format(k)).read_bytes())
     with pytest.raises(UserError, match=r"expert_2.safetensors' is missing: export"):
-        load_artefact(base, tmp_path, torch.float32, "cpu")
+        load_artifact(base, tmp_path, torch.float32, "cpu")
 
 
 def test_whose_turn_it_is(exported: Path, tiny: Callable[..., Path]) -> None:

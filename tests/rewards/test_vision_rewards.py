@@ -28,13 +28,13 @@ from transformers import (
 from stepdistill.assets import FOLDER
 from stepdistill.frozen.critic import Critic
 from stepdistill.frozen.vision import (
-    CLIP_DEVIATION,
     CLIP_MEAN,
+    CLIP_STD,
     CRITIC,
     IMAGENET_DEVIATION,
     IMAGENET_MEAN,
     load_vision,
-    standardised,
+    resize_and_normalize,
 )
 from stepdistill.rewards import load_reward
 from stepdistill.roles.heads import seeded_maps_head
@@ -86,7 +86,7 @@ def test_maps_are_the_hidden_states_in_the_order_of_rows(tmp_path: Path) -> None
     model = Dinov2Model.from_pretrained(tmp_path)
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
     with torch.no_grad():
-        pixels = standardised(pictures(), 28, mean, deviation)
+        pixels = resize_and_normalize(pictures(), 28, mean, deviation)
         states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
     for found, layer in zip(encoder(pictures()), (2, 4, 6, 8), strict=True):
         torch.testing.assert_close(found[:, :, 1, 2], states[layer][:, 1 + 4 + 2])
@@ -159,7 +159,7 @@ def test_the_clip_reward_is_clips_cosine(clip: Path) -> None:
     """Images of CLIP's own size need no resizing; the model's own forward scales the cosine."""
     model, tokenizer = CLIPModel.from_pretrained(clip), CLIPTokenizerFast.from_pretrained(clip)
     texts = ["a red bag", "a blue coat"]
-    mean, deviation = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_DEVIATION))
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     tokens = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         out = model(**tokens, pixel_values=(pictures() - mean) / deviation)

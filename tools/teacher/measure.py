@@ -24,7 +24,7 @@ from stepdistill.data import fashion
 from stepdistill.data.appearance import saturation
 from stepdistill.evaluation.metrics.diversity import pairwise_diversity
 from stepdistill.evaluation.metrics.frechet import frechet_of_features
-from stepdistill.evaluation.metrics.prdc import manifold, pairwise_distances
+from stepdistill.evaluation.metrics.prdc import compute_prdc, pairwise_distances
 from stepdistill.evaluation.metrics.statistics import FeatureStatistics
 from stepdistill.evaluation.networks.judge import Judge
 
@@ -187,8 +187,8 @@ def measure(options: argparse.Namespace, judge: Judge, photographs: common.Photo
     equal_floor = distance(real[: options.images], real[half : half + options.images])
     real_accuracy = accuracy(judge, batch.images, real_said)
     kept = min(KEPT_FEATURES, options.images)
-    quality = manifold(features[:kept], real[:kept])
-    quality_real = manifold(real[half : half + kept], real[:kept])
+    quality = compute_prdc(features[:kept], real[:kept])
+    quality_real = compute_prdc(real[half : half + kept], real[:kept])
     grouped = [prompt for prompt in prompts[:100] for _ in range(GROUP)]
     groups = judge.features(sample(pipeline, grouped, scale, options.seed + 1_000_000)).reshape(100, GROUP, -1)
     training = common.load_photographs(options.data, common.TRAINING)

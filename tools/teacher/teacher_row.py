@@ -20,10 +20,10 @@ from countedzeros import count_zeros
 from stepdistill.api.quickstart import TEACHER_ROW, Bench, teacher_row
 from stepdistill.assets import FLOW_TEACHER, FOLDER, TEACHER, resolve
 from stepdistill.config.schema import load_config
-from stepdistill.evaluation.fashion import Scorer, evaluation_set
+from stepdistill.evaluation.fashion import FashionScorer, evaluation_set
 from stepdistill.families.sd3 import T5_TOKENS
 from stepdistill.files.atomic import write_atomically
-from stepdistill.inference.artifact import load_artefact
+from stepdistill.inference.artifact import load_artifact
 
 
 def main() -> None:
@@ -32,13 +32,13 @@ def main() -> None:
     parser.add_argument("scales", nargs="*", type=float)
     options = parser.parse_args()
     default = load_config(FOLDER / "quickstart.yaml").method_options["guidance"]
-    pipeline = load_artefact(resolve(FLOW_TEACHER if options.flow else TEACHER), None, torch.float32, "cpu").pipeline
+    pipeline = load_artifact(resolve(FLOW_TEACHER if options.flow else TEACHER), None, torch.float32, "cpu").pipeline
     if options.flow:
         count_zeros(pipeline.transformer, T5_TOKENS)
     prompts, seeds = evaluation_set()
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(pipeline, prompts, seeds, Scorer(), Path(folder))
+        bench = Bench(pipeline, prompts, seeds, FashionScorer(), Path(folder))
         for scale in options.scales or [float(default)]:
             rows[f"{scale:g}"] = asdict(teacher_row(bench, scale))
             print(scale, rows[f"{scale:g}"])

@@ -43,7 +43,7 @@ def frechet_between(first: FeatureStatistics, second: FeatureStatistics) -> floa
     Raises:
         ValueError: as `frechet_distance`.
     """
-    _warn_of_few(first, second)
+    _warn_if_singular(first, second)
     return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
 
 
@@ -56,7 +56,7 @@ def frechet_of_features(first: NDArray[np.floating], second: NDArray[np.floating
     a, b = FeatureStatistics.of(first), FeatureStatistics.of(second)
     if min(a.count, b.count) > len(a.mean):
         return frechet_between(a, b)
-    _warn_of_few(a, b)
+    _warn_if_singular(a, b)
     rows1 = (np.asarray(first, dtype=np.float64) - a.mean) / np.sqrt(a.count - 1)
     rows2 = (np.asarray(second, dtype=np.float64) - b.mean) / np.sqrt(b.count - 1)
     cross = float(np.linalg.svd(rows1 @ rows2.T, compute_uv=False).sum())
@@ -88,7 +88,7 @@ def frechet_infinity(
     return Extrapolation(float(intercept) if r_squared >= 0.9 else None, r_squared)
 
 
-def frechet_error(
+def frechet_standard_error(
     features: NDArray[np.floating], reference: FeatureStatistics, rng: np.random.Generator, subsets: int = 20
 ) -> float:
     """Standard error of the distance of `features` (N, D) from `reference`, as far as the samples' choice goes.
@@ -119,7 +119,7 @@ def noise_floor(covariance: NDArray[np.floating], count1: int, count2: int) -> f
     return float(inverse * (eigenvalues.sum() + 0.5 * (ratio.sum() + np.diag(ratio).sum())))
 
 
-def _warn_of_few(*sets: FeatureStatistics) -> None:
+def _warn_if_singular(*sets: FeatureStatistics) -> None:
     for statistics in sets:
         if 0 < statistics.count <= len(statistics.mean):
             logger.warning(

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from stepdistill.errors import UserError
-from stepdistill.evaluation.images import Picture, ValueRange
+from stepdistill.evaluation.images import ImageArray, ValueRange
 from stepdistill.evaluation.metrics.diversity import prompt_groups
 
 Backbone = Literal["alex", "vgg", "squeeze"]
@@ -73,14 +73,18 @@ class Lpips:
             self._metric.update(a.clamp(-1, 1).to(self.device), b.clamp(-1, 1).to(self.device))
         return float(self._metric.compute())
 
-    def diversity(self, pick: Callable[[Sequence[int]], Sequence[Picture]], prompts: Sequence[str]) -> float | None:
+    def diversity(
+        self, images_at: Callable[[Sequence[int]], Sequence[ImageArray]], prompts: Sequence[str]
+    ) -> float | None:
         """Mean distance over all pairs of images of one prompt; None where no prompt has two.
 
         pick: global indices -> images, asked for one prompt at a time.
         """
         total, count = 0.0, 0
         for rows in prompt_groups(prompts):
-            images = torch.stack([torch.from_numpy(image.copy()) for image in pick(rows)]).permute(0, 3, 1, 2).float()
+            images = (
+                torch.stack([torch.from_numpy(image.copy()) for image in images_at(rows)]).permute(0, 3, 1, 2).float()
+            )
             pairs = list(combinations(range(len(rows)), 2))
             first, second = images[[a for a, _ in pairs]], images[[b for _, b in pairs]]
             total += len(pairs) * self.mean(first, second, value_range=(0, 255))

@@ -11,7 +11,7 @@ CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class KernelDistance:
+class KIDResult:
     """Mean and standard deviation over subsets; unbiased, so it may be negative. Reports multiply by 1000."""
 
     mean: float
@@ -19,14 +19,14 @@ class KernelDistance:
     subset_size: int
 
 
-def kernel_distance(
+def kernel_inception_distance(
     samples: NDArray[np.floating],
     reference: NDArray[np.floating],
     rng: np.random.Generator,
     *,
     subsets: int = 100,
     subset_size: int | None = None,
-) -> KernelDistance:
+) -> KIDResult:
     """KID (Binkowski et al. 2018): MMD^2 under (x.y / d + 1)^3 over random subsets of (N, D) and (M, D).
 
     Args:
@@ -46,10 +46,10 @@ def kernel_distance(
         x = np.asarray(samples[rng.choice(len(samples), size, replace=False)], dtype=np.float64)
         y = np.asarray(reference[rng.choice(len(reference), size, replace=False)], dtype=np.float64)
         values.append(_polynomial_mmd(x, y))
-    return KernelDistance(float(np.mean(values)), float(np.std(values)), size)
+    return KIDResult(float(np.mean(values)), float(np.std(values)), size)
 
 
-def clip_mmd(samples: NDArray[np.floating], reference: NDArray[np.floating], sigma: float = 10.0) -> float:
+def cmmd(samples: NDArray[np.floating], reference: NDArray[np.floating], sigma: float = 10.0) -> float:
     """CMMD (Jayasumana et al., CVPR 2024): biased MMD^2 of normalised CLIP embeddings under a Gaussian kernel, times 1000.
 
     Raises:

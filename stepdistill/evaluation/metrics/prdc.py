@@ -11,7 +11,7 @@ CHUNK = 2048
 
 
 @dataclass(frozen=True)
-class Manifold:
+class PRDCResult:
     """Improved precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     precision: share of samples inside a ball of the reference. recall: share of the reference inside a ball of the samples.
@@ -25,9 +25,9 @@ class Manifold:
     coverage: float
 
 
-def manifold(
+def compute_prdc(
     samples: NDArray[np.floating], reference: NDArray[np.floating], neighbours: int = 3, density_neighbours: int = 5
-) -> Manifold:
+) -> PRDCResult:
     """All four for ``samples`` (N, D) against ``reference`` (M, D); a ball reaches to the k-th neighbour, self excluded.
 
     Raises:
@@ -51,7 +51,7 @@ def manifold(
         held[rows] = within.sum(axis=1)
         covered |= within.any(axis=0)
     density = held.mean() / density_neighbours
-    return Manifold(float(inside.mean()), float(recalled.mean()), float(density), float(covered.mean()))
+    return PRDCResult(float(inside.mean()), float(recalled.mean()), float(density), float(covered.mean()))
 
 
 def pairwise_distances(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ class FeatureStatistics:
         self.count = 0
         self.mean = np.zeros(dimension)
         self._scatter = np.zeros((dimension, dimension))
-        self._foreign = False
+        self._count_unknown = False
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> FeatureStatistics:
@@ -32,7 +32,7 @@ class FeatureStatistics:
         return statistics
 
     @classmethod
-    def gather(cls, parts: Iterable[NDArray[np.floating]], rows: int = 512) -> FeatureStatistics | None:
+    def from_batches(cls, parts: Iterable[NDArray[np.floating]], rows: int = 512) -> FeatureStatistics | None:
         """The statistics of a stream of (n, D), taken in by the `rows`: a D x D update for every few images is what costs.
 
         None where nothing came.
@@ -54,7 +54,7 @@ class FeatureStatistics:
     @property
     def covariance(self) -> NDArray[np.float64]:
         """The unbiased covariance (D, D)."""
-        if self._foreign:
+        if self._count_unknown:
             return self._scatter
         if self.count < 2:
             raise ValueError(f"a covariance needs two feature vectors or more; {self.count} came in")
@@ -62,7 +62,7 @@ class FeatureStatistics:
 
     def update(self, features: NDArray[np.floating]) -> None:
         """Takes in ``features`` (N, D)."""
-        self._own()
+        self._require_count()
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features of shape {features.shape} came in; (N, {len(self.mean)}) are wanted")
         if len(features) == 0:
@@ -73,14 +73,14 @@ class FeatureStatistics:
 
     def merge(self, other: FeatureStatistics) -> None:
         """Takes in all that ``other`` has seen."""
-        self._own()
-        other._own()
+        self._require_count()
+        other._require_count()
         if other.count > 0:
             self._scatter += other._scatter
             self._combine(other.count, other.mean, np.zeros((0, len(self.mean))))
 
-    def _own(self) -> None:
-        if self._foreign:
+    def _require_count(self) -> None:
+        if self._count_unknown:
             raise ValueError("statistics without a count, from another library's file, cannot be added to")
 
     def _combine(self, count: int, mean: NDArray[np.float64], centred: NDArray[np.float64]) -> None:
@@ -104,11 +104,11 @@ class FeatureStatistics:
         Raises:
             UserError: missing, not an npz, without `mu` and `sigma`, or of shapes that do not fit.
         """
-        return load_stored(path).statistics
+        return load_statistics_file(path).statistics
 
 
 @dataclass(frozen=True)
-class Stored:
+class StatisticsFile:
     """A statistics file.
 
     Attributes:
@@ -121,7 +121,7 @@ class Stored:
     features: NDArray[np.float32] | None
 
 
-def load_stored(path: str | Path) -> Stored:
+def load_statistics_file(path: str | Path) -> StatisticsFile:
     """All that a statistics file holds. Raises as `FeatureStatistics.load`."""
     path = Path(path)
     if not path.is_file():
@@ -154,6 +154,6 @@ def load_stored(path: str | Path) -> Stored:
     statistics.count, statistics.mean = count, mean
     # without a count the covariance is held as that of two vectors; such statistics cannot be merged
     statistics._scatter = covariance * (max(count, 2) - 1)
-    statistics._foreign = count == 0
+    statistics._count_unknown = count == 0
     features = arrays["features"].astype(np.float32) if "features" in arrays else None
-    return Stored(statistics, record, features)
+    return StatisticsFile(statistics, record, features)

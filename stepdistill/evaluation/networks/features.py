@@ -24,16 +24,16 @@ from torch.nn import functional as F
 
 from stepdistill.assets import FOLDER
 from stepdistill.errors import UserError
-from stepdistill.evaluation.images import Picture
+from stepdistill.evaluation.images import ImageArray
 from stepdistill.evaluation.networks.inception import find_inception, load_inception
 from stepdistill.evaluation.networks.judge import Judge
-from stepdistill.evaluation.networks.resize import ResizeMode, normalise, resize299
+from stepdistill.evaluation.networks.resize import ResizeMode, normalize_for_inception, resize_for_inception
 from stepdistill.files.atomic import file_hash
 from stepdistill.frozen import vision
 
 Features = NDArray[np.float32]
-CACHE_VARIABLE = "STEPDISTILL_CACHE"
-INTERNAL_BATCH = 32
+CACHE_ENV_VARIABLE = "STEPDISTILL_CACHE"
+FEATURE_BATCH_SIZE = 32
 """Every network call has this many rows, the last one padded: convolutions round differently at other batch sizes."""
 
 
@@ -48,7 +48,7 @@ class FeatureRecord:
 
 def cache_folder() -> Path:
     """Where weights are looked for and fetched to: the user's own folder, or $STEPDISTILL_CACHE."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "stepdistill")
+    return Path(os.environ.get(CACHE_ENV_VARIABLE) or Path.home() / ".cache" / "stepdistill")
 
 
 class FeatureExtractor:
@@ -64,29 +64,29 @@ class FeatureExtractor:
     def __init__(
         self,
         record: FeatureRecord,
-        prepare: Callable[[Picture], torch.Tensor],
+        prepare: Callable[[ImageArray], torch.Tensor],
         network: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device | str = "cpu",
     ) -> None:
         self.record, self._prepare, self._network, self.device = record, prepare, network, torch.device(device)
 
     @torch.inference_mode()
-    def stream(self, images: Iterable[Picture]) -> Iterator[Features]:
+    def stream(self, images: Iterable[ImageArray]) -> Iterator[Features]:
         """Features (n, D) of images as they come; the caller's batches do not matter.
 
         Raises:
             UserError: the network does not answer with (B, D), or with non-finite numbers.
         """
         waiting = iter(images)
-        while chunk := list(islice(waiting, INTERNAL_BATCH)):
+        while chunk := list(islice(waiting, FEATURE_BATCH_SIZE)):
             rows = torch.stack([self._prepare(image) for image in chunk])
-            padded = torch.cat([rows, rows[-1:].expand(INTERNAL_BATCH - len(rows), *rows.shape[1:])])
+            padded = torch.cat([rows, rows[-1:].expand(FEATURE_BATCH_SIZE - len(rows), *rows.shape[1:])])
             with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                 answer = self._network(padded.to(self.device))
-            if answer.ndim != 2 or len(answer) != INTERNAL_BATCH or answer.shape[1] < 2:
+            if answer.ndim != 2 or len(answer) != FEATURE_BATCH_SIZE or answer.shape[1] < 2:
                 raise UserError(
                     f"the feature network {self.record.name!r} answered with the shape {tuple(answer.shape)}; "
-                    f"({INTERNAL_BATCH}, D) with D >= 2 is wanted: mend the network"
+                    f"({FEATURE_BATCH_SIZE}, D) with D >= 2 is wanted: mend the network"
                 )
             features = answer[: len(chunk)].float().cpu().numpy()
             if not np.isfinite(features).all():
@@ -103,7 +103,7 @@ class FeatureExtractor:
 
         self._network = closed
 
-    def __call__(self, images: Iterable[Picture]) -> Features:
+    def __call__(self, images: Iterable[ImageArray]) -> Features:
         """Features (N, D) of all images at once."""
         return np.concatenate(list(self.stream(images)))
 
@@ -136,7 +136,7 @@ def load_extractor(
             raise UserError(f"the features {kind!r} come without a checkpoint: write {kind}:FOLDER, or {kind}:HUB_ID")
         return (_dinov2 if kind == "dinov2" else _clip)(weights, device, download)
     if kind and weights:
-        return _user(kind, weights)
+        return _custom_extractor(kind, weights)
     raise UserError(
         f"the feature network {name!r} is not known: use inception, dinov2:PATH, clip:PATH, judge, random or MODULE:FUNCTION"
     )
@@ -148,14 +148,16 @@ def load_extractor(
 def _inception(path: Path, resize: ResizeMode, device: torch.device | str) -> FeatureExtractor:
     network = load_inception(path).to(device)
     record = FeatureRecord("inception-2015", weights_hash(network), f"{resize} to 299")
-    return FeatureExtractor(record, lambda image: normalise(resize299(image, resize), resize), network, device)
+    return FeatureExtractor(
+        record, lambda image: normalize_for_inception(resize_for_inception(image, resize), resize), network, device
+    )
 
 
 def _judge(device: torch.device | str) -> FeatureExtractor:
     path = FOLDER / "judge.safetensors"
     judge = Judge.load(path).to(device)
 
-    def prepare(image: Picture) -> torch.Tensor:
+    def prepare(image: ImageArray) -> torch.Tensor:
         if image.shape[:2] != (32, 32):
             raise UserError(
                 f"the judge reads 32 x 32 images and got {image.shape[1]} x {image.shape[0]}: use another network"
@@ -175,7 +177,7 @@ def _random(device: torch.device | str, seed: int = 0, width: int = 64) -> Featu
         )  # fmt: skip
     network = network.eval().requires_grad_(False).to(device)
 
-    def prepare(image: Picture) -> torch.Tensor:
+    def prepare(image: ImageArray) -> torch.Tensor:
         x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1.0
         return F.interpolate(x, size=(32, 32), mode="bilinear", antialias=True, align_corners=False)[0]
 
@@ -194,7 +196,7 @@ def _dinov2(path: str, device: torch.device | str, download: bool) -> FeatureExt
         return model(pixel_values=x).last_hidden_state[:, 0]  # type: ignore[no-any-return]
 
     record = FeatureRecord("dinov2", weights_hash(model), "bicubic to 224")
-    return FeatureExtractor(record, lambda image: standardised(image, 224, mean, deviation), network, device)
+    return FeatureExtractor(record, lambda image: resize_and_normalize(image, 224, mean, deviation), network, device)
 
 
 def _clip(path: str, device: torch.device | str, download: bool) -> FeatureExtractor:
@@ -205,17 +207,19 @@ def _clip(path: str, device: torch.device | str, download: bool) -> FeatureExtra
     side = int(model.config.vision_config.image_size)
 
     def network(x: torch.Tensor) -> torch.Tensor:
-        return F.normalize(as_tensor(model.get_image_features(pixel_values=x)), dim=1)
+        return F.normalize(pooled_embedding(model.get_image_features(pixel_values=x)), dim=1)
 
     record = FeatureRecord("clip", weights_hash(model), f"bicubic with antialias to {side}, L2-normalised")
-    return FeatureExtractor(record, lambda image: standardised(image, side, CLIP_MEAN, CLIP_DEVIATION), network, device)
+    return FeatureExtractor(
+        record, lambda image: resize_and_normalize(image, side, CLIP_MEAN, CLIP_STD), network, device
+    )
 
 
 CLIP_MEAN = np.array(vision.CLIP_MEAN)
-CLIP_DEVIATION = np.array(vision.CLIP_DEVIATION)
+CLIP_STD = np.array(vision.CLIP_STD)
 
 
-def _user(module: str, function: str) -> FeatureExtractor:
+def _custom_extractor(module: str, function: str) -> FeatureExtractor:
     try:
         made = vars(importlib.import_module(module))[function]()
     except Exception as error:
@@ -233,15 +237,15 @@ def _user(module: str, function: str) -> FeatureExtractor:
 # ---------------------------------------------------------------- shared with the scores
 
 
-def standardised(
-    image: Picture, side: int, mean: NDArray[np.floating], deviation: NDArray[np.floating]
+def resize_and_normalize(
+    image: ImageArray, side: int, mean: NDArray[np.floating], deviation: NDArray[np.floating]
 ) -> torch.Tensor:
     """PIL bicubic (which has antialias) to a square, then (x / 255 - mean) / deviation; (3, side, side)."""
     resized = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64)
     return torch.from_numpy(((resized / 255.0 - mean) / deviation).transpose(2, 0, 1)).float()
 
 
-def as_tensor(answer: object) -> torch.Tensor:
+def pooled_embedding(answer: object) -> torch.Tensor:
     """The projected embedding of `get_image_features`/`get_text_features`: a tensor up to transformers 4, an object since."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 

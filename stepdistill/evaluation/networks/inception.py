@@ -14,10 +14,12 @@ from torch import nn
 
 from stepdistill.errors import UserError
 
-URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-HASH_PREFIX = "6726825d"
+WEIGHTS_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+SHA256_PREFIX = "6726825d"
 """First digits of the SHA-256 of torch-fidelity's and pytorch-fid's file, which is one and the same."""
-NAMES = (
+WEIGHT_FILES = (
     "weights-inception-2015-12-05-6726825d.pth",
     "pt_inception-2015-12-05-6726825d.pth",
     "inception-2015-12-05.pt",
@@ -70,7 +72,7 @@ def load_inception(path: Path) -> nn.Module:
         UserError: missing, truncated, or not these weights.
     """
     if not path.is_file():
-        raise UserError(f"there is no Inception weight file {str(path)!r}: give {NAMES[0]} or {NAMES[2]}")
+        raise UserError(f"there is no Inception weight file {str(path)!r}: give {WEIGHT_FILES[0]} or {WEIGHT_FILES[2]}")
     try:
         if _is_torchscript(path):
             module: nn.Module = torch.jit.load(path, map_location="cpu").eval().layers  # type: ignore[no-untyped-call]
@@ -119,22 +121,22 @@ def find_inception(cache: Path, *, download: bool) -> Path:
         UserError: not there, and not downloaded.
     """
     for folder in (cache, Path(torch.hub.get_dir()) / "checkpoints"):
-        for name in NAMES:
+        for name in WEIGHT_FILES:
             if (folder / name).is_file():
                 return folder / name
     if not download:
         raise UserError(
-            f"the Inception weights are in neither {str(cache)!r} nor torch's hub cache, and downloading is off: put {NAMES[0]!r} "
+            f"the Inception weights are in neither {str(cache)!r} nor torch's hub cache, and downloading is off: put {WEIGHT_FILES[0]!r} "
             "there, or give its path as inception:PATH"
         )
     cache.mkdir(parents=True, exist_ok=True)
-    target = cache / NAMES[0]
+    target = cache / WEIGHT_FILES[0]
     try:
         # writes to a temporary file, checks the SHA-256 prefix and renames
-        torch.hub.download_url_to_file(URL, str(target), hash_prefix=HASH_PREFIX, progress=True)
+        torch.hub.download_url_to_file(WEIGHTS_URL, str(target), hash_prefix=SHA256_PREFIX, progress=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"the Inception weights could not be fetched ({error}): put {NAMES[0]!r} into {str(cache)!r} by hand"
+            f"the Inception weights could not be fetched ({error}): put {WEIGHT_FILES[0]!r} into {str(cache)!r} by hand"
         ) from None
     return target
 

@@ -15,27 +15,32 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from stepdistill.evaluation.images import Picture
+from stepdistill.evaluation.images import ImageArray
 
-SIDE = 299
+INCEPTION_SIZE = 299
 ResizeMode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
 RESIZE_MODES: tuple[ResizeMode, ...] = ("clean", "legacy_pytorch", "legacy_tensorflow")
 
 
-def resize299(image: Picture, mode: ResizeMode) -> torch.Tensor:
+def resize_for_inception(image: ImageArray, mode: ResizeMode) -> torch.Tensor:
     """A uint8 image (H, W, 3) as float32 (3, 299, 299) in [0, 255], not rounded."""
     if mode == "clean":
         channels = [Image.fromarray(image[:, :, c].astype(np.float32)) for c in range(3)]
-        resized = [np.asarray(channel.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for channel in channels]
+        resized = [
+            np.asarray(channel.resize((INCEPTION_SIZE, INCEPTION_SIZE), Image.Resampling.BICUBIC))
+            for channel in channels
+        ]
         return torch.from_numpy(np.stack(resized).clip(0.0, 255.0))
     x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
     if mode == "legacy_pytorch":
-        return F.interpolate(x, size=(SIDE, SIDE), mode="bilinear", align_corners=False)[0].clamp(0.0, 255.0)
+        return F.interpolate(x, size=(INCEPTION_SIZE, INCEPTION_SIZE), mode="bilinear", align_corners=False)[0].clamp(
+            0.0, 255.0
+        )
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-    return interpolate_bilinear_2d_like_tensorflow1x(x, size=(SIDE, SIDE), align_corners=False)[0]  # type: ignore[no-any-return]
+    return interpolate_bilinear_2d_like_tensorflow1x(x, size=(INCEPTION_SIZE, INCEPTION_SIZE), align_corners=False)[0]  # type: ignore[no-any-return]
 
 
-def normalise(x: torch.Tensor, mode: ResizeMode) -> torch.Tensor:
+def normalize_for_inception(x: torch.Tensor, mode: ResizeMode) -> torch.Tensor:
     """[0, 255] -> the network's input; pytorch-fid divides by 127.5 where the graph has (x - 128) / 128."""
     return x / 127.5 - 1.0 if mode == "legacy_pytorch" else (x - 128.0) / 128.0

@@ -106,7 +106,7 @@ class PipelineFamily(Family):
         return Checkpoint(info, pipeline.components[self.network_component], pipeline)
 
     def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
-        missing = self.left_out(info)
+        missing = self.omitted_components(info)
         modules: dict[str, Any] = {
             name: empty_component(info.folder, name, model_class)
             for name, model_class in self._classes(info.folder).items()
@@ -123,7 +123,7 @@ class PipelineFamily(Family):
         pipeline = self._class_of(info)(**{**absent, **modules, **tokenizers, **flags, "scheduler": scheduler})
         return Checkpoint(info, modules[self.network_component], pipeline)
 
-    def left_out(self, info: CheckpointInfo) -> tuple[str, ...]:
+    def omitted_components(self, info: CheckpointInfo) -> tuple[str, ...]:
         lacking = self.optional_encoders - set(components(info.folder))
         pairs = zip(self.text_encoders, self.tokenizers, strict=True)
         return tuple(name for pair in pairs if pair[0] in lacking for name in pair)
@@ -158,7 +158,7 @@ class PipelineFamily(Family):
             variant=min(variants, default=None),
             use_safetensors=True,
             local_files_only=True,
-            **{**absent, **dict.fromkeys(self.left_out(info))},
+            **{**absent, **dict.fromkeys(self.omitted_components(info))},
         )
 
     def encoder_files(self, info: CheckpointInfo, part: Literal["text", "images"]) -> dict[str, Path]:

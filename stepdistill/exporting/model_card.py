@@ -8,13 +8,13 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from stepdistill.assets import resolve
-from stepdistill.exporting.proof import loader_arguments
+from stepdistill.exporting.proof import omitted_component_arguments
 from stepdistill.families.base import CheckpointInfo, Family
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.lora_files import expert_files
 
 
-def write_card(
+def write_model_card(
     info: CheckpointInfo,
     family: Family,
     recipe: Recipe,
@@ -73,7 +73,7 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
 * The licence is the base model's ({info.licence or "the base states none"}).
 {more}
 ```python
-{usage(family.pipeline_of(info), recipe, format, file, folder.resolve(), family.left_out(info))}
+{usage_snippet(family.pipeline_of(info), recipe, format, file, folder.resolve(), family.omitted_components(info))}
 ```
 
 `reproduce.py` redraws `proof.safetensors` with stock diffusers and compares.
@@ -81,8 +81,8 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(target)
 
 
-def usage(
-    pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Path, left_out: Sequence[str] = ()
+def usage_snippet(
+    pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Path, omitted_components: Sequence[str] = ()
 ) -> str:
     """Python that draws one image with stock diffusers."""
     ladder = "".join(
@@ -92,7 +92,7 @@ def usage(
     lines = [
         f"from diffusers import {recipe.scheduler_class}, {pipeline_name}",
         "",
-        f'pipe = {pipeline_name}.from_pretrained("{source}"{loader_arguments(left_out)})',
+        f'pipe = {pipeline_name}.from_pretrained("{source}"{omitted_component_arguments(omitted_components)})',
     ]
     if recipe.experts:
         lines = [

@@ -18,12 +18,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from stepdistill.errors import UserError
-from stepdistill.evaluation.images import Picture, read_all, shard
+from stepdistill.evaluation.images import ImageArray, indices_of_rank, read_images
 from stepdistill.evaluation.protocols import PromptSet
 from stepdistill.files.atomic import write_atomically
 from stepdistill.files.outputs import check_place
 
-Draw = Callable[[Sequence[str], Sequence[int]], Iterator[NDArray[np.uint8]]]
+GenerateFunction = Callable[[Sequence[str], Sequence[int]], Iterator[NDArray[np.uint8]]]
 """(prompts, seeds) -> batches of uint8 images (B, H, W, 3), in order."""
 
 
@@ -36,11 +36,11 @@ class Sampler:
     network_calls: int
     guidance: float
     description: str
-    draw: Draw
+    generate: GenerateFunction
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedImages:
     """A sampler's images, of which this process drew its share.
 
     Attributes:
@@ -52,49 +52,53 @@ class Drawn:
 
     total: int
     paths: tuple[Path, ...] | None
-    own: tuple[Picture, ...]
+    local_images: tuple[ImageArray, ...]
     seconds_per_image: float | None
 
-    def share(self) -> Iterator[Picture]:
+    def iter_local_images(self) -> Iterator[ImageArray]:
         """This process's images, one by one."""
         if self.paths is None:
-            return iter(self.own)
+            return iter(self.local_images)
         state = PartialState()
-        return read_all([self.paths[i] for i in shard(self.total, state.process_index, state.num_processes)])
+        return read_images(
+            [self.paths[i] for i in indices_of_rank(self.total, state.process_index, state.num_processes)]
+        )
 
-    def pick(self, indices: Sequence[int]) -> list[Picture]:
+    def images_at(self, indices: Sequence[int]) -> list[ImageArray]:
         """The images of these global indices. A collective where the images are in memory."""
         if self.paths is not None:
-            return list(read_all([self.paths[i] for i in indices]))
+            return list(read_images([self.paths[i] for i in indices]))
         state = PartialState()
         mine = {
-            i: self.own[i // state.num_processes] for i in indices if i % state.num_processes == state.process_index
+            i: self.local_images[i // state.num_processes]
+            for i in indices
+            if i % state.num_processes == state.process_index
         }
         found = {index: image for part in gather_object([mine]) for index, image in part.items()}
         return [found[i] for i in indices]
 
 
-def draw_missing(sampler: Sampler, prompts: PromptSet, folder: Path | None) -> Drawn:
+def generate_missing_images(sampler: Sampler, prompts: PromptSet, folder: Path | None) -> GeneratedImages:
     """Draw this process's share: into `folder`, where images that are there already are kept, or into memory (None).
 
     A file appears whole or not at all, so that a run that was killed goes on with the images it lacks.
     """
     state = PartialState()
-    mine = list(shard(len(prompts), state.process_index, state.num_processes))
+    mine = list(indices_of_rank(len(prompts), state.process_index, state.num_processes))
     paths = None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         paths = tuple(folder / f"{i:05d}.png" for i in range(len(prompts)))
         mine = [i for i in mine if not paths[i].is_file()]
     began = time.perf_counter()
-    own: list[Picture] = []
+    local_images: list[ImageArray] = []
     with tqdm(total=len(mine), desc=sampler.name, unit="img", disable=not state.is_main_process or not mine) as bar:
         waiting = iter(mine)
-        batches = sampler.draw([prompts.prompts[i] for i in mine], [prompts.seeds[i] for i in mine]) if mine else ()
+        batches = sampler.generate([prompts.prompts[i] for i in mine], [prompts.seeds[i] for i in mine]) if mine else ()
         for batch in batches:
             for image, index in zip(batch, islice(waiting, len(batch)), strict=True):
                 if paths is None:
-                    own.append(image)
+                    local_images.append(image)
                 else:
                     temporary = paths[index].with_suffix(".tmp")
                     Image.fromarray(image).save(temporary, format="PNG")
@@ -104,10 +108,10 @@ def draw_missing(sampler: Sampler, prompts: PromptSet, folder: Path | None) -> D
     state.wait_for_everyone()
     busy = [part for part in gather_object([spent]) if part[1] > 0]
     seconds = max(part[0] for part in busy) / sum(part[1] for part in busy) if busy else None
-    return Drawn(len(prompts), paths, tuple(own), seconds)
+    return GeneratedImages(len(prompts), paths, tuple(local_images), seconds)
 
 
-def claim(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str, str]]) -> None:
+def claim_output_folder(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str, str]]) -> None:
     """Mark a folder as this evaluation's, or refuse one that holds something else.
 
     What earlier calls drew stays on record: a name may never come to mean another model.
@@ -137,6 +141,6 @@ def claim(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str,
     state.wait_for_everyone()
 
 
-def describe(values: dict[str, object]) -> str:
+def format_arguments(values: dict[str, object]) -> str:
     """Arguments of a sampler as one line, for reports and for telling one model from another."""
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)

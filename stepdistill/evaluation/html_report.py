@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from stepdistill.evaluation.images import Picture
-from stepdistill.evaluation.report import Report, columns, table, win_lines
+from stepdistill.evaluation.images import ImageArray
+from stepdistill.evaluation.report import Report, columns, table, win_rate_sentences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,11 +23,11 @@ STYLE = """body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 60em; 
 table { border-collapse: collapse } td, th { padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } img { max-width: 100%; image-rendering: pixelated }
 details { margin-top: 2em } code { word-break: break-all }"""
-SIDE = 128
-CURVES = ("loss", "score_gap", "latent_std")
+THUMBNAIL_SIZE = 128
+PLOTTED_SIGNALS = ("loss", "score_gap", "latent_std")
 
 
-def html_page(report: Report, images: Mapping[str, Sequence[Picture]], stats: Path | None = None) -> str:
+def html_page(report: Report, images: Mapping[str, Sequence[ImageArray]], stats: Path | None = None) -> str:
     """The page.
 
     Args:
@@ -38,7 +38,7 @@ def html_page(report: Report, images: Mapping[str, Sequence[Picture]], stats: Pa
     parts = [f"<h1>{html.escape(report.record.protocol)}</h1>", _table(table(report.rows))]
     if report.noise_floor is not None:
         parts.append(f"<p>Noise floor of the Fréchet distance at these counts: {report.noise_floor:.4g}.</p>")
-    parts += [f"<p>{html.escape(line)}</p>" for line in (*win_lines(report), *report.notes)]
+    parts += [f"<p>{html.escape(line)}</p>" for line in (*win_rate_sentences(report), *report.notes)]
     if len(report.rows) > 1 and columns(report.rows):
         parts += ["<h2>Against steps and network calls</h2>", _curves(report)]
     pictures = _grid({row.name: images[row.name] for row in report.rows if row.name in images})
@@ -89,7 +89,7 @@ def _training(stats: Path) -> str:
     from matplotlib.figure import Figure
 
     lines = [line for text in stats.read_text().splitlines() if (line := _parsed(text))]
-    names = [n for n in dict.fromkeys(k for line in lines for k in line) if n.rpartition("/")[2] in CURVES]
+    names = [n for n in dict.fromkeys(k for line in lines for k in line) if n.rpartition("/")[2] in PLOTTED_SIGNALS]
     if not names:
         return "<p>stats.jsonl holds no curves.</p>"
     figure = Figure(figsize=(9, 2.4 * len(names)), layout="constrained")
@@ -116,17 +116,17 @@ def _image(figure: Figure) -> str:
     return _embed(buffer.getvalue())
 
 
-def _grid(images: dict[str, Sequence[Picture]]) -> str:
+def _grid(images: dict[str, Sequence[ImageArray]]) -> str:
     """Rows of pictures, one row for each sampler, the same columns."""
     rows = []
     for name, pictures in images.items():
         shown = []
         for pixels in pictures:
             picture = Image.fromarray(pixels)
-            picture.thumbnail((SIDE, SIDE))
+            picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
             buffer = io.BytesIO()
             picture.save(buffer, format="PNG")
-            shown.append(f"<td>{_embed(buffer.getvalue(), SIDE)}</td>")
+            shown.append(f"<td>{_embed(buffer.getvalue(), THUMBNAIL_SIZE)}</td>")
         rows.append(f"<tr><td>{html.escape(name)}</td>{''.join(shown)}</tr>")
     return f"<table>{''.join(rows)}</table>" if rows else ""
 

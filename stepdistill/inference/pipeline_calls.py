@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @contextmanager
-def seeded_steps(pipeline: DiffusionPipeline, generators: Sequence[torch.Generator]) -> Iterator[None]:
+def seeded_scheduler_steps(pipeline: DiffusionPipeline, generators: Sequence[torch.Generator]) -> Iterator[None]:
     """Inside, a scheduler that draws noise draws it from these generators, one a sample.
 
     The pipeline of SD3 does not hand on the generators that it was called with, and leaves its scheduler to the global one.
@@ -34,7 +34,7 @@ def seeded_steps(pipeline: DiffusionPipeline, generators: Sequence[torch.Generat
 
 
 @contextmanager
-def widened_decoding(pipeline: DiffusionPipeline) -> Iterator[None]:
+def decode_in_vae_dtype(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Inside, latents are decoded in the autoencoder's own dtype.
 
     It stays in float32 whatever the network is loaded in (SDXL's overflows in float16), and stock pipelines hand it latents in
