@@ -8,6 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.ci
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SHORT = ["training.max_steps=2", "training.batch_size=4", "training.grid_prompts=2", "training.threads=1"]
 PARAMETERS = {

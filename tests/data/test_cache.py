@@ -99,6 +99,7 @@ def test_keys_tell_apart() -> None:
     assert len(keys) == 8
 
 
+@pytest.mark.ci
 def test_a_killed_writer_loses_its_last_shard_only(tmp_path: Path) -> None:
     script = f"""
 import os, signal

@@ -291,6 +291,7 @@ def test_an_error_of_a_stream_ends_the_run(
         train(config, tmp_path / "run")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_spawned_process_reads_the_same(parquet: Path, streaming: bool) -> None:
     config = data(f"hf:{parquet}", streaming=streaming, crop="random", flip=True)

@@ -122,6 +122,7 @@ def test_a_broken_collection_goes_on_bit_for_bit(wanted: Callable[..., CollectCo
     assert content(tmp_path / "broken").keys() == content(tmp_path / "whole").keys()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_a_collection(wanted: Callable[..., CollectConfig], tmp_path: Path, processes: int) -> None:
     """Each draws its own walks, in the order of one process, shard by shard; and they go on with what one has left."""

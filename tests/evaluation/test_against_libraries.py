@@ -93,6 +93,7 @@ def ours(
     return report.rows[0].metrics
 
 
+@pytest.mark.ci
 def test_fid_kid_and_recall_equal_torchmetrics_and_torch_fidelity(
     folders: tuple[Path, Path], weights: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +117,7 @@ def test_fid_kid_and_recall_equal_torchmetrics_and_torch_fidelity(
     assert measured["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
 
 
+@pytest.mark.ci
 def test_two_resizes_are_two_protocols(folders: tuple[Path, Path], weights: Path, tmp_path: Path) -> None:
     """torchmetrics 3130, clean-fid 27: the resize and the weights are part of the number, and of a statistics file."""
     quick = ("brightness",)  # no distance, hence no eigenvalues of 2048 x 2048
@@ -142,6 +144,7 @@ def offline_clean_fid(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return torchscript(weights, tmp_path)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("mode", RESIZE_MODES)
 def test_features_equal_clean_fid_in_each_mode(
     mode: ResizeMode, folders: tuple[Path, Path], weights: Path, offline_clean_fid: Path

@@ -139,6 +139,7 @@ def test_a_run_is_measured_by_its_own_recipe(tmp_path: Path) -> None:
         stepdistill.evaluate(str(tmp_path / "run"), tmp_path / "x", protocol="fashion", lora="lora")
 
 
+@pytest.mark.ci
 def test_a_full_networks_teacher_is_its_base(tmp_path: Path) -> None:
     """An exported pipeline has its own weights everywhere: the teacher's row must come from what it was distilled from."""
     short = [
@@ -168,6 +169,7 @@ def test_a_full_networks_teacher_is_its_base(tmp_path: Path) -> None:
     assert again.row("student-4").seconds_per_image is None  # nothing was drawn again
 
 
+@pytest.mark.ci
 def test_training_is_watched_and_the_best_checkpoint_survives(tmp_path: Path) -> None:
     """Raw and averaged weights by one protocol; pruning spares the best; a resumed run knows it; nothing else changes."""
     short = [
@@ -349,6 +351,7 @@ def test_the_reference_must_have_the_protocols_count(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()  # before hours of drawing
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_work_and_agree(processes: int, tmp_path: Path) -> None:
     """accelerate 575, torchmetrics 2684: padded tails counted twice; a hang where one process computes alone."""

@@ -67,12 +67,14 @@ def test_plain_diffusers_reproduces_the_proof(run: Callable[..., Path], tmp_path
     assert "from_pretrained" in card
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("family", "variant"), [("sd", "v"), ("sdxl", "default")])
 @pytest.mark.parametrize("form", ["diffusers-lora", "kohya-lora"])
 def test_other_families(run: Callable[..., Path], tmp_path: Path, family: str, variant: str, form: str) -> None:
     stepdistill.export(run(family, variant), form, tmp_path / "export")  # verifies itself to 1e-4
 
 
+@pytest.mark.ci
 def test_ancestral_students_are_euler_ancestral_students(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Its scheduler takes no ladder: plain diffusers gets by with the number of steps."""
     train(Bench(tiny, tmp_path).config(CASES["pso-ancestral"], 2, dtype="float32"), tmp_path / "run")
@@ -94,6 +96,7 @@ def test_deterministic_students_are_euler_students(run: Callable[..., Path], tmp
     assert recipe.scheduler_class == "EulerDiscreteScheduler"
 
 
+@pytest.mark.ci
 def test_a_run_on_a_bf16_base_is_proved_in_float32(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """The precision of most configs: the proof must hold to 1e-4, not to what bf16 rounds away."""
     data = {
@@ -109,6 +112,7 @@ def test_a_run_on_a_bf16_base_is_proved_in_float32(tiny: Callable[..., Path], tm
     assert "sys.exit(difference > 0.0001)" in (folder / "reproduce.py").read_text()
 
 
+@pytest.mark.ci
 def test_a_proof_has_all_bits(run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU torch's convolutions have 10 bits of mantissa by default, and proofs differed from stock diffusers by 4e-4."""
     seen: list[tuple[bool, str]] = []
@@ -134,6 +138,7 @@ def test_half_precision_file(run: Callable[..., Path], tmp_path: Path) -> None:
     assert {value.dtype for value in load_file(folder / "pytorch_lora_weights.safetensors").values()} == {torch.float16}
 
 
+@pytest.mark.ci
 def test_full_students_are_pipelines(run: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--format pipeline"):
         stepdistill.export(run(mode="full"), "diffusers-lora", tmp_path / "lora")

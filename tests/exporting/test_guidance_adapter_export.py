@@ -46,6 +46,7 @@ def run(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return make
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_diffusers_and_one_module_reproduce_the_proof(
     run: Callable[..., Path], tmp_path: Path, family: str

@@ -78,6 +78,7 @@ def test_its_parts_are_the_embedded_teachers() -> None:
     assert size < 20e6
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("source", [TEACHER, FLOW_TEACHER])
 def test_latents_are_known_again_under_noise(source: str) -> None:
     """x0 of a noised sample, far nearer than the best linear guess: a wrong sign, time or scale would not be."""
@@ -118,6 +119,7 @@ def test_the_readme_says_its_row() -> None:
     assert said in (Path(__file__).parents[2] / "README.md").read_text()
 
 
+@pytest.mark.ci
 def test_it_is_distilled_and_exported(tmp_path: Path) -> None:
     """A few iterations by its name in a config, and the LoRA in stock diffusers."""
     config = parse(

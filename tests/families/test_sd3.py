@@ -450,6 +450,7 @@ def test_a_deterministic_lora_is_exported_and_kohya_refused(run: Callable[..., P
     assert "kohya" not in card
 
 
+@pytest.mark.ci
 def test_a_pipeline_without_t5_is_reproduced_by_plain_diffusers(run: Callable[..., Path], tmp_path: Path) -> None:
     """Re-noised, and told that T5 is left out, which its loader must be."""
     exported = stepdistill.export(run("no_t5", "renoise"), "pipeline", tmp_path / "pipeline")

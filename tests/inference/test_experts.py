@@ -155,6 +155,7 @@ def test_a_run_draws_with_the_experts_that_it_has(runs: Callable[..., Path], ste
 # ---------------------------------------------------------------- export
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("mode", "form"), [("lora", "diffusers-lora"), ("lora", "kohya-lora"), ("lora", "pipeline"), ("full", "pipeline")]
 )
@@ -197,6 +198,7 @@ def swap(one: Path, other: Path) -> None:
     aside.rename(other)
 
 
+@pytest.mark.ci
 def test_sdxl(runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert agrees(stepdistill.export(runs(family="sdxl"), "diffusers-lora", tmp_path / "export"), monkeypatch)
 

@@ -11,6 +11,10 @@ from support.method_cases import CASES, Bench, difference, equal, saved
 from stepdistill.config.registry import method_names
 from stepdistill.training.run import train
 
+BY_DEFAULT = "dmd2"
+"""The case that a plain `pytest` runs; the others are marked `ci`."""
+ALL_CASES = [name if name == BY_DEFAULT else pytest.param(name, marks=pytest.mark.ci) for name in CASES]
+
 
 @pytest.fixture
 def bench(tiny: Callable[..., Path], tmp_path: Path) -> Bench:
@@ -21,7 +25,7 @@ def test_no_method_is_missing() -> None:
     assert {case.method for case in CASES.values()} == set(method_names())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_resume_is_bit_identical(bench: Bench, tmp_path: Path, name: str) -> None:
     """Broken off one before, at, and one after the end of a period of updates, and in mid-epoch each time."""
     case, last = CASES[name], 2 * CASES[name].period + 2
@@ -34,6 +38,7 @@ def test_resume_is_bit_identical(bench: Bench, tmp_path: Path, name: str) -> Non
         assert (tmp_path / "whole/stats.jsonl").read_text() == (folder / "stats.jsonl").read_text()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_what_is_drawn_resumes_too(bench: Bench, tmp_path: Path, cut: int) -> None:
     """Signals of the grids, and of real latents over the lines before: a cut between two drawings, and at one."""
@@ -50,7 +55,7 @@ def test_what_is_drawn_resumes_too(bench: Bench, tmp_path: Path, cut: int) -> No
         assert pictures[0] == pictures[1]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_accumulation_changes_nothing(bench: Bench, tmp_path: Path, name: str) -> None:
     """4 x 1 = 2 x 2 = 1 x 4, over more than a period."""
     case, last = CASES[name], CASES[name].period + 2

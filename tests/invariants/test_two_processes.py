@@ -20,6 +20,8 @@ from stepdistill.training.run import train
 from stepdistill.training.run_folder import checkpoints
 from stepdistill.training.run_folder.logs import write_config
 
+pytestmark = pytest.mark.ci
+
 WORKER = Path(__file__).with_name("worker.py")
 KINDS = ("replicated", "full")
 LAYOUT = {"replicated": "lora", "full": "mixed"}

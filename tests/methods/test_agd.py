@@ -280,6 +280,7 @@ def test_refusals(tiny: Callable[..., Path], tmp_path: Path, change: dict[str, o
 # ---------------------------------------------------------------- a run
 
 
+@pytest.mark.ci
 def test_a_short_run_learns_guidance_of_the_embedded_teacher(tmp_path: Path) -> None:
     """Forty updates take a fifth of the error away that the prompt alone leaves."""
     config = load_config(

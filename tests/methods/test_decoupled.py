@@ -225,6 +225,7 @@ def radii(options: dict[str, Any], images: bool = False) -> tuple[float, float]:
     return found[0], found[1]
 
 
+@pytest.mark.ci
 def test_augmentation_alone_diverges_and_each_shield_bounds_it() -> None:
     """Alone it gathers pace; under a shield the centroids stay near where guidance puts them, a little outside the data's."""
     runs = {

@@ -172,6 +172,7 @@ def run(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return make
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("family", "layout", "case"),
     [

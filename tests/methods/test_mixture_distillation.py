@@ -39,6 +39,7 @@ def train(triple: Triple, method: DMD2, seed: int) -> None:
             optimizers[role].step()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("schedule", [vp(), flow()], ids=["vp", "flow"])
 def test_every_mode_ends_within_five_points_of_its_share(schedule: NoiseSchedule) -> None:
     mixture = four_modes()

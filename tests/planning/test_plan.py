@@ -79,6 +79,7 @@ def phases(forecast: Forecast) -> dict[str, int]:
     return {phase.name: phase.bytes for phase in forecast.memory.phases}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("model", MEASURED)
 def test_planned_peaks_are_the_measured_ones(model: str) -> None:
     """The bench holds no encoders and draws no grid."""
@@ -91,6 +92,7 @@ def test_planned_peaks_are_the_measured_ones(model: str) -> None:
     assert max(trained, key=trained.__getitem__) == "fake_score backward"
 
 
+@pytest.mark.ci
 def test_the_parts_of_sd15_are_those_of_the_bench() -> None:
     """Each as measured: base 1.719, roles 0.102, heads 0.210, optimizers 0.624, gradients of the fake score 0.261 GB."""
     forecast = plan(config("sd15"))
@@ -103,6 +105,7 @@ def test_the_parts_of_sd15_are_those_of_the_bench() -> None:
     assert gradients / 1e9 == pytest.approx(0.261, abs=5e-4)
 
 
+@pytest.mark.ci
 def test_the_command_answers_for_sdxl_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +145,7 @@ def little_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advice, "LEAST", 1)
 
 
+@pytest.mark.ci
 def test_advice_is_what_planning_again_says(small: Callable[..., RunConfig], little_counts: None) -> None:
     """Applied one on top of the other, the changes give the peaks that were told, the last of which fits."""
     run = small(batch_size=4)
@@ -174,6 +178,7 @@ def overridden(run: RunConfig, change: str) -> RunConfig:
     return parse(RunConfig, raw, "test")
 
 
+@pytest.mark.ci
 def test_nothing_helps_against_no_memory(small: Callable[..., RunConfig], little_counts: None) -> None:
     said = "\n".join(lines(plan(small("full", rank=4), memory_gb=0.1)))
     assert "roles.fake_score.mode=lora" in said
@@ -218,6 +223,7 @@ def test_sizes_in_eight_and_four_bits() -> None:
     assert optimizer_size([large, little], OptimizerConfig(lr=1.0, kind="muon")) == 4 * 4096 + 2 * 4 * 10 + 4
 
 
+@pytest.mark.ci
 def test_time_follows_from_work_and_card(small: Callable[..., RunConfig]) -> None:
     run = small()
     compute = plan(run, gpu="RTX-4090").compute

@@ -380,6 +380,7 @@ def check_compiled(folder: Path, backend: str, checkpointed: bool, mode: str, to
             assert float((found[key] - value).abs().max()) <= tolerance * scale, key
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_compiled_blocks_know_their_role(tiny: Callable[..., Path], checkpointed: bool) -> None:
     check_compiled(tiny("sd"), "aot_eager", checkpointed, "lora", 1e-5)

@@ -232,6 +232,7 @@ def test_channels_last_leaves_quantised_weights_alone(tiny: Callable[..., Path],
         assert torch.allclose(plain(*arguments).sample, other(*arguments).sample, atol=1e-5)
 
 
+@pytest.mark.ci
 @needs_torchao
 @pytest.mark.parametrize("kind", KINDS)
 def test_train_resume_and_export(config: Callable[..., RunConfig], tmp_path: Path, kind: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_memory.py"
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+pytestmark = [pytest.mark.ci, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")]
 
 
 def bench(output: Path, *arguments: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 TOOLS = Path(__file__).parents[2] / "tools"
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+pytestmark = [pytest.mark.ci, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")]
 SHAPE = {
     "model": "tiny", "resolution": 64, "rank": 4, "targets": "attention", "steps": 2, "ratio": 2, "turns": 1,
     "threads": 1, "checkpointing": False,

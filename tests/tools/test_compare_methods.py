@@ -20,6 +20,8 @@ sys.path.insert(0, str(TOOLS))
 import compare_methods as compare  # noqa: E402
 import comparetables  # noqa: E402
 
+pytestmark = pytest.mark.ci
+
 COMPARISON = compare.read_comparison(TOOLS / "comparison.yaml")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "fault_campaign.py"
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
+pytestmark = [pytest.mark.ci, pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")]
 
 
 def campaign(folder: Path, *arguments: str, kills: int, timeout: float) -> dict[str, Any]:

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import measure_pso as tool  # noqa: E402
 
+pytestmark = pytest.mark.ci
+
 
 def test_ranked_takes_most_and_least() -> None:
     images = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1, 1, 1)

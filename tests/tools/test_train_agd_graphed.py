@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import train_agd_graphed as tool  # noqa: E402
 
+pytestmark = pytest.mark.ci
+
 CONFIG = ROOT / "configs/fashion_agd_collected.yaml"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -262,6 +262,7 @@ def embedded(**changes: Any) -> RunConfig:
     return load_config(FOLDER / "quickstart.yaml", [*overrides, *(f"{key}={value}" for key, value in changes.items())])
 
 
+@pytest.mark.ci
 def test_a_healthy_run_of_the_embedded_teacher_raises_no_alarm(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_healthy_run_of_the_embedded_teacher_raises_no_alarm(
     assert last["signals/fake_shift"] > 0.01
 
 
+@pytest.mark.ci
 def test_a_run_that_must_fail_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Guidance 12, one fake-score update a generator update, and a rate that no fake score can follow."""
     changes = {"method.guidance": 12, "method.ratio": 1, "optimizers.generator.lr": 3e-3}

@@ -170,6 +170,7 @@ def test_latents_come_back_to_the_bit(config: Configure, images: Path, flip: boo
     assert cached.images.read(1, generator(0)).caption == "a blue square"
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_run_with_a_cache_is_the_run_without(
     config: Configure, images: Path, tmp_path: Path, calls: Counter[str], family: str
@@ -186,6 +187,7 @@ def test_a_run_with_a_cache_is_the_run_without(
     assert grids[0] == grids[1]
 
 
+@pytest.mark.ci
 def test_text_alone_and_latents_alone(config: Configure, images: Path, tmp_path: Path, calls: Counter[str]) -> None:
     changes = {"method__gan": GAN, "data__images": str(images)}
     train(config(cached=False, **changes), tmp_path / "live")
@@ -441,6 +443,7 @@ def test_the_estimate_is_the_size(config: Configure, images: Path, tmp_path: Pat
         assert held == estimate(plan) - unreadable
 
 
+@pytest.mark.ci
 def test_runs_are_opened_and_exported_with_their_encoders(config: Configure, tmp_path: Path) -> None:
     train(config(), tmp_path / "run")
     session, _ = open_run(tmp_path / "run", "cpu")
@@ -476,6 +479,7 @@ def test_the_command_fills_what_training_uses(
     assert "error: the config has no cache section: add" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_one_process_fills_and_the_other_reads(config: Configure, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config().model_dump(mode="json", exclude_none=True)))

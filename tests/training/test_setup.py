@@ -106,6 +106,7 @@ def test_frozen_copies_of_a_method_are_counted(config: Callable[..., RunConfig])
     assert asked == {(REAL_SCORE, False): 4.0, ("target", False): 2.0, (GENERATOR, True): 2.0}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("family", "layout"), [("sd", "lora"), ("sd", "full"), ("sdxl", "mixed")])
 def test_counts_and_bytes_are_those_of_the_session(
     config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, layout: str
@@ -153,6 +154,7 @@ def test_counts_and_bytes_are_those_of_the_session(
     assert {role: phases(forecast)[f"{role} step"] - constant for role in held} == gradients
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("method", "layout"), [(GAN, "lora"), (PLAIN, "full"), (PAIRS, "lora"), (PATH, "full"), (WALKS, "lora")]
 )
@@ -201,6 +203,7 @@ def test_the_closed_form_of_dmd2s_calls(config: Callable[..., RunConfig]) -> Non
     assert asked[Call(GENERATOR, FAKE_SCORE, True, True)].calls == 0.5
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("family", "layout", "dtype", "training"),
     [
