@@ -21,6 +21,21 @@ from stepdistill.errors import UserError
 Time = Tensor | float
 
 
+OTHER_PROCESSES = frozenset(
+    {
+        "KarrasVeScheduler",
+        "ScoreSdeVeScheduler",
+        "ScoreSdeVpScheduler",
+        "CMStochasticIterativeScheduler",
+        "VQDiffusionScheduler",
+        "CosineDPMSolverMultistepScheduler",
+        "AmusedScheduler",
+        "RePaintScheduler",
+    }
+)
+"""Schedulers of diffusers whose forward process is neither given by betas nor flow matching; so are all with EDM in their names."""
+
+
 @dataclass(frozen=True)
 class DynamicShift:
     """Flow shift that grows with the number of image tokens (Flux, Qwen-Image, SD3.5): `mu` is linear in the token count."""
@@ -91,6 +106,11 @@ class NoiseSchedule:
             UserError: unknown beta schedule or prediction type; epsilon prediction with zero terminal SNR.
         """
         name = str(config.get("_class_name", ""))
+        if "EDM" in name or name in OTHER_PROCESSES:
+            raise UserError(
+                f"the checkpoint's scheduler is {name}, whose noise levels are not those of betas or of flow matching, and the "
+                "student would be trained on a wrong schedule: give a checkpoint with a DDIM, Euler or flow-matching scheduler"
+            )
         steps = int(config.get("num_train_timesteps", 1000))
         if name == "SCMScheduler":
             # its pipeline shows the network x_t of flow matching and makes TrigFlow's prediction of the answer

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from stepdistill.data.images.source import UNREADABLE, open_image
 from stepdistill.errors import UserError
 
 ImageArray = NDArray[np.uint8]
@@ -70,10 +71,10 @@ def read_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -
     """
     image: Image.Image
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             opened.load()
             image = opened.copy()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (*UNREADABLE, MemoryError) as error:
         raise UserError(f"the image {str(path)!r} cannot be read ({error}): remove it or write it again") from None
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise UserError(

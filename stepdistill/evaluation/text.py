@@ -84,7 +84,11 @@ class ClipScorer:
         """Raises UserError where the checkpoint cannot be loaded."""
         self.name = Path(path).name
         try:
-            self.model = CLIPModel.from_pretrained(path, local_files_only=not download).eval().requires_grad_(False)
+            self.model = (
+                CLIPModel.from_pretrained(path, local_files_only=not download, use_safetensors=True)
+                .eval()
+                .requires_grad_(False)
+            )
             self.tokenizer = CLIPTokenizerFast.from_pretrained(path, local_files_only=not download)
         except (OSError, ValueError, TypeError) as error:
             first = " ".join(str(error).split())[:160]

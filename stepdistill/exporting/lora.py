@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,18 @@ def lora_tensors(triple: Triple, role: str, dtype: torch.dtype) -> dict[str, Ten
     """
     lora_settings_of(triple, role)
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in triple.bank.parameters(role)}
-    bad = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    if bad:
-        raise UserError(
-            f"{len(bad)} tensors of the {role} are not finite in {dtype} (first: {bad[0]!r}): export an earlier checkpoint"
-        )
-    return tensors
+    return {key: finite(value, f"{role}.{key}") for key, value in tensors.items()}
+
+
+def finite(tensor: Tensor, name: str) -> Tensor:
+    """Returns the tensor.
+
+    Raises:
+        UserError: it holds a NaN or an infinite value.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"the tensor {name!r} is not finite in {tensor.dtype}: export an earlier checkpoint")
+    return tensor
 
 
 def lora_settings_of(triple: Triple, role: str) -> LoraSettings:
@@ -49,10 +56,23 @@ def module_alpha(module: str, lora: LoraSettings) -> float:
 
 
 def write_diffusers_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtype: torch.dtype) -> None:
-    """Write diffusers' layout to a file; the adapter's configuration travels in its metadata."""
-    component = triple.family.network_component
-    tensors = {f"{component}.{key}": value for key, value in lora_tensors(triple, role, dtype).items()}
-    config = lora_settings_of(triple, role).peft().to_dict()
+    """Writes diffusers' layout to a file; the adapter's configuration travels in its metadata.
+
+    The scale alpha / rank is multiplied into B, and the metadata say alpha = rank for every module. diffusers reads alpha from
+    these metadata only since version 0.35; ComfyUI, older versions and `load_lora_weights(state_dict)` know the tensors alone
+    and take alpha to be the rank, so any other alpha would make the LoRA too strong or too weak there.
+    """
+    component, lora = triple.family.network_component, lora_settings_of(triple, role)
+    scales = {module: factors.scale for module, factors in triple.bank.factors(role).items()}
+    tensors: dict[str, Tensor] = {}
+    for key, value in lora_tensors(triple, role, torch.float32).items():
+        module, _, matrix = key.removesuffix(".weight").rpartition(".")
+        scaled = value * scales[module] if matrix == "lora_B" else value
+        tensors[f"{component}.{key}"] = finite(scaled.to(dtype), f"{role}.{key}")
+    folded = replace(
+        lora, alpha=float(lora.rank), alpha_pattern={key: float(r) for key, r in lora.rank_pattern.items()}
+    )
+    config = folded.peft().to_dict()
     kept = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "lora_bias", "use_dora", "use_rslora")
     adapter = {f"{component}.{key}": _plain(config[key]) for key in kept if key in config}
     metadata = {
@@ -68,7 +88,7 @@ def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtyp
     if not triple.family.has_kohya_layout:
         raise UserError(
             f"kohya's layout has no names that diffusers knows for the network of {triple.family.name!r}: export it with --format "
-            "diffusers-lora, which ComfyUI reads as well"
+            "diffusers-lora"
         )
     lora = lora_settings_of(triple, role)
     tensors: dict[str, Tensor] = {}

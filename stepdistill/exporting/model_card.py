@@ -92,28 +92,28 @@ def usage_snippet(
     lines = [
         f"from diffusers import {recipe.scheduler_class}, {pipeline_name}",
         "",
-        f'pipe = {pipeline_name}.from_pretrained("{source}"{omitted_component_arguments(omitted_components)})',
+        f"pipe = {pipeline_name}.from_pretrained({source!r}{omitted_component_arguments(omitted_components)})",
     ]
     if recipe.experts:
         lines = [
             "import sys",
-            f'sys.path.insert(0, "{folder}")',
+            f"sys.path.insert(0, {str(folder)!r})",
             lines[0],
             "from experts import load_experts",
             *lines[1:],
         ]
-        lines.append(f'experts = load_experts(pipe, "{folder}")')
+        lines.append(f"experts = load_experts(pipe, {str(folder)!r})")
     elif format == "guidance-adapter":
         lines = [
             "import sys",
-            f'sys.path.insert(0, "{folder}")',
+            f"sys.path.insert(0, {str(folder)!r})",
             lines[0],
             "from guidance_adapter import load_guidance_adapter",
             *lines[1:],
         ]
-        lines.append(f'adapter = load_guidance_adapter(pipe, "{folder}", w={recipe.w})')
+        lines.append(f"adapter = load_guidance_adapter(pipe, {str(folder)!r}, w={recipe.w})")
     elif format != "pipeline":
-        lines.append(f'pipe.load_lora_weights("{folder}", weight_name="{file}")')
+        lines.append(f"pipe.load_lora_weights({str(folder)!r}, weight_name={file!r})")
     switching = ", callback_on_step_end=experts" if recipe.experts else ""
     changes, call = (
         "".join(f", {key}={value!r}" for key, value in settings.items())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.exporting.lora import lora_settings_of, lora_tensors, module_alpha
+from stepdistill.exporting.lora import lora_tensors
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.common.guidance_embedding import GuidanceEmbedding
 from stepdistill.families.recipe import Recipe
@@ -58,11 +58,9 @@ def merged_network(triple: Triple, role: str) -> nn.Module:
 
 def _merged_lora(triple: Triple, role: str) -> nn.Module:
     network = triple.plain_copy()
-    matrices, lora = lora_tensors(triple, role, torch.float32), lora_settings_of(triple, role)
-    for key in [key for key in matrices if ".lora_A." in key]:
-        module = key.removesuffix(".lora_A.weight")
-        a, b = matrices[key], matrices[f"{module}.lora_B.weight"]
-        delta = (b.flatten(1) @ a.flatten(1)) * (module_alpha(module, lora) / len(a))
+    lora_tensors(triple, role, torch.float32)  # refuses a full role and non-finite values
+    for module, lora in triple.bank.factors(role).items():
+        delta = (lora.up.float().flatten(1) @ lora.down.float().flatten(1)) * lora.scale
         weight = network.get_submodule(module).get_parameter("weight")
         weight.copy_(weight.float() + delta.reshape(weight.shape).to(weight.device))
     return network

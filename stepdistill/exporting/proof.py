@@ -172,7 +172,7 @@ def reproduction_script(
     lacking = omitted_component_arguments(omitted_components)
     load = f"pipe = DiffusionPipeline.from_pretrained(here, torch_dtype=torch.float32{lacking})"
     if format != "pipeline":
-        where = f'sys.argv[1] if len(sys.argv) > 1 else "{base}"'
+        where = f"sys.argv[1] if len(sys.argv) > 1 else {base!r}"
         load = f"pipe = DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.float32{lacking})"
     if experts:
         load += "\nsys.path.insert(0, here)\nfrom experts import load_experts\nexperts = load_experts(pipe, here)"
@@ -180,7 +180,7 @@ def reproduction_script(
         load += "\nsys.path.insert(0, here)\nfrom guidance_adapter import load_guidance_adapter"
         load += '\nload_guidance_adapter(pipe, here, w=recipe["told_guidance"])'
     elif format != "pipeline":
-        load += f'\npipe.load_lora_weights(here, weight_name="{file}")'
+        load += f"\npipe.load_lora_weights(here, weight_name={file!r})"
     switching = "callback_on_step_end=experts, " if experts else ""
     return f'''"""Reproduce proof.safetensors with stock diffusers: python reproduce.py [BASE]"""
 import functools, json, os, sys
@@ -195,7 +195,7 @@ with safe_open(os.path.join(here, "proof.safetensors"), "pt") as proof:
 {load}
 pipe.set_progress_bar_config(disable=True)
 scheduler = getattr(diffusers, recipe["scheduler"]["class_name"])
-pipe.scheduler = scheduler.from_config({{**pipe.scheduler.config, **recipe["scheduler"]["config"]}})
+pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **recipe["scheduler"]["config"])
 ladder = {{key: recipe[key] for key in ("timesteps", "sigmas") if recipe[key]}}
 height, width = recipe["resolution"]
 generators = [torch.Generator().manual_seed(seed) for seed in seeds]

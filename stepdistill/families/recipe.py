@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import UserError
-from stepdistill.families.checkpoints.schedulers import scheduler_class
+from stepdistill.families.checkpoints.schedulers import make_scheduler
 
 SCHEDULERS = {
     (TransitionKind.RENOISE, False): "LCMScheduler",
@@ -117,9 +117,7 @@ class Recipe:
         Raises:
             UserError: unknown class.
         """
-        scheduler: SchedulerMixin = scheduler_class(self.scheduler_class).from_config(
-            {**base_config, **self.scheduler_config}
-        )
+        scheduler: SchedulerMixin = make_scheduler(self.scheduler_class, base_config, self.scheduler_config)
         return scheduler
 
     def apply(self, pipeline: DiffusionPipeline) -> dict[str, Any]:

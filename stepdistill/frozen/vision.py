@@ -172,7 +172,7 @@ def load_vision(name: str) -> VisionEncoder:
 
 def _loaded(kind: Kind, name: str) -> nn.Module:
     try:
-        return kind.network.from_pretrained(name, use_safetensors=True)  # type: ignore[no-any-return]
+        return kind.network.from_pretrained(name, use_safetensors=True, trust_remote_code=False)  # type: ignore[no-any-return]
     except OSError as error:
         raise UserError(
             f"the weights of the vision model {name!r} could not be had ({' '.join(str(error).split())[:120]}): give a folder that "
@@ -187,7 +187,7 @@ def config_of(name: str) -> Any:
         UserError: there is none.
     """
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"the model {name!r} is no transformers folder here and could not be had from the hub or its cache "

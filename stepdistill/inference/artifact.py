@@ -18,7 +18,7 @@ from safetensors import safe_open
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.families.checkpoints.schedulers import scheduler_class
+from stepdistill.families.checkpoints.schedulers import make_scheduler
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.experts import Experts, adapter_experts, load_experts
 from stepdistill.inference.lora_files import DIFFUSERS_FILE, KOHYA_FILE, expert_files, read_recipe
@@ -134,7 +134,15 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, name: str = "stepdistill"
     """
     with safe_open(file, "pt") as opened:
         keys = list(opened.keys())
-        total = sum(opened.get_tensor(key).numel() for key in keys if not key.endswith(".alpha"))
+        total = 0
+        for key in keys:
+            tensor = opened.get_tensor(key)
+            if not bool(torch.isfinite(tensor).all()):
+                raise UserError(
+                    f"the tensor {key!r} of the LoRA {str(file)!r} holds a NaN or an infinite value: export the run again from an "
+                    "earlier checkpoint, or download the file again"
+                )
+            total += 0 if key.endswith(".alpha") else tensor.numel()
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
@@ -257,7 +265,7 @@ def _sampling_arguments(
         if schedule.is_flow and schedule.dynamic_shift is None:
             # which the checkpoint's own scheduler may have by the other name
             changes = {**changes, "shift": schedule.shift, "flow_shift": schedule.shift}
-        pipeline.scheduler = scheduler_class(name).from_config({**pipeline.scheduler.config, **changes})
+        pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config, changes)
         default = recipe.num_inference_steps if recipe is not None else 50
         arguments = {
             "num_inference_steps": steps or default,

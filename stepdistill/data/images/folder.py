@@ -18,7 +18,7 @@ from stepdistill.errors import UserError
 
 
 class ImageFolder(IndexedImages):
-    """The PNG, JPEG and WebP files below a folder, in the order of their names, cropped to one size.
+    """The image files (PNG, JPEG, WebP, AVIF, BMP, GIF, TIFF) below a folder, in the order of their names, cropped to one size.
 
     Args:
         folder: searched with its subfolders; hidden files are passed over.
@@ -81,7 +81,7 @@ def _captions(folder: Path, keys: tuple[str, ...]) -> dict[str, str]:
     # a file that is listed but missing is an image that cannot be read, and is counted as one
     images = sorted({name for name in visible if name.lower().endswith(SUFFIXES)} | listed.keys())
     if not images:
-        raise UserError(f"{str(folder)!r} holds no image: put .png, .jpg or .webp files there")
+        raise UserError(f"{str(folder)!r} holds no image: put image files there ({', '.join(SUFFIXES)})")
     return {name: listed.get(name) or _sidecar(folder, name, names) for name in images}
 
 

@@ -14,6 +14,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
@@ -25,7 +26,10 @@ from stepdistill.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".avif", ".bmp", ".gif", ".jfif", ".tif", ".tiff")
+"""File names with these endings, in lower or upper case, are images."""
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+"""Formats that Pillow may decode here, whatever a file is named. Others, such as EPS, would start further programs."""
 CAPTION_KEYS = ("text", "caption", "prompt")
 UNREADABLE = (
     OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error,
@@ -193,15 +197,21 @@ class BadImages:
         )
 
 
+def open_image(file: BinaryIO | Path) -> Image.Image:
+    """Opens an image of one of `FORMATS`, found by its content, without decoding it yet. Raises one of UNREADABLE."""
+    Image.init()
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def decode(file: BinaryIO) -> Image.Image:
     """The picture in an image file, upright and in 8-bit RGB; closes the file. Raises one of UNREADABLE."""
-    with file, Image.open(file) as picture:
+    with file, open_image(file) as picture:
         return to_rgb(ImageOps.exif_transpose(picture))
 
 
 def header_size(file: BinaryIO) -> tuple[int, int]:
     """(height, width) of the picture in an image file, upright; closes the file. Raises one of UNREADABLE."""
-    with file, Image.open(file) as picture:
+    with file, open_image(file) as picture:
         # asking a PNG without EXIF for it would decode all of its pixels
         told = picture.format != "PNG" or "exif" in picture.info
         turned = told and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5

@@ -268,7 +268,9 @@ def weights_hash(network: nn.Module) -> str:
 def _pretrained(cls: Any, path: str, download: bool) -> Any:
     """A transformers model from a local folder or the hub cache; the network only where `download` is set."""
     try:
-        model, loaded = cls.from_pretrained(path, local_files_only=not download, output_loading_info=True)
+        model, loaded = cls.from_pretrained(
+            path, local_files_only=not download, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split())[:160]
         raise UserError(

@@ -66,7 +66,7 @@ def inception_layers() -> nn.Sequential:
 
 
 def load_inception(path: Path) -> nn.Module:
-    """The network with the weights of a file: torch-fidelity's or pytorch-fid's .pth, .safetensors, or NVIDIA's TorchScript.
+    """The network with the weights of a file: torch-fidelity's or pytorch-fid's .pth, or .safetensors.
 
     Raises:
         UserError: missing, truncated, or not these weights.
@@ -75,8 +75,10 @@ def load_inception(path: Path) -> nn.Module:
         raise UserError(f"there is no Inception weight file {str(path)!r}: give {WEIGHT_FILES[0]} or {WEIGHT_FILES[2]}")
     try:
         if _is_torchscript(path):
-            module: nn.Module = torch.jit.load(path, map_location="cpu").eval().layers  # type: ignore[no-untyped-call]
-            return module
+            raise UserError(
+                f"{str(path)!r} is a TorchScript file, which is a program that would run here: give the same weights as "
+                f"{WEIGHT_FILES[0]} (torch-fidelity), or as a .safetensors file"
+            )
         state = (
             load_file(path)
             if path.suffix == ".safetensors"

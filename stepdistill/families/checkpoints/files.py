@@ -16,6 +16,8 @@ from stepdistill.errors import UserError
 
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"})
 FALLBACK_VARIANTS = ("fp16", "bf16")
+LIBRARIES = frozenset({"diffusers", "transformers", "stable_diffusion"})
+"""Libraries that `model_index.json` may name; the last is a module of diffusers, where the safety checker lives."""
 
 # model.safetensors, model.fp16.safetensors, model-00001-of-00002.fp16.safetensors, model.fp16-00001-of-00002.safetensors
 _WEIGHTS = re.compile(
@@ -66,6 +68,30 @@ def components(folder: Path) -> tuple[str, ...]:
     """Components that `model_index.json` names and does not null, in its order."""
     index = read_json(folder / "model_index.json")
     return tuple(name for name, entry in index.items() if isinstance(entry, list) and entry[:1] != [None])
+
+
+def check_component_libraries(folder: Path) -> None:
+    """Checks that `model_index.json` asks for classes of diffusers and transformers alone.
+
+    The index names the library of each component, and diffusers imports what is named there. A model folder must not decide
+    which code runs.
+
+    Raises:
+        UserError: a component is of another library, or an entry is malformed.
+    """
+    for name, entry in read_json(folder / "model_index.json").items():
+        if not isinstance(entry, list):
+            continue
+        if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
+            raise UserError(
+                f"the entry {name!r} of {str(folder / 'model_index.json')!r} is {entry!r}, and a library and a class are wanted: "
+                "download the file again"
+            )
+        if entry[0] is not None and entry[0] not in LIBRARIES:
+            raise UserError(
+                f"the component {name!r} of {str(folder)!r} is of the library {entry[0]!r}, which is not imported, because a model "
+                "folder must not choose the code that runs: give a checkpoint whose components are of diffusers and transformers"
+            )
 
 
 def weights(folder: Path, component: str) -> dict[str, tuple[Path, ...]]:

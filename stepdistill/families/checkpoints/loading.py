@@ -16,6 +16,7 @@ from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Family,
 from stepdistill.families.checkpoints.files import (
     FALLBACK_VARIANTS,
     PICKLES,
+    check_component_libraries,
     components,
     read_header,
     read_json,
@@ -132,6 +133,7 @@ def _inspect_file(source: str, path: Path, family: str | None, config_dir: str |
 
 def _refuse_other_folders(folder: Path) -> None:
     if (folder / "model_index.json").is_file():
+        check_component_libraries(folder)
         return
     files = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
     advice = f"give the file {files[0]!r} itself, or such a folder" if files else "give the folder that holds this file"

@@ -80,7 +80,16 @@ def scheduler_facts(header: Header) -> Mapping[str, Any]:
     """What the file itself says about its noise schedule, in the terms of a scheduler config.
 
     `v_pred` and `ztsnr` are the marker tensors that SDXL v-prediction fine-tunes carry for the user interfaces.
+
+    Raises:
+        UserError: the file is marked as having an EDM schedule.
     """
+    edm = sorted(key for key in header.shapes if key.startswith("edm_"))
+    if edm:
+        raise UserError(
+            f"the file holds the marker tensor {edm[0]!r} of an EDM noise schedule (as CosXL and Playground 2.5 have), which is "
+            "not supported: give a checkpoint of the discrete SDXL schedule"
+        )
     facts: dict[str, Any] = {}
     told = header.metadata.get("modelspec.prediction_type")
     if told in ("v", "v_prediction", "epsilon"):
