@@ -31,7 +31,14 @@ from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting.export import check_output_folder
 from stepdistill.files.outputs import check_file, check_place
-from stepdistill.inference.artifact import SCHEDULERS, Artifact, draw, load_artifact, supports_negative_prompt
+from stepdistill.inference.artifact import (
+    SCHEDULERS,
+    Artifact,
+    draw,
+    load_artifact,
+    load_base,
+    supports_negative_prompt,
+)
 from stepdistill.training.session import place_of
 
 
@@ -110,7 +117,7 @@ def evaluate(
         if teacher_steps is not None:
             teacher = student
             if recipe is not None:
-                origin = load_artifact(resolve(recipe.base), None, dtype_of(dtype), place)
+                origin = Artifact(load_base(resolve(recipe.base), recipe, dtype_of(dtype), place), None)
                 teacher = Candidate(origin, _network_hash(origin))
             w = teacher_guidance if teacher_guidance is not None else (recipe.baked_guidance if recipe else own_w)
             samplers.insert(0, _sampler("teacher", teacher, teacher_steps, w, "ddim", chosen))

@@ -25,6 +25,7 @@ from stepdistill.assets import FOLDER, TEACHER, resolve
 from stepdistill.config.schema import load_config
 from stepdistill.errors import UserError
 from stepdistill.evaluation.fashion import NUM_IMAGES, FashionScorer, ResultRow, evaluation_set
+from stepdistill.exporting.base_loading import base_location, loading_code
 from stepdistill.exporting.export import EXPORT_FILES, check_output_folder
 from stepdistill.exporting.model_card import usage_snippet
 from stepdistill.families.recipe import Recipe
@@ -33,6 +34,8 @@ from stepdistill.training.monitoring.grids import as_floats, save_images, tile
 
 logger = logging.getLogger(__name__)
 TEACHER_STEPS, BATCH = 50, 64
+PIPELINE = "StableDiffusionPipeline"
+"""The class that loads the embedded teacher."""
 TEACHER_ROW = FOLDER / "teacher_row.json"
 
 
@@ -79,7 +82,12 @@ class Report:
                 f"pictures: {self.folder / 'grid.png'}    the LoRA, and reproduce.py that loads it: {lora}",
                 "",
                 usage_snippet(
-                    "StableDiffusionPipeline", recipe, "diffusers-lora", EXPORT_FILES["diffusers-lora"], lora
+                    PIPELINE,
+                    loading_code(PIPELINE, repr(base_location(recipe.base)), None),
+                    recipe,
+                    "diffusers-lora",
+                    EXPORT_FILES["diffusers-lora"],
+                    lora,
                 ),
             ]
         )
@@ -182,9 +190,14 @@ def draw_grid(
     """Write grid.png: teacher, base, base_same_recipe and student (top to bottom) on the same prompts and seeds."""
     chosen = list(range(0, len(prompts), max(1, len(prompts) // columns)))[:columns]
     teacher = draw(
-        pipeline, [prompts[i] for i in chosen], [seeds[i] for i in chosen], steps=TEACHER_STEPS, guidance=guidance,
-        scheduler="ddim", batch_size=columns,
-    )  # fmt: skip
+        pipeline,
+        [prompts[i] for i in chosen],
+        [seeds[i] for i in chosen],
+        steps=TEACHER_STEPS,
+        guidance=guidance,
+        scheduler="ddim",
+        batch_size=columns,
+    )
     rows = [np.concatenate(list(teacher))]
     for name in ("base", "base_same_recipe", "student"):
         rows.append(np.stack([np.asarray(Image.open(folder / "images" / name / f"{i:05d}.png")) for i in chosen]))

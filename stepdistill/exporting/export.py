@@ -15,6 +15,7 @@ import torch
 
 from stepdistill.assets import resolve
 from stepdistill.errors import UserError
+from stepdistill.exporting.base_loading import BASE_CONFIGS, base_location, write_base_configs
 from stepdistill.exporting.guidance_adapter import guidance_adapter_of, write_guidance_adapter
 from stepdistill.exporting.lora import write_diffusers_lora, write_kohya_lora
 from stepdistill.exporting.model_card import write_model_card
@@ -107,13 +108,22 @@ def export_student(
         if several:
             (aside / "experts.py").write_text(inspect.getsource(loader))
         (aside / "recipe.json").write_text(recipe.to_json() + "\n")
+        if format != "pipeline":
+            write_base_configs(checkpoint, aside / BASE_CONFIGS)
         proof.write(aside, recipe)
         exported = str(aside) if format == "pipeline" else base
         artifact = load_artifact(exported, None if format == "pipeline" else aside, torch.float32, "cpu")
         tolerance = HALF_TOLERANCE if half else TOLERANCE
         verify(artifact.pipeline, proof, recipe, tolerance, experts=artifact.experts)
-        omitted_components = triple.family.omitted_components(checkpoint.info)
-        script = reproduction_script(base, format, EXPORT_FILES[format], tolerance, omitted_components, experts=several)
+        script = reproduction_script(
+            checkpoint,
+            base_location(base),
+            format,
+            EXPORT_FILES[format],
+            tolerance,
+            family=triple.family,
+            experts=several,
+        )
         (aside / "reproduce.py").write_text(script)
         write_model_card(
             checkpoint.info,

@@ -6,12 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from stepdistill.assets import resolve
-from stepdistill.exporting.proof import omitted_component_arguments
+from stepdistill.errors import UserError
+from stepdistill.exporting.base_loading import BASE_CONFIGS, base_location, loading_code
 from stepdistill.families.base import CheckpointInfo, Family
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.lora_files import expert_files
+
+HUB_LICENCES = frozenset(
+    """
+    apache-2.0 mit openrail openrail++ creativeml-openrail-m bigscience-openrail-m bigcode-openrail-m bsd bsd-2-clause bsd-3-clause
+    cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0
+    cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 agpl-3.0 gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1
+    lgpl-3.0 mpl-2.0 unlicense wtfpl gemma other unknown
+    """.split()  # noqa: SIM905
+)
+"""Licence ids that the hub accepts in a card; a licence outside of this list is `other` with a name of its own."""
 
 
 def write_model_card(
@@ -29,8 +41,8 @@ def write_model_card(
     kinds = {"guidance-adapter": ["guidance-adapter"], "pipeline": []}
     tags = ["text-to-image", "diffusers", "stepdistill", recipe.method, *kinds.get(format, ["lora"])]
     data = ModelCardData(
-        base_model=recipe.base,
-        license=info.licence or "other",
+        base_model=None if Path(resolve(recipe.base)).expanduser().exists() else recipe.base,
+        **_licence_entries(info.licence),
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=tags,
@@ -54,6 +66,13 @@ def write_model_card(
         turns += "in diffusers, and other programs want a sampler of its own for each expert's steps."
         notes = [turns, *notes]
     height, width = recipe.resolution
+    pipeline, is_pipeline = family.pipeline_of(info), format == "pipeline"
+    load = loading_code(
+        pipeline,
+        repr(str(folder.resolve()) if is_pipeline else base_location(recipe.base)),
+        repr(str(folder.resolve() / BASE_CONFIGS)) if info.single_file is not None and not is_pipeline else None,
+        omitted=family.omitted_components(info),
+    )
     told = "sample with guidance off (`guidance_scale=1`)"
     if recipe.guidance_scale != 1:
         told = f"the network is told `guidance_scale={recipe.guidance_scale:g}`, as in training"
@@ -73,7 +92,7 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
 * The licence is the base model's ({info.licence or "the base states none"}).
 {more}
 ```python
-{usage_snippet(family.pipeline_of(info), recipe, format, file, folder.resolve(), family.omitted_components(info))}
+{usage_snippet(pipeline, load, recipe, format, file, folder.resolve())}
 ```
 
 `reproduce.py` redraws `proof.safetensors` with stock diffusers and compares.
@@ -81,19 +100,19 @@ Distilled from `{recipe.base}` with {recipe.method} to {recipe.num_inference_ste
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(target)
 
 
-def usage_snippet(
-    pipeline_name: str, recipe: Recipe, format: str, file: str, folder: Path, omitted_components: Sequence[str] = ()
-) -> str:
-    """Python that draws one image with stock diffusers."""
+def usage_snippet(pipeline: str, load: str, recipe: Recipe, format: str, file: str, folder: Path) -> str:
+    """Python that draws one image with stock diffusers.
+
+    Args:
+        pipeline: class of the base's pipeline.
+        load: an expression that loads it, of `loading_code`.
+        format, file: of the export, and its weight file.
+        folder: where the export lies.
+    """
     ladder = "".join(
         f" {key}={list(times)}," for key, times in (("timesteps", recipe.timesteps), ("sigmas", recipe.sigmas)) if times
     )
-    source = str(folder) if format == "pipeline" else resolve(recipe.base)
-    lines = [
-        f"from diffusers import {recipe.scheduler_class}, {pipeline_name}",
-        "",
-        f"pipe = {pipeline_name}.from_pretrained({source!r}{omitted_component_arguments(omitted_components)})",
-    ]
+    lines = [f"from diffusers import {recipe.scheduler_class}, {pipeline}", "", f"pipe = {load}"]
     if recipe.experts:
         lines = [
             "import sys",
@@ -115,6 +134,7 @@ def usage_snippet(
     elif format != "pipeline":
         lines.append(f"pipe.load_lora_weights({str(folder)!r}, weight_name={file!r})")
     switching = ", callback_on_step_end=experts" if recipe.experts else ""
+    height, width = recipe.resolution
     changes, call = (
         "".join(f", {key}={value!r}" for key, value in settings.items())
         for settings in (recipe.scheduler_config, recipe.call)
@@ -122,13 +142,35 @@ def usage_snippet(
     lines += [
         f"pipe.scheduler = {recipe.scheduler_class}.from_config(pipe.scheduler.config{changes})",
         f'image = pipe("a photo", num_inference_steps={recipe.num_inference_steps},{ladder}',
-        f"             guidance_scale={recipe.guidance_scale}{call}{switching}).images[0]",
+        f"             height={height}, width={width}, guidance_scale={recipe.guidance_scale}{call}{switching}).images[0]",
     ]
     return "\n".join(lines)
 
 
 def push_to_hub(folder: Path, repository: str) -> None:
-    """Upload an exported folder as it is."""
-    api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repository)
+    """Uploads an exported folder; in the card, the repository takes the place of the folder on this machine.
+
+    Raises:
+        UserError: the hub refuses the name, the token, or the upload. The exported folder stays as it is.
+    """
+    card = (folder / "README.md").read_text(encoding="utf-8").replace(str(folder.resolve()), repository)
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, ignore_patterns=["README.md"])
+        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the export is complete in {str(folder)!r}, but it could not be uploaded to {repository!r} ({reason}): check the name, "
+            "your token and the connection, and upload that folder with 'hf upload'"
+        ) from None
+
+
+def _licence_entries(licence: str | None) -> dict[str, str]:
+    """The licence of a card: an id of the hub's list as it is, anything else as `other` with its name."""
+    if licence is None:
+        return {"license": "other"}
+    if licence.lower() in HUB_LICENCES:
+        return {"license": licence.lower()}
+    return {"license": "other", "license_name": licence}

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.errors import UserError
-from stepdistill.families.base import Checkpoint
+from stepdistill.exporting.base_loading import BASE_CONFIGS, loading_code
+from stepdistill.families.base import Checkpoint, Family
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.experts import Experts
@@ -154,26 +155,25 @@ def verify(
     return worst
 
 
-def omitted_component_arguments(omitted_components: Sequence[str]) -> str:
-    """`, NAME=None` for each component that `from_pretrained` must be told of."""
-    return "".join(f", {name}=None" for name in omitted_components)
-
-
 def reproduction_script(
+    checkpoint: Checkpoint,
     base: str,
     format: str,
     file: str,
     tolerance: float,
-    omitted_components: Sequence[str] = (),
     *,
+    family: Family,
     experts: bool = False,
 ) -> str:
     """A script that imports torch, safetensors and diffusers alone and reproduces the proof from the exported files."""
-    lacking = omitted_component_arguments(omitted_components)
-    load = f"pipe = DiffusionPipeline.from_pretrained(here, torch_dtype=torch.float32{lacking})"
+    pipeline, place, configs = "DiffusionPipeline", "here", None
     if format != "pipeline":
-        where = f"sys.argv[1] if len(sys.argv) > 1 else {base!r}"
-        load = f"pipe = DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.float32{lacking})"
+        place = f"sys.argv[1] if len(sys.argv) > 1 else {base!r}"
+        if checkpoint.info.single_file is not None:
+            pipeline = f"diffusers.{family.pipeline_of(checkpoint.info)}"
+            configs = f"os.path.join(here, {BASE_CONFIGS!r})"
+    omitted = family.omitted_components(checkpoint.info)
+    load = f"pipe = {loading_code(pipeline, place, configs, omitted=omitted, dtype='torch.float32')}"
     if experts:
         load += "\nsys.path.insert(0, here)\nfrom experts import load_experts\nexperts = load_experts(pipe, here)"
     elif format == "guidance-adapter":

@@ -51,6 +51,8 @@ class Recipe:
         experts: network calls of each expert, noisiest first, where the student is several; empty for one.
         call: further arguments of the pipeline's call (TCDScheduler's eta, Sana-Sprint's timesteps).
         told_guidance: w that guidance adapters, or an embedding, tell the network; None where it is told none.
+        base_family: family that the base was opened as, where the run's config said it; empty where it was found by itself.
+        base_config_dir: diffusers folder whose configs a single-file base was opened with; empty for the packaged ones.
     """
 
     scheduler_class: str
@@ -71,6 +73,8 @@ class Recipe:
     call: dict[str, Any] = field(default_factory=dict)
     told_guidance: float | None = None
     spaced: tuple[int, ...] = ()
+    base_family: str = ""
+    base_config_dir: str = ""
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -90,6 +94,9 @@ class Recipe:
             del record["told_guidance"]
         if not self.spaced:
             del record["spaced"]
+        for key in ("base_family", "base_config_dir"):
+            if not record[key]:
+                del record[key]
         scheduler = {"class_name": record.pop("scheduler_class"), "config": record.pop("scheduler_config")}
         return json.dumps({"scheduler": scheduler, **record}, indent=2, sort_keys=True)
 

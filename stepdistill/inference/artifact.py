@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import UserError
+from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.checkpoints.schedulers import make_scheduler
 from stepdistill.families.recipe import Recipe
@@ -74,25 +75,43 @@ def load_artifact(model: str, lora: Path | None, dtype: torch.dtype, device: tor
     Raises:
         UserError: a checkpoint that cannot be loaded, or a LoRA that does not fit it.
     """
-    checkpoint = load_checkpoint(inspect_checkpoint(model), dtype, device)
-    if checkpoint.pipeline is None:
-        raise UserError(f"{model!r} is an analytic mixture, which has no images to draw: give a diffusers checkpoint")
-    pipeline = checkpoint.pipeline
-    pipeline.set_progress_bar_config(disable=True)
     if lora is None:
+        checkpoint = load_checkpoint(inspect_checkpoint(model), dtype, device)
+        pipeline = _quiet_pipeline(checkpoint, model)
         recipe = Recipe.read(checkpoint.info.folder)
         several = recipe is not None and recipe.experts
         return Artifact(pipeline, recipe, load_experts(pipeline, checkpoint.info.folder) if several else None)
     adapter_file = lora / ADAPTER_FILE if lora.is_dir() else lora
-    if adapter_file.name == ADAPTER_FILE and adapter_file.is_file():
-        recipe = read_recipe(adapter_file) or Recipe.read(adapter_file.parent)
-        return Artifact(pipeline, recipe, adapter=_load_adapter(pipeline, adapter_file, recipe))
-    file = lora_file(lora)
+    is_adapter = adapter_file.name == ADAPTER_FILE and adapter_file.is_file()
+    file = adapter_file if is_adapter else lora_file(lora)
     recipe = read_recipe(file) or Recipe.read(file.parent)
+    pipeline = load_base(model, recipe, dtype, device)
+    if is_adapter:
+        return Artifact(pipeline, recipe, adapter=_load_adapter(pipeline, file, recipe))
     if recipe is None or not recipe.experts:
         load_lora(pipeline, file)
         return Artifact(pipeline, recipe)
     return Artifact(pipeline, recipe, _load_experts(pipeline, lora, file, recipe.experts))
+
+
+def load_base(model: str, recipe: Recipe | None, dtype: torch.dtype, device: torch.device | str) -> DiffusionPipeline:
+    """Loads the stock pipeline of a base as the run that wrote `recipe` had opened it (family, configs of a single file).
+
+    Raises:
+        UserError: a checkpoint that cannot be loaded.
+    """
+    family = config_dir = None
+    if recipe is not None:
+        family = recipe.base_family or None
+        config_dir = recipe.base_config_dir if Path(model).expanduser().is_file() and recipe.base_config_dir else None
+    return _quiet_pipeline(load_checkpoint(inspect_checkpoint(model, family, config_dir), dtype, device), model)
+
+
+def _quiet_pipeline(checkpoint: Checkpoint, model: str) -> DiffusionPipeline:
+    if checkpoint.pipeline is None:
+        raise UserError(f"{model!r} is an analytic mixture, which has no images to draw: give a diffusers checkpoint")
+    checkpoint.pipeline.set_progress_bar_config(disable=True)
+    return checkpoint.pipeline
 
 
 def _load_adapter(pipeline: DiffusionPipeline, file: Path, recipe: Recipe | None) -> GuidanceAdapter:
@@ -149,15 +168,20 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, name: str = "stepdistill"
         raise UserError(
             f"the LoRA {str(file)!r} does not fit this model ({_one_line(error)}): use the base it was trained on"
         ) from None
-    network = pipeline.unet if "unet" in pipeline.components else pipeline.transformer
-    loaded = {key: value for key, value in network.named_parameters() if f".{name}." in key}
+    loaded = {
+        f"{component}.{key}": value
+        for component, module in pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+        for key, value in module.named_parameters()
+        if f".{name}." in key
+    }
     # diffusers fills a module that got half of its pair with random numbers: counts alone do not show it
     orphans = _unmatched_keys(keys, loaded, name) if keys[0].partition(".")[0] in pipeline.components else []
     if orphans or sum(value.numel() for value in loaded.values()) != total:
         pipeline.unload_lora_weights()
         raise UserError(
-            f"only {len(loaded)} of the LoRA's matrices found a module ({len(orphans)} orphans, first: "
-            f"{orphans[0] if orphans else keys[0]!r}): use the base it was trained on, or export it again"
+            f"only {len(loaded)} of the LoRA's {sum(not key.endswith('.alpha') for key in keys)} matrices found a module "
+            f"(the first that did not: {orphans[0] if orphans else keys[0]!r}): use the base it was trained on, or export it again"
         )
 
 
@@ -193,7 +217,8 @@ def draw(
         adapter.w, guidance = guidance, None
     own = pipeline.scheduler
     arguments = _sampling_arguments(pipeline, recipe, steps, guidance, scheduler)
-    arguments |= _size_arguments(pipeline, size)
+    trained_size = recipe.resolution if recipe is not None and all(recipe.resolution) else None
+    arguments |= _size_arguments(pipeline, size or trained_size)
     if negative_prompt is not None and not supports_negative_prompt(pipeline):
         raise UserError(
             f"a negative prompt was given, and {type(pipeline).__name__} tells its network a guidance scale instead of comparing "
@@ -305,9 +330,12 @@ def _size_arguments(pipeline: DiffusionPipeline, size: tuple[int, int] | None) -
 
 
 def _unmatched_keys(keys: Sequence[str], loaded: dict[str, torch.nn.Parameter], name: str) -> list[str]:
-    """Keys `COMPONENT.MODULE.lora_A.weight` of a file whose module has no adapter."""
+    """Keys `COMPONENT.MODULE.lora_A.weight` of a file whose module has no adapter.
+
+    Text encoders are left to the count of values: their module names differ between versions of transformers.
+    """
     known = {key.replace(f".{name}.", ".") for key in loaded}
-    return [key for key in keys if key.partition(".")[2] not in known]
+    return [key for key in keys if key not in known and not key.startswith("text_encoder")]
 
 
 def _one_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,10 @@ class Session:
 
     @property
     def recipe(self) -> Recipe:
-        """How the student must be sampled, in the words of its checkpoint's pipeline."""
-        return self.plan.family.stock_recipe(self.plan.info, self.method.recipe())
+        """How the student must be sampled, in the words of its checkpoint's pipeline, and how its base was opened."""
+        model, recipe = self.plan.config.model, self.plan.family.stock_recipe(self.plan.info, self.method.recipe())
+        folder = "" if model.config_dir is None else str(Path(model.config_dir).expanduser().resolve())
+        return replace(recipe, base_family=model.family or "", base_config_dir=folder)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -190,3 +190,11 @@ def test_noising_in_half_precision_is_done_in_float32() -> None:
     torch.testing.assert_close(
         x_t.double(), vp().add_noise(x0.double(), eps.double(), torch.tensor([20, 980])), rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "KarrasVeScheduler"])
+def test_schedules_that_are_not_given_by_betas_are_refused(name: str) -> None:
+    with pytest.raises(
+        UserError, match=f"the checkpoint's scheduler is {name}, whose noise levels are not those of betas"
+    ):
+        NoiseSchedule.from_config({"_class_name": name, "sigma_max": 120.0, "prediction_type": "v_prediction"})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -257,3 +260,92 @@ def test_a_scheduler_is_told_what_its_pipeline_tells(tiny: Callable[..., Path], 
             return latents
 
     assert torch.equal(drawn(seeded=True), drawn(seeded=False))
+
+
+PUBLISHED_SD15_SCHEDULER = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+}  # fmt: skip
+"""`scheduler_config.json` of Stable Diffusion 1.5 as published: it does not state `timestep_spacing`."""
+
+
+@pytest.mark.parametrize("transition", ["deterministic", "renoise"])
+def test_a_student_of_sd15s_published_scheduler_is_exported(
+    copied: Callable[..., Path], tmp_path: Path, transition: str
+) -> None:
+    base = copied("sd")
+    (base / "scheduler/scheduler_config.json").write_text(json.dumps(PUBLISHED_SD15_SCHEDULER))
+    data = {
+        "model": {"path": str(base)},
+        "method": {"name": "dmd2", "guidance": 2.0, "steps": 2, "ratio": 1, "transition": transition},
+        "roles": {"generator": {"rank": 4}, "fake_score": {"rank": 4}},
+        "optimizers": {"generator": {"lr": 1e-2}},
+        "data": {"prompts": "builtin:general"},
+        "training": {"max_steps": 2, "batch_size": 2, "grid_prompts": 1, "device": "cpu"},
+    }
+    train(parse(RunConfig, data, "test"), tmp_path / "run")
+    assert reproduced(stepdistill.export(tmp_path / "run", "diffusers-lora", tmp_path / "lora"))
+
+
+def test_sample_walks_the_same_timesteps_whether_a_default_is_stated_or_not(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    drawn = []
+    for name, stated in (("unstated", {}), ("stated", {"timestep_spacing": "leading"})):
+        base = Path(shutil.copytree(tiny("sd"), tmp_path / name))
+        (base / "scheduler/scheduler_config.json").write_text(json.dumps({**PUBLISHED_SD15_SCHEDULER, **stated}))
+        artifact = load_artifact(str(base), None, torch.float32, "cpu")
+        images = draw(artifact.pipeline, ["a red cat"], [0], steps=4, guidance=2.0)
+        drawn.append(next(iter(images)))
+    np.testing.assert_array_equal(*drawn)
+
+
+def test_a_lora_has_its_strength_without_its_metadata(run: Callable[..., Path], tmp_path: Path) -> None:
+    """ComfyUI, and diffusers' `load_lora_weights` of a state dict, take alpha to be the rank of each module."""
+    folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
+    file = folder / "pytorch_lora_weights.safetensors"
+    with_metadata, without = (
+        load_artifact(str(run_base(run())), None, torch.float32, "cpu").pipeline for _ in range(2)
+    )
+    with_metadata.load_lora_weights(str(folder), weight_name=file.name)
+    without.load_lora_weights(load_file(file))
+    sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(1, 5, with_metadata.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    predictions = [pipe.unet(sample, 500, text).sample for pipe in (with_metadata, without)]
+    torch.testing.assert_close(*predictions, rtol=0, atol=1e-6)
+
+
+def run_base(folder: Path) -> str:
+    return stepdistill.load_config(folder / "config.yaml").model.path
+
+
+def test_a_lora_with_a_nan_is_refused(run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = stepdistill.export(run(), "diffusers-lora", tmp_path / "export")
+    file = folder / "pytorch_lora_weights.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "lora_B" in key)
+    save_file({**tensors, key: tensors[key] * float("nan")}, tmp_path / "nan.safetensors")
+    with pytest.raises(
+        UserError, match=f"the tensor '{re.escape(key)}' of the LoRA .* holds a NaN or an infinite value"
+    ):
+        load_artifact(run_base(run()), tmp_path / "nan.safetensors", torch.float32, "cpu")
+
+
+def test_the_name_of_a_base_is_no_code(copied: Callable[..., Path], tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    hostile = tmp_path / f"m\"+str(open('{ran.name}','w'))+\""
+    copied("sd").rename(hostile)
+    data = {
+        "model": {"path": str(hostile)},
+        "method": {"name": "dmd2", "guidance": 2.0, "steps": 2, "ratio": 1},
+        "roles": {"generator": {"rank": 4}, "fake_score": {"rank": 4}},
+        "optimizers": {"generator": {"lr": 1e-2}},
+        "data": {"prompts": "builtin:general"},
+        "training": {"max_steps": 1, "batch_size": 2, "grid_prompts": 1, "device": "cpu"},
+    }
+    train(parse(RunConfig, data, "test"), tmp_path / "run")
+    folder = stepdistill.export(tmp_path / "run", "diffusers-lora", tmp_path / "lora")
+    assert reproduced(folder)
+    assert not ran.exists()
+    assert not Path(ran.name).exists()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from original_format import sd1, sd2, sdxl
 from safetensors.torch import load_file, save_file
-from support.original_format import sd1, sd2, sdxl
 from support.tiny_checkpoints import load, refusal, same
 
 from stepdistill.config.registry import load_family

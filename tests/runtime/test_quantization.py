@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from original_format import sd1
 from safetensors.torch import load_file, save_file
-from support.original_format import sd1
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from original_format import sd1, sdxl
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.method_cases import equal as same_tensors
 from support.method_cases import saved
-from support.original_format import sd1, sdxl
 from support.tiny_checkpoints import refusal
 
 import stepdistill
