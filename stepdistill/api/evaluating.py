@@ -30,7 +30,7 @@ from stepdistill.evaluation.report import compare as compare_reports
 from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
 from stepdistill.evaluation.text import ClipScorer, load_reward
 from stepdistill.exporting.export import check_output_folder
-from stepdistill.files.outputs import check_file, check_place
+from stepdistill.files.outputs import check_file_is_writable, check_folder_is_writable
 from stepdistill.inference.artifact import (
     SCHEDULERS,
     Artifact,
@@ -89,7 +89,7 @@ def evaluate(
     Raises:
         UserError: missing prompts, reference or weights, or an output folder that holds something else.
     """
-    check_place(Path(output))
+    check_folder_is_writable(Path(output))
     if teacher_guidance is not None and teacher_steps is None:
         raise UserError("--teacher-guidance is the scale of a teacher that is not drawn: give --teacher-steps too")
     if scheduler is not None and scheduler not in SCHEDULERS:
@@ -202,7 +202,7 @@ def evaluate_images(
     """
     check_output_folder(Path(output))
     if save_statistics is not None:
-        check_file(Path(save_statistics))
+        check_file_is_writable(Path(save_statistics))
     plan = Protocol(
         description="two sets of images",
         prompts=PromptConfig(),

@@ -13,7 +13,7 @@ from PIL import Image
 import stepdistill
 from stepdistill.assets import FOLDER
 from stepdistill.config.reading import read_settings
-from stepdistill.data.latents.index import Kind
+from stepdistill.data.latents.shard_index import Kind
 from stepdistill.errors import UserError
 from stepdistill.training.collect import CollectConfig, collect
 
