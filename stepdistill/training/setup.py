@@ -24,7 +24,7 @@ from stepdistill.families.base import CheckpointInfo, Family
 from stepdistill.families.checkpoints.loading import inspect_checkpoint
 from stepdistill.families.common.guidance_embedding import EmbeddingSettings
 from stepdistill.methods.base import Method, Needs, Problem, RoleKind
-from stepdistill.roles.guidance_adapter import AdapterSettings
+from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 from stepdistill.roles.lora import LoraSettings
 from stepdistill.roles.triple import RoleLayout
 from stepdistill.training.inputs.collected import check_pairs, check_trajectories
@@ -165,7 +165,9 @@ def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | No
     if config.mode == "adapter":
         low, high = told or (1.0, 1.0)
         try:
-            guide = AdapterSettings(config.kind, config.width, config.shared, low, high, config.heads, config.rising)
+            guide = GuidanceAdapterSettings(
+                config.kind, config.width, config.shared, low, high, config.heads, config.rising
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
         return RoleLayout("adapter", guide=guide)
