@@ -28,10 +28,11 @@ from stepdistill.data.loader import EpochOrder
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning, ImageSize
-from stepdistill.methods.base import Batch, Progress
+from stepdistill.methods.base import Batch, Progress, Terms
 from stepdistill.methods.guidance.regression import GuidedStates
 from stepdistill.roles.triple import GENERATOR
 from stepdistill.training.distributed import Processes
+from stepdistill.training.iteration import compute_loss
 from stepdistill.training.options import products
 from stepdistill.training.run import find_start
 from stepdistill.training.run_folder.logs import write_config
@@ -84,8 +85,10 @@ class Gradient:
         for parameter in self.parameters:
             parameter.grad = None
         with triple.training(GENERATOR):
-            terms = method.loss(GENERATOR, rollout, triple, progress, draws)
-            terms.total.backward()
+            compute_loss(method, GENERATOR, rollout, triple, progress, draws, self._differentiate)
+
+    def _differentiate(self, _role: str, _piece: int, terms: Terms) -> None:
+        terms.total.backward()
         self.seen += torch.stack([terms.parts["error"], terms.parts["error_unguided"]])
 
     def _captured(self) -> Callable[[], None]:

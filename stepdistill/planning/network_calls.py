@@ -17,12 +17,13 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.families.analytic import Analytic, Mixture, MixtureNetwork
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.frozen.vision import VISION, VisionEncoder
-from stepdistill.methods.base import Batch, Method, Progress, Rollout
+from stepdistill.methods.base import Batch, Method, Progress, Terms
 from stepdistill.planning.meter import Flops
 from stepdistill.rewards.base import HELD_OUT, REWARD, OwnReward
 from stepdistill.roles.sampler import GuidedState
 from stepdistill.roles.triple import REAL_SCORE, RoleLayout, Triple
 from stepdistill.training.inputs.batches import sample_numbers
+from stepdistill.training.iteration import IterationHooks, run_iteration
 from stepdistill.training.setup import RunSetup
 
 ROLLOUT = "rollout"
@@ -131,30 +132,26 @@ class CallCounter:
         yield network.register_forward_hook(end, always_call=True)
 
 
-def run_micro_batch(
-    method: Method[Any],
-    triple: Triple,
-    batch: Batch,
-    progress: Progress,
-    draws: Draws,
-    counter: CallCounter,
-    after_forward: Callable[[str, int, Tensor], None],
-) -> None:
-    """One micro-batch as `Trainer.iteration` runs it, without its optimizers.
+class CountingHooks(IterationHooks):
+    """Tells a counter which phase of an iteration runs, and hands on each loss while its graph lives.
 
-    after_forward: given each due role and, piece by piece, its loss while the graph lives.
+    Args:
+        counter: counts the network calls of each phase.
+        on_loss: called with the role, the piece's number and the loss.
     """
-    rollout: Rollout | None = None
-    for role in method.updates(progress):
-        own = replace(draws, role=role)
-        with triple.training(role):
-            if rollout is None:
-                counter.phase = ROLLOUT
-                rollout = method.rollout(batch, triple, progress, own)
-            counter.phase = role
-            for piece, terms in enumerate(method.pieces(role, rollout, triple, progress, own)):
-                after_forward(role, piece, terms.total)
-        rollout = rollout.detach()
+
+    def __init__(self, counter: CallCounter, on_loss: Callable[[str, int, Tensor], None] | None = None) -> None:
+        self.counter, self.on_loss = counter, on_loss
+
+    def begin_rollout(self) -> None:
+        self.counter.phase = ROLLOUT
+
+    def begin_loss(self, role: str) -> None:
+        self.counter.phase = role
+
+    def on_terms(self, role: str, piece: int, terms: Terms) -> None:
+        if self.on_loss is not None:
+            self.on_loss(role, piece, terms.total)
 
 
 def count_network_calls(plan: RunSetup) -> CallStatistics:
@@ -184,7 +181,7 @@ def count_network_calls(plan: RunSetup) -> CallStatistics:
         (samples,) = sample_numbers(first, first + 1, batch=training.batch_size, accumulation=1)
         draws = Draws(training.seed, first, "", samples)
         with CallCounter(triple) as counter:
-            run_micro_batch(toy, triple, batch, progress, draws, counter, lambda role, piece, loss: None)
+            run_iteration(toy, triple, [(draws, batch)], progress, CountingHooks(counter))
         found.setdefault(tuple(toy.updates(progress)), []).append((progress, dict(counter.found)))
     mean: defaultdict[CallKind, CallCount] = defaultdict(CallCount)
     for roles, seen in found.items():

@@ -18,8 +18,9 @@ from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.methods.base import Batch, Progress
 from stepdistill.planning.fake_tensors import DataDependentOutputError, replace_meta_tensors
 from stepdistill.planning.meter import Flops, Meter, upcast_norm_inputs
-from stepdistill.planning.network_calls import CallCounter, CallStatistics, run_micro_batch
+from stepdistill.planning.network_calls import CallCounter, CallStatistics, CountingHooks
 from stepdistill.roles.sampler import GuidedState
+from stepdistill.training.iteration import run_iteration
 from stepdistill.training.session import DTYPES, Session, assemble
 from stepdistill.training.setup import RunSetup
 
@@ -159,7 +160,7 @@ class _Tracer:
                 parameter.grad = None
             self.meter.reset_peak()
 
-        run_micro_batch(self.session.method, triple, batch, progress, draws, counter, finish)
+        run_iteration(self.session.method, triple, [(draws, batch)], progress, CountingHooks(counter, finish))
 
     # ---------------------------------------------------------------- data
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +16,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from stepdistill.config.schema import ModelConfig, RunConfig, load_config
 from stepdistill.errors import UserError
+from stepdistill.files.locks import locked_folder
 from stepdistill.files.outputs import check_folder_is_writable
 from stepdistill.training.description import describe
 from stepdistill.training.distributed import Processes, check_launcher
@@ -85,6 +88,17 @@ def train(
         UserError: anything that cannot work, before any weight is loaded.
     """
     folder = Path(output or config.output)
+    # the other processes of a run share the lock of its first
+    with locked_folder(folder, "training") if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _train(config, folder, resume, watcher)
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    resume: str | None,
+    watcher: Callable[[Session, Path], EvaluationHook] | None,
+) -> Outcome:
     config = config.model_copy(update={"output": str(folder)})  # what is written there must say where it belongs
     check_launcher(config.training)
     device_of(config.training.device)

@@ -115,14 +115,15 @@ def test_counts_and_bytes_are_those_of_the_session(
     forecast = plan(run)
     trained: list[Trainer] = []
     gradients: dict[str, int] = {}
-    update = Trainer._update
+    update = Trainer.update
 
-    def watched(self: Trainer, role: str, optimizer: Any) -> Any:
-        gradients[role] = tensor_bytes(p.grad for p in optimizer.parameters.values() if p.grad is not None)
+    def watched(self: Trainer, role: str) -> Any:
+        parameters = self.optimizers[role].parameters.values()
+        gradients[role] = tensor_bytes(p.grad for p in parameters if p.grad is not None)
         trained[:] = [self]
-        return update(self, role, optimizer)
+        return update(self, role)
 
-    monkeypatch.setattr(Trainer, "_update", watched)
+    monkeypatch.setattr(Trainer, "update", watched)
     train(run, tmp_path / "run")
     session, triple = trained[0].session, trained[0].session.triple
     base = {key: value for key, value in triple.base.named_parameters() if ".lora_" not in key}
