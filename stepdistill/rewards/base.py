@@ -41,7 +41,7 @@ Factory = Callable[[str], Reward]
 """Option after the colon, "" where there is none -> the reward; raises UserError for an option that it does not know."""
 
 
-class OwnReward(Reward):
+class FunctionReward(Reward):
     """A function of the user's, (images, prompts) -> (B,); differentiable as far as it is."""
 
     def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
@@ -52,7 +52,7 @@ class OwnReward(Reward):
         return self.function(images, prompts)
 
 
-class Sum(Reward):
+class WeightedSum(Reward):
     """sum_k w_k r_k; differentiable where all are.
 
     Raises:
@@ -81,13 +81,13 @@ def load_reward(name: str) -> Reward:
     Raises:
         UserError: no such reward, or it cannot be had.
     """
-    terms = [_weighed(term) for term in name.split(" + ")]
+    terms = [_parse_term(term) for term in name.split(" + ")]
     if terms == [(1.0, name)]:
         return _load(name)
-    return Sum([_load(one) for _, one in terms], [weight for weight, _ in terms])
+    return WeightedSum([_load(one) for _, one in terms], [weight for weight, _ in terms])
 
 
-def _weighed(term: str) -> tuple[float, str]:
+def _parse_term(term: str) -> tuple[float, str]:
     """(weight, name) of `0.5*NAME`, 1 where there is none."""
     weight, star, name = term.strip().rpartition("*")
     if not star:
@@ -110,11 +110,11 @@ def _load(name: str) -> Reward:
         factory: Factory = vars(import_module(module))[attribute]
         reward = factory(option)
     else:
-        reward = OwnReward(_function(name))
+        reward = FunctionReward(_import_function(name))
     return reward.eval().requires_grad_(False)
 
 
-def _function(name: str) -> Callable[[Tensor, Sequence[str]], Tensor]:
+def _import_function(name: str) -> Callable[[Tensor, Sequence[str]], Tensor]:
     module, _, attribute = name.partition(":")
     if not attribute:
         raise UserError(

@@ -18,7 +18,7 @@ from stepdistill.rewards.base import Reward
 DEFAULT, PICKSCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
 
 
-def _public(width: int, text: tuple[int, int, int], vision: tuple[int, int, int]) -> CLIPConfig:
+def _clip_config(width: int, text: tuple[int, int, int], vision: tuple[int, int, int]) -> CLIPConfig:
     """Of a projection's width and both towers' (width, layers, heads), with patches of 14 pixels."""
     towers = [
         {"hidden_size": w, "intermediate_size": 4 * w, "num_hidden_layers": layers, "num_attention_heads": heads}
@@ -27,14 +27,14 @@ def _public(width: int, text: tuple[int, int, int], vision: tuple[int, int, int]
     return CLIPConfig(text_config=towers[0], vision_config={**towers[1], "patch_size": 14}, projection_dim=width)
 
 
-PUBLIC: Mapping[str, Callable[[], CLIPConfig]] = {
-    DEFAULT: lambda: _public(768, (768, 12, 12), (1024, 24, 16)),
-    PICKSCORE: lambda: _public(1024, (1024, 24, 16), (1280, 32, 16)),
+PUBLIC_CONFIGS: Mapping[str, Callable[[], CLIPConfig]] = {
+    DEFAULT: lambda: _clip_config(768, (768, 12, 12), (1024, 24, 16)),
+    PICKSCORE: lambda: _clip_config(1024, (1024, 24, 16), (1280, 32, 16)),
 }
 """Configs of public checkpoints, so that a plan needs no download."""
 
 
-class ClipPixels(nn.Module):
+class ClipPreprocessor(nn.Module):
     """What CLIP's image processor does, with gradients: the shorter side resized (bicubic, antialiased), the middle cut out.
 
     Args:
@@ -42,9 +42,9 @@ class ClipPixels(nn.Module):
         padded: the longer side is resized instead, and black fills the square, so that nothing is cut off.
     """
 
-    def __init__(self, side: int, padded: bool = False) -> None:
+    def __init__(self, image_size: int, pad_to_square: bool = False) -> None:
         super().__init__()
-        self.side, self.padded = side, padded
+        self.image_size, self.pad_to_square = image_size, pad_to_square
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).reshape(3, 1, 1))
         self.register_buffer("deviation", torch.tensor(CLIP_STD).reshape(3, 1, 1))
 
@@ -52,13 +52,13 @@ class ClipPixels(nn.Module):
         """(B, 3, side, side), standardised, of images (B, 3, H, W) in [0, 1]."""
         images = images.to(self.mean.dtype)  # type: ignore[arg-type, call-overload]
         height, width = images.shape[-2:]
-        fitted = max(height, width) if self.padded else min(height, width)
-        size = (int(self.side * height / fitted), int(self.side * width / fitted))
+        fitted = max(height, width) if self.pad_to_square else min(height, width)
+        size = (int(self.image_size * height / fitted), int(self.image_size * width / fitted))
         if size != (height, width):
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        top, left = (round((long - self.side) / 2) for long in size)
+        top, left = (round((long - self.image_size) / 2) for long in size)
         # a negative margin cuts
-        edges = (-left, size[1] - self.side - left, -top, size[0] - self.side - top)
+        edges = (-left, size[1] - self.image_size - left, -top, size[0] - self.image_size - top)
         images = F.pad(images, (edges[0], -edges[1], edges[2], -edges[3]))
         return (images - self.mean) / self.deviation  # type: ignore[operator]
 
@@ -66,11 +66,11 @@ class ClipPixels(nn.Module):
 class ClipReward(Reward):
     """Cosine in [-1, 1]; prompts longer than CLIP's are cut."""
 
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizerFast, padded: bool = False) -> None:
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizerFast, pad_to_square: bool = False) -> None:
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.length = int(model.config.text_config.max_position_embeddings)
-        self.pixels = ClipPixels(int(model.config.vision_config.image_size), padded)
+        self.preprocess = ClipPreprocessor(int(model.config.vision_config.image_size), pad_to_square)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         # to the full length, so that a sample's reward does not depend on its neighbours' prompts
@@ -78,11 +78,11 @@ class ClipReward(Reward):
             list(prompts), truncation=True, max_length=self.length, padding="max_length", return_tensors="pt"
         )
         text = self.model.text_model(**tokens.to(images.device)).pooler_output
-        return F.cosine_similarity(self.embedded(images), self.model.text_projection(text), dim=1)
+        return F.cosine_similarity(self.image_embeddings(images), self.model.text_projection(text), dim=1)
 
-    def embedded(self, images: Tensor) -> Tensor:
+    def image_embeddings(self, images: Tensor) -> Tensor:
         """The images' projected embeddings, (B, D)."""
-        image = self.model.vision_model(pixel_values=self.pixels(images)).pooler_output
+        image = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
         return self.model.visual_projection(image)  # type: ignore[no-any-return]
 
 
@@ -91,7 +91,7 @@ def load(option: str) -> Reward:
     return load_clip("clip", option or DEFAULT)
 
 
-def load_clip(reward: str, name: str, padded: bool = False) -> ClipReward:
+def load_clip(reward: str, name: str, pad_to_square: bool = False) -> ClipReward:
     """The reward of a CLIP checkpoint, a transformers folder or hub id.
 
     reward: whose name messages give.
@@ -99,8 +99,8 @@ def load_clip(reward: str, name: str, padded: bool = False) -> ClipReward:
     Raises:
         UserError: no such checkpoint, or one of another kind.
     """
-    known = is_outline() and name in PUBLIC
-    config = PUBLIC[name]() if known else config_of(name)
+    known = is_outline() and name in PUBLIC_CONFIGS
+    config = PUBLIC_CONFIGS[name]() if known else config_of(name)
     if not isinstance(config, CLIPConfig):
         raise UserError(
             f"the reward '{reward}:{name}' is a model of type {config.model_type!r}: give a CLIP checkpoint"
@@ -114,4 +114,4 @@ def load_clip(reward: str, name: str, padded: bool = False) -> ClipReward:
             f"the CLIP checkpoint {name!r} cannot be loaded ({' '.join(str(error).split())[:120]}): give a folder or hub id with "
             "safetensors"
         ) from None
-    return ClipReward(model, tokenizer, padded)
+    return ClipReward(model, tokenizer, pad_to_square)

@@ -17,4 +17,4 @@ def load(option: str) -> Reward:
             "the reward 'hps' names no weights, and HPS v2.1 is published as an OpenCLIP pickle: give hps:FOLDER with them as a "
             "CLIPModel of transformers and its tokenizer"
         )
-    return load_clip("hps", option, padded=True)
+    return load_clip("hps", option, pad_to_square=True)

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from stepdistill.rewards import load_reward
-from stepdistill.rewards.clip import ClipPixels
-from stepdistill.rewards.imagereward import DEVIATION, LENGTH, MEAN
-from stepdistill.rewards.stack import linear_stack
+from stepdistill.rewards.clip import ClipPreprocessor
+from stepdistill.rewards.imagereward import MAX_PROMPT_TOKENS, SCORE_MEAN, SCORE_STD
+from stepdistill.rewards.linear_head import linear_stack
 
 TEXTS = ["a red bag", "a photo of a blue coat"]
 
@@ -48,17 +48,17 @@ def processed(images: Tensor, side: int) -> Tensor:
 @pytest.mark.parametrize("size", [(32, 32), (48, 48), (64, 45), (40, 91), (20, 24)])
 def test_pixels_are_those_of_clips_processor(size: tuple[int, int]) -> None:
     """Up to its rounding to bytes after each pass of resizing."""
-    found = ClipPixels(32)(pictures(*size))
+    found = ClipPreprocessor(32)(pictures(*size))
     byte = 1 / 255 / 0.26
     torch.testing.assert_close(found, processed(pictures(*size), 32), rtol=0, atol=1.5 * byte)
     assert float((found - processed(pictures(*size), 32)).abs().mean()) < byte / 2
 
 
 def test_padded_pixels_hold_the_whole_image() -> None:
-    found = ClipPixels(32, padded=True)(pictures(32, 16))
-    plain = ClipPixels(16)(pictures(32, 16)[:, :, 8:24])
+    found = ClipPreprocessor(32, pad_to_square=True)(pictures(32, 16))
+    plain = ClipPreprocessor(16)(pictures(32, 16)[:, :, 8:24])
     torch.testing.assert_close(found[:, :, 8:24, 8:24], plain)
-    black = ClipPixels(32)(torch.zeros(1, 3, 32, 32))
+    black = ClipPreprocessor(32)(torch.zeros(1, 3, 32, 32))
     torch.testing.assert_close(found[:1, :, :, :8], black[:, :, :, :8])
     torch.testing.assert_close(found[:1, :, :, 24:], black[:, :, :, 24:])
 
@@ -139,7 +139,7 @@ def blip(tmp_path: Path) -> tuple[Path, BlipForImageTextRetrieval, torch.nn.Modu
 def test_imagereward_is_blip_and_a_head(blip: tuple[Path, BlipForImageTextRetrieval, torch.nn.ModuleDict]) -> None:
     folder, model, head = blip
     tokens = BertTokenizerFast.from_pretrained(folder)(
-        TEXTS, padding="max_length", max_length=LENGTH, return_tensors="pt"
+        TEXTS, padding="max_length", max_length=MAX_PROMPT_TOKENS, return_tensors="pt"
     )
     with torch.no_grad():
         seen = model.vision_model(pixel_values=processed(pictures(), 32)).last_hidden_state
@@ -152,7 +152,7 @@ def test_imagereward_is_blip_and_a_head(blip: tuple[Path, BlipForImageTextRetrie
     reward = load_reward(f"imagereward:{folder}")
     images = pictures().requires_grad_()
     found = reward(images, TEXTS)
-    torch.testing.assert_close(found.detach(), (x[:, 0] - MEAN) / DEVIATION, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.detach(), (x[:, 0] - SCORE_MEAN) / SCORE_STD, rtol=0, atol=1e-3)
     torch.testing.assert_close(found[1:], reward(images[1:], TEXTS[1:]))
     (gradient,) = torch.autograd.grad(found[0], images)
     assert float(gradient[0].abs().max()) > 0
@@ -177,7 +177,7 @@ def test_missing_weights_are_refused(clip: Path, tmp_path: Path) -> None:
 def test_numpy_is_not_in_the_way() -> None:
     """Preprocessing stays on tensors: gradients reach every pixel that is looked at."""
     images = pictures(40, 91).requires_grad_()
-    ClipPixels(32)(images).square().sum().backward()
+    ClipPreprocessor(32)(images).square().sum().backward()
     assert images.grad is not None
     seen = images.grad.abs().sum((0, 1, 2)).numpy()
     assert np.flatnonzero(seen).tolist() == list(range(int(np.flatnonzero(seen)[0]), int(np.flatnonzero(seen)[-1]) + 1))
