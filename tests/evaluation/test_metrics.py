@@ -39,7 +39,7 @@ from stepdistill.evaluation.metrics.statistics import FeatureStatistics
 from stepdistill.evaluation.networks import inception
 from stepdistill.evaluation.networks.features import FeatureExtractor, FeatureRecord, cache_folder, load_extractor
 from stepdistill.evaluation.networks.inception import find_inception
-from stepdistill.evaluation.report import ReportRow, table
+from stepdistill.evaluation.reports.report import ReportRow, table
 
 
 def pictures(count: int, seed: int = 0, tint: int = 0) -> Iterator[ImageArray]:
