@@ -116,16 +116,16 @@ def plan(
 ) -> None:
     """Say what a run will take in memory, work and time; downloads nothing and loads no weight."""
     from stepdistill.config.schema import load_config
-    from stepdistill.files.outputs import check_file
-    from stepdistill.planning.plan import lines
+    from stepdistill.files.outputs import check_file_is_writable
+    from stepdistill.planning.plan import forecast_lines
     from stepdistill.planning.plan import plan as run
 
     if json is not None:
-        check_file(json)
+        check_file_is_writable(json)
     forecast = run(load_config(config, overrides), gpu, processes, memory)
     if json is not None:
         forecast.save(json)
-    typer.echo("\n".join(lines(forecast)))
+    typer.echo("\n".join(forecast_lines(forecast)))
 
 
 @app.command()

@@ -42,7 +42,7 @@ from stepdistill.families.recipe import Recipe
 from stepdistill.families.sd3 import T5_TOKENS
 from stepdistill.files.atomic import write_atomically
 from stepdistill.inference.artifact import draw, load_artifact
-from stepdistill.planning.loop import CallCounter
+from stepdistill.planning.network_calls import CallCounter
 from stepdistill.training.evaluation_hook import Seen
 from stepdistill.training.run import train
 from stepdistill.training.session import DTYPES, Session

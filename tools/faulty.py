@@ -24,7 +24,7 @@ from typing import Any
 from accelerate import tracking
 
 from stepdistill import cli
-from stepdistill.data.loader import Samples
+from stepdistill.data.loader import SampledDataset
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods.base import Progress, Rollout, Terms
 from stepdistill.methods.matching.dmd2 import DMD2
@@ -80,14 +80,14 @@ def nan(value: str) -> None:
 
 
 def bad_read(value: str) -> None:
-    read = Samples.__getitem__
+    read = SampledDataset.__getitem__
 
-    def broken(self: Samples[Any], sample: int) -> Any:
+    def broken(self: SampledDataset[Any], sample: int) -> Any:
         if sample == int(value):
             raise RuntimeError("the reader died")
         return read(self, sample)
 
-    Samples.__getitem__ = broken  # type: ignore[method-assign]
+    SampledDataset.__getitem__ = broken  # type: ignore[method-assign]
 
 
 def bad_tracker(value: str) -> None:

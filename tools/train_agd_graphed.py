@@ -24,14 +24,15 @@ from torch import Tensor
 
 from stepdistill.config.schema import RunConfig, TrainingConfig, load_config
 from stepdistill.data.latents.trajectories import TrajectoryStates
-from stepdistill.data.loader import IndexStream
+from stepdistill.data.loader import EpochOrder
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning, ImageSize
-from stepdistill.methods.base import Batch, Progress
+from stepdistill.methods.base import Batch, Progress, Terms
 from stepdistill.methods.guidance.regression import GuidedStates
 from stepdistill.roles.triple import GENERATOR
 from stepdistill.training.distributed import Processes
+from stepdistill.training.iteration import compute_loss
 from stepdistill.training.options import products
 from stepdistill.training.run import find_start
 from stepdistill.training.run_folder.logs import write_config
@@ -84,8 +85,10 @@ class Gradient:
         for parameter in self.parameters:
             parameter.grad = None
         with triple.training(GENERATOR):
-            terms = method.loss(GENERATOR, rollout, triple, progress, draws)
-            terms.total.backward()
+            compute_loss(method, GENERATOR, rollout, triple, progress, draws, self._differentiate)
+
+    def _differentiate(self, _role: str, _piece: int, terms: Terms) -> None:
+        terms.total.backward()
         self.seen += torch.stack([terms.parts["error"], terms.parts["error_unguided"]])
 
     def _captured(self) -> Callable[[], None]:
@@ -131,7 +134,7 @@ def train(config: RunConfig, folder: Path) -> Trainer:
     whole = plan.trajectories.whole()
     states = TrajectoryStates(**{item.name: vars(whole)[item.name].to(device) for item in fields(whole)})
     write_config(folder, config.model_copy(update={"output": str(folder)}))
-    order = IndexStream(len(plan.trajectories), derive_seed(training.seed, "trajectories"))
+    order = EpochOrder(len(plan.trajectories), derive_seed(training.seed, "trajectories"))
     with products(training.tf32):
         _updates(Gradient(session, states, training.batch_size), trainer, order, training)
     trainer.counters.iteration = trainer.counters.updates[GENERATOR] = training.max_steps
@@ -140,7 +143,7 @@ def train(config: RunConfig, folder: Path) -> Trainer:
     return trainer
 
 
-def _updates(gradient: Gradient, trainer: Trainer, order: IndexStream, training: TrainingConfig) -> None:
+def _updates(gradient: Gradient, trainer: Trainer, order: EpochOrder, training: TrainingConfig) -> None:
     """All of them, with a line in the log now and then."""
     optimizer, triple = trainer.optimizers[GENERATOR], trainer.session.triple
     begun, size, told = time.perf_counter(), training.batch_size, 0

@@ -88,7 +88,9 @@ class ModelOptions(MeasuringOptions):
         description="Protocol name, or a YAML file. By default `prompts`; a run is measured on its own prompts against its teacher.",
     )
     lora: str | None = Field(None, description="Exported LoRA or guidance adapter, folder or file.")
-    steps: tuple[Annotated[int, Field(gt=0)], ...] = Field((), description="Step counts, as 1,2,4; the recipe's own, or 50, by default.")
+    steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (), description="Step counts, as 1,2,4; the recipe's own, or 50, by default."
+    )
     guidance: float | None = Field(None, description="Guidance scale w; 1 is off.", allow_inf_nan=False)
     scheduler: str | None = Field(None, description="ddim, euler, dpm++2m, lcm, tcd or unipc.")
     teacher_steps: int | None = Field(None, ge=1, description="Draw the base too, at this many steps.")

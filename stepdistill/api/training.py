@@ -24,6 +24,7 @@ from stepdistill.exporting.model_card import push_to_hub as push
 from stepdistill.exporting.proof import QuantizedStudent, final_latents
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
+from stepdistill.files.locks import locked_folder
 from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.rewards import load_reward
 from stepdistill.roles.triple import Mode
@@ -122,7 +123,7 @@ def export(
     check_output_folder(Path(output))
     # a half-precision base is widened, and a GPU's convolutions have all 24 bits: the proof is exact, and the LoRA's float32
     # weights are the same on any
-    with products(tf32=False):
+    with locked_folder(Path(output), "export"), products(tf32=False):
         quantized = _quantized_student(run, device, checkpoint)
         session, iteration = open_run(run, device, full_precision=True, checkpoint=checkpoint)
         logger.info("exporting the %s of iteration %d", session.student.replace("_", " "), iteration)

@@ -39,7 +39,7 @@ HELD_OUT_PAIRS = (
 
 _OPENINGS = ("a photo of {}", "a picture of {}", "{}")
 _SETTINGS = (" on a {} background", " against a {} background")
-WORDINGS = len(_OPENINGS) * len(_SETTINGS)
+WORDING_COUNT = len(_OPENINGS) * len(_SETTINGS)
 _PLURAL = frozenset({"trousers"})
 _THING = re.compile(
     rf"\b(?:({'|'.join(COLOURS)}) )?({'|'.join(sorted(GARMENTS, key=len, reverse=True))})\b", re.IGNORECASE
@@ -58,7 +58,7 @@ class Attributes:
 
 def caption(attributes: Attributes, rng: np.random.Generator | None = None, wording: int = 0) -> str:
     """The caption of ``attributes`` in one of WORDINGS wordings: number ``wording``, or one that ``rng`` picks."""
-    chosen = wording if rng is None else int(rng.integers(WORDINGS))
+    chosen = wording if rng is None else int(rng.integers(WORDING_COUNT))
     opening, setting = _OPENINGS[chosen // len(_SETTINGS)], _SETTINGS[chosen % len(_SETTINGS)]
     thing = " ".join(word for word in (attributes.colour, attributes.garment) if word is not None)
     if attributes.garment not in _PLURAL:

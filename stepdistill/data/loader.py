@@ -27,7 +27,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
-class IndexStream:
+class EpochOrder:
     """The item of every global sample number: epoch g // length, shuffled anew in each, every item once an epoch.
 
     A pure function of (length, seed, shuffle, g). Only the permutation of the epoch last asked for is kept,
@@ -67,7 +67,7 @@ class IndexStream:
         return cached[1]
 
 
-class InOrder:
+class SequentialOrder:
     """The order of a stream, which shuffles itself: sample g is its position g."""
 
     def index(self, sample: int) -> int:
@@ -75,37 +75,37 @@ class InOrder:
         return sample
 
 
-class Order(Protocol):
+class SampleOrder(Protocol):
     """Which item a sample is: `IndexStream`, `InOrder`."""
 
     def index(self, sample: int) -> int: ...
 
 
-class Indexed(Protocol[T_co]):
+class IndexedItems(Protocol[T_co]):
     """Anything with an item for an integer: `Samples`, `ImageFolder`, `TensorFolder`."""
 
     def __getitem__(self, index: int) -> T_co: ...
 
 
-class Readable(Protocol[T_co]):
+class ReadableDataset(Protocol[T_co]):
     """A data set whose items depend on random draws, such as an image source."""
 
     def read(self, index: int, draws: torch.Generator) -> T_co: ...
 
 
 @dataclass(frozen=True)
-class Samples(Generic[T]):
+class SampledDataset(Generic[T]):
     """A data set addressed by global sample number; an item's random draws are a function of (seed, number)."""
 
-    data: Readable[T]
-    order: Order
+    data: ReadableDataset[T]
+    order: SampleOrder
     seed: int
 
     def __getitem__(self, sample: int) -> T:
-        return self.data.read(self.order.index(sample), sample_draws(self.seed, sample))
+        return self.data.read(self.order.index(sample), sample_generator(self.seed, sample))
 
 
-def sample_draws(seed: int, sample: int) -> torch.Generator:
+def sample_generator(seed: int, sample: int) -> torch.Generator:
     """The stream that the item of a global sample number is cropped and flipped by."""
     return generator(seed, "data", sample)
 
@@ -124,10 +124,10 @@ class Prefetcher(Generic[T]):
         ahead: batches in flight beyond the one being used.
     """
 
-    items: Indexed[T]
+    items: IndexedItems[T]
     batches: Iterable[Sequence[int]]
     workers: int = 0
-    ahead: int = 2
+    prefetch_batches: int = 2
 
     def __iter__(self) -> Iterator[list[T]]:
         """Items batch by batch; closing the iterator stops the threads, an error of an item is raised at its batch."""
@@ -138,7 +138,7 @@ class Prefetcher(Generic[T]):
         flying: deque[list[Future[T]]] = deque()
         submitted = ([pool.submit(self.items.__getitem__, number) for number in batch] for batch in self.batches)
         try:
-            flying.extend(islice(submitted, max(1, self.ahead)))
+            flying.extend(islice(submitted, max(1, self.prefetch_batches)))
             while flying:
                 # the next batch enters before this one is waited for, so that no thread idles meanwhile
                 flying.extend(islice(submitted, 1))

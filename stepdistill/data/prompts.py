@@ -26,8 +26,8 @@ from stepdistill.errors import UserError
 
 log = logging.getLogger(__name__)
 
-BUILTIN = "builtin:"
-COLUMNS = ("prompt", "text", "caption")
+BUILTIN_PREFIX = "builtin:"
+PROMPT_COLUMNS = ("prompt", "text", "caption")
 """Columns of a table that are taken for the prompt, in this order, where none is named."""
 
 Rows = list[tuple[int, object]]
@@ -65,29 +65,29 @@ def read_prompts(source: str | Path, column: str | None = None) -> PromptList:
         UserError: no such file or list, an unknown format, not UTF-8, a malformed row, no such column, no prompt at all.
     """
     name = str(source)
-    if name.startswith(BUILTIN):
-        cells: Sequence[object] = _lines(_builtin(name.removeprefix(BUILTIN)))
-    elif name.startswith(hub.PREFIX):
+    if name.startswith(BUILTIN_PREFIX):
+        cells: Sequence[object] = _lines(_builtin(name.removeprefix(BUILTIN_PREFIX)))
+    elif name.startswith(hub.HUB_PREFIX):
         cells = _data_set(name, column)
     else:
         cells = _read_file(Path(source), column)
     texts = tuple(text for cell in cells if (text := str(cell).strip()))
     if not texts:
-        raise UserError(f"{name!r} holds no prompt: write at least one, or use '{BUILTIN}general'")
+        raise UserError(f"{name!r} holds no prompt: write at least one, or use '{BUILTIN_PREFIX}general'")
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     return PromptList(texts, name, digest)
 
 
-def builtin_names() -> tuple[str, ...]:
+def builtin_prompt_lists() -> tuple[str, ...]:
     """Names of the shipped lists, sorted."""
     files = resources.files("stepdistill").joinpath("assets", "prompts").iterdir()
     return tuple(sorted(file.name.removesuffix(".txt") for file in files if file.name.endswith(".txt")))
 
 
 def _builtin(name: str) -> str:
-    known = builtin_names()
+    known = builtin_prompt_lists()
     if name not in known:
-        hint = ", ".join(repr(BUILTIN + near) for near in _nearest(name, known))
+        hint = ", ".join(repr(BUILTIN_PREFIX + near) for near in _nearest(name, known))
         raise UserError(f"there is no shipped prompt list {name!r}: use {hint}")
     return resources.files("stepdistill").joinpath("assets", "prompts", f"{name}.txt").read_text(encoding="utf-8")
 
@@ -95,20 +95,22 @@ def _builtin(name: str) -> str:
 def _read_file(path: Path, column: str | None) -> Sequence[object]:
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
-        raise UserError(f"{str(path)!r} is no prompt file: use .txt, .jsonl, .csv or .parquet, or '{BUILTIN}general'")
+        raise UserError(
+            f"{str(path)!r} is no prompt file: use .txt, .jsonl, .csv or .parquet, or '{BUILTIN_PREFIX}general'"
+        )
     if not path.is_file():
         near = [] if not path.parent.is_dir() else [file.name for file in path.parent.iterdir() if file.is_file()]
         close = difflib.get_close_matches(path.name, near, n=1)
         hint = f", or did you mean {close[0]!r}" if close else ""
         raise UserError(f"there is no prompt file {str(path)!r}: check the path{hint}")
     if suffix == ".txt":
-        return _lines(_decoded(path))
+        return _lines(_read_utf8(path))
     read = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[suffix]
     return _prompts_of(read(path, column), path)
 
 
 def _data_set(name: str, column: str | None) -> Sequence[object]:
-    dataset = hub.open_dataset(name.removeprefix(hub.PREFIX), "train", streaming=False)
+    dataset = hub.open_dataset(name.removeprefix(hub.HUB_PREFIX), "train", streaming=False)
     key = _column(dataset.column_names, column, repr(name))
     return _prompts_of(list(enumerate(dataset.select_columns([key])[key])), name)
 
@@ -126,7 +128,7 @@ def _prompts_of(rows: Rows, path: str | Path) -> list[str]:
     return texts
 
 
-def _decoded(path: Path) -> str:
+def _read_utf8(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -152,7 +154,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     Raises:
         UserError: not UTF-8, or a line that is not a JSON object.
     """
-    for number, line in enumerate(_lines(_decoded(path)), start=1):
+    for number, line in enumerate(_lines(_read_utf8(path)), start=1):
         if not line.strip():
             continue
         try:
@@ -165,7 +167,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def _csv(path: Path, column: str | None) -> Rows:
-    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(_read_utf8(path), newline=""), strict=True)
     rows: Rows = []
     try:
         names = list(reader.fieldnames or [])
@@ -205,7 +207,7 @@ def _parquet(path: Path, column: str | None) -> Rows:
 def _column(names: Sequence[str], wanted: str | None, where: str) -> str:
     found = ", ".join(map(repr, names)) or "none"
     if wanted is None:
-        for name in COLUMNS:
+        for name in PROMPT_COLUMNS:
             if name in names:
                 return name
         raise UserError(f"{where} has no column 'prompt', 'text' or 'caption': name one of its columns ({found})")

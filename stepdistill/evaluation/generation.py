@@ -21,7 +21,7 @@ from stepdistill.errors import UserError
 from stepdistill.evaluation.images import ImageArray, indices_of_rank, read_images
 from stepdistill.evaluation.protocols import PromptSet
 from stepdistill.files.atomic import write_atomically
-from stepdistill.files.outputs import check_place
+from stepdistill.files.outputs import check_folder_is_writable
 
 GenerateFunction = Callable[[Sequence[str], Sequence[int]], Iterator[NDArray[np.uint8]]]
 """(prompts, seeds) -> batches of uint8 images (B, H, W, 3), in order."""
@@ -116,7 +116,7 @@ def claim_output_folder(output: Path, marker: dict[str, object], samplers: Seque
 
     The samplers of earlier calls stay recorded, so that a row's name never refers to two different models.
     """
-    check_place(output)
+    check_folder_is_writable(output)
     state = PartialState()
     file = output / "evaluation.json"
     known = dict(samplers)

@@ -31,7 +31,7 @@ from stepdistill.exporting.proof import (
 )
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.recipe import Recipe
-from stepdistill.files.outputs import check_place
+from stepdistill.files.outputs import check_folder_is_writable
 from stepdistill.inference import experts as loader
 from stepdistill.inference.artifact import load_artifact
 from stepdistill.inference.lora_files import DIFFUSERS_FILE, KOHYA_FILE, expert_files
@@ -51,7 +51,7 @@ EXPORT_FILES: dict[ExportFormat, str] = {
 
 def check_output_folder(folder: Path) -> None:
     """Refuse a folder that holds anything, or cannot be made."""
-    check_place(folder)
+    check_folder_is_writable(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"the output folder {str(folder)!r} is not empty: choose another --output")
 

@@ -1,4 +1,4 @@
-"""Guidance adapters as two files: their weights, and the module that stands them beside a stock pipeline's network."""
+"""Guidance adapters as files: their weights, and the two modules that attach them to a stock pipeline's network."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from safetensors.torch import save_file
 from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.lora_files import RECIPE_KEY
-from stepdistill.roles import guidance_adapter
+from stepdistill.roles import guidance_adapter, guidance_modules
 from stepdistill.roles.guidance_adapter import GuidanceAdapter, metadata_of
 from stepdistill.roles.triple import Triple
-
-MODULE_FILE = "guidance_adapter.py"
 
 
 def guidance_adapter_of(triple: Triple, role: str) -> GuidanceAdapter:
@@ -28,7 +26,7 @@ def guidance_adapter_of(triple: Triple, role: str) -> GuidanceAdapter:
 
 
 def write_guidance_adapter(triple: Triple, role: str, recipe: Recipe, folder: Path, dtype: torch.dtype) -> None:
-    """Write guidance_adapter.safetensors, hyperparameters and recipe in its metadata, and guidance_adapter.py.
+    """Write guidance_adapter.safetensors, with hyperparameters and recipe in its metadata, and the modules that load it.
 
     Raises:
         UserError: the role is no guidance adapter, or has non-finite values.
@@ -46,4 +44,9 @@ def write_guidance_adapter(triple: Triple, role: str, recipe: Recipe, folder: Pa
             f"{len(bad)} tensors of the {role} are not finite in {dtype} (first: {bad[0]!r}): export an earlier checkpoint"
         )
     save_file(tensors, folder / guidance_adapter.FILE, {**metadata_of(adapter.settings), RECIPE_KEY: recipe.to_json()})
-    (folder / MODULE_FILE).write_text(inspect.getsource(guidance_adapter))
+    for module in (guidance_modules, guidance_adapter):
+        # beside one another in the export, they are no parts of this package
+        source = inspect.getsource(module).replace(
+            f"from {guidance_modules.__name__} import", "from guidance_modules import"
+        )
+        (folder / f"{module.__name__.rpartition('.')[2]}.py").write_text(source)

@@ -102,7 +102,7 @@ class Analytic(Family):
         network.load_state_dict(load_file(info.folder / "network" / "weights.safetensors"))
         return Checkpoint(info, network.to(device, dtype).eval().requires_grad_(False), None)
 
-    def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
+    def build_on_meta(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
         return Checkpoint(info, _network(info).to("meta", dtype).eval().requires_grad_(False), None)
 
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -110,7 +110,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
+    def build_on_meta(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
         """What `load` gives, in the same dtypes, with every weight on the meta device; no weight file is looked for."""
 
     def pipeline_of(self, info: CheckpointInfo) -> str:

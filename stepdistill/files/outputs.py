@@ -8,7 +8,7 @@ from pathlib import Path
 from stepdistill.errors import UserError
 
 
-def check_place(folder: Path) -> None:
+def check_folder_is_writable(folder: Path) -> None:
     """Refuse a folder that cannot be made, or is something else, before hours go into what it should hold.
 
     Raises:
@@ -25,7 +25,7 @@ def check_place(folder: Path) -> None:
         )
 
 
-def check_file(path: Path) -> None:
+def check_file_is_writable(path: Path) -> None:
     """Refuse a file that cannot be written, before the work that it should hold. Raises UserError."""
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder and a file is to be written: name one inside it")

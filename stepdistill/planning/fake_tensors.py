@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ASKING = frozenset(
+_DATA_DEPENDENT_OPS = frozenset(
     (
         torch.ops.aten._local_scalar_dense.default,
         torch.ops.aten.nonzero.default,
@@ -25,18 +25,18 @@ _ASKING = frozenset(
 """Operations whose answer depends on content."""
 
 
-class Unknowable(Exception):
+class DataDependentOutputError(Exception):
     """A ghost was asked for its content."""
 
 
-class Ghost(Tensor):
+class FakeCpuTensor(Tensor):
     """A tensor on the meta device, `meta`, that says it lies on the CPU, so that autocast and autograd treat it as usual."""
 
     meta: Tensor
 
     @staticmethod
-    def __new__(cls, meta: Tensor) -> Ghost:
-        made: Ghost = Tensor._make_wrapper_subclass(
+    def __new__(cls, meta: Tensor) -> FakeCpuTensor:
+        made: FakeCpuTensor = Tensor._make_wrapper_subclass(
             cls, meta.shape, meta.stride(), meta.storage_offset(), dtype=meta.dtype, device=torch.device("cpu")
         )
         made.meta = meta
@@ -46,79 +46,79 @@ class Ghost(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return run(func, args, kwargs or {})
+        return run_operation(func, args, kwargs or {})
 
 
-def ghost(like: Tensor) -> Ghost:
+def fake_like(like: Tensor) -> FakeCpuTensor:
     """A ghost of a tensor's shape and dtype, with storage of its own."""
-    return Ghost(torch.empty(like.shape, dtype=like.dtype, device="meta"))
+    return FakeCpuTensor(torch.empty(like.shape, dtype=like.dtype, device="meta"))
 
 
-def hollow(module: nn.Module) -> None:
+def replace_meta_tensors(module: nn.Module) -> None:
     """Replace a module's parameters and buffers on the meta device, in place, by ghosts; what was one stays one."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.is_meta:
                 if parameter not in made:
-                    made[parameter] = nn.Parameter(ghost(parameter), parameter.requires_grad)
+                    made[parameter] = nn.Parameter(fake_like(parameter), parameter.requires_grad)
                 part.register_parameter(name, made[parameter])
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:
-                part.register_buffer(name, ghost(buffer))
+                part.register_buffer(name, fake_like(buffer))
 
 
-class Memory(dict[Hashable, Any]):
+class ShapeCache(dict[Hashable, Any]):
     """Operation and shapes of its arguments -> shapes of its results: a network's layers are many and much alike."""
 
 
-def run(func: Any, args: Any, kwargs: Any, memory: Memory | None = None) -> Any:
+def run_operation(func: Any, args: Any, kwargs: Any, shape_cache: ShapeCache | None = None) -> Any:
     """An operation of torch: on shapes alone where a ghost is among its arguments, else as it is.
 
     Raises:
         Unknowable: the operation's result depends on a ghost's content.
     """
-    found: dict[int, Ghost] = {}
-    _find(args, found)
+    found: dict[int, FakeCpuTensor] = {}
+    _collect_fakes(args, found)
     if kwargs:
-        _find(kwargs.values(), found)
+        _collect_fakes(kwargs.values(), found)
     if not found:
         return func(*args, **kwargs)
-    if func in _ASKING:
-        raise Unknowable(str(func))
+    if func in _DATA_DEPENDENT_OPS:
+        raise DataDependentOutputError(str(func))
     key = None
-    if memory is not None and _makes_new(func):
-        key = (func, _key(args), _key(tuple(kwargs.items())))
-        if None not in key and key in memory:
-            return _remade(memory[key])
-    given = {name: _bare(value) for name, value in kwargs.items()} if kwargs else kwargs
+    if shape_cache is not None and _returns_new_storage(func):
+        key = (func, _shape_key(args), _shape_key(tuple(kwargs.items())))
+        if None not in key and key in shape_cache:
+            return _rebuild_result(shape_cache[key])
+    given = {name: _unwrap(value) for name, value in kwargs.items()} if kwargs else kwargs
     if given.get("device") is not None:
         given["device"] = torch.device("meta")
-    out = _dressed(func(*[_bare(argument) for argument in args], **given), found)
-    if memory is not None and key is not None and None not in key:
-        made = _form(out, {id(given.meta.untyped_storage()) for given in found.values()})
+    out = _wrap(func(*[_unwrap(argument) for argument in args], **given), found)
+    if shape_cache is not None and key is not None and None not in key:
+        made = _result_layout(out, {id(given.meta.untyped_storage()) for given in found.values()})
         if made is not None:
-            memory[key] = made
+            shape_cache[key] = made
     return out
 
 
 @cache
-def _makes_new(func: Any) -> bool:
+def _returns_new_storage(func: Any) -> bool:
     """Whether an operation neither changes its arguments nor returns parts of them."""
     schema = func._schema
     return not schema.is_mutable and all(returned.alias_info is None for returned in schema.returns)
 
 
-def _key(values: Sequence[Any]) -> Hashable:
+def _shape_key(values: Sequence[Any]) -> Hashable:
     """What the shapes of results depend on; None where a real tensor is among the values, of which there are few."""
     key: list[Hashable] = []
     for value in values:
         kind = type(value)
-        if kind is Ghost:
+        if kind is FakeCpuTensor:
             meta = value.meta
             key.append((meta.shape, meta.stride(), meta.dtype))
         elif kind in (list, tuple):
-            part = _key(value)
+            part = _shape_key(value)
             if part is None:
                 return None
             key.append(part)
@@ -130,48 +130,48 @@ def _key(values: Sequence[Any]) -> Hashable:
     return tuple(key)
 
 
-def _form(value: Any, taken: set[int]) -> Any:
+def _result_layout(value: Any, taken: set[int]) -> Any:
     """Enough of an operation's result to make it again; None where it holds anything but tensors with storage of their own."""
-    if type(value) is Ghost:
+    if type(value) is FakeCpuTensor:
         # some operations, such as _unsafe_view, share storage without saying so
         shares = id(value.meta.untyped_storage()) in taken
         return None if shares else (value.meta.shape, value.meta.stride(), value.meta.dtype)
     if type(value) is tuple and value:
-        forms = [_form(item, taken) for item in value]
+        forms = [_result_layout(item, taken) for item in value]
         return None if None in forms else forms
     return None
 
 
-def _remade(form: Any) -> Any:
+def _rebuild_result(form: Any) -> Any:
     if type(form) is list:
-        return tuple(_remade(item) for item in form)
+        return tuple(_rebuild_result(item) for item in form)
     shape, stride, dtype = form
-    return Ghost(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
+    return FakeCpuTensor(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
 
 
-def _find(values: Any, found: dict[int, Ghost]) -> None:
+def _collect_fakes(values: Any, found: dict[int, FakeCpuTensor]) -> None:
     for value in values:
-        if type(value) is Ghost:
+        if type(value) is FakeCpuTensor:
             found[id(value.meta)] = value
         elif type(value) in (list, tuple):
-            _find(value, found)
+            _collect_fakes(value, found)
 
 
-def _bare(value: Any) -> Any:
-    if type(value) is Ghost:
+def _unwrap(value: Any) -> Any:
+    if type(value) is FakeCpuTensor:
         return value.meta
     if isinstance(value, Tensor):
         return value.to("meta")
     if type(value) in (list, tuple):
-        return type(value)(_bare(item) for item in value)
+        return type(value)(_unwrap(item) for item in value)
     return value
 
 
-def _dressed(value: Any, found: dict[int, Ghost]) -> Any:
+def _wrap(value: Any, found: dict[int, FakeCpuTensor]) -> Any:
     if isinstance(value, Tensor):
         # an operation in place returns the argument that it changed
         known = found.get(id(value))
-        return Ghost(value) if known is None else known
+        return FakeCpuTensor(value) if known is None else known
     if type(value) in (list, tuple):
-        return type(value)(_dressed(item, found) for item in value)
+        return type(value)(_wrap(item, found) for item in value)
     return value

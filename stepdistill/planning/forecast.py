@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from stepdistill.config.reading import Settings
 from stepdistill.config.schema import OptimizerConfigs, RunConfig
-from stepdistill.data.prompts import BUILTIN, read_prompts
+from stepdistill.data.prompts import BUILTIN_PREFIX, read_prompts
+from stepdistill.planning.architecture import find_architecture
 from stepdistill.planning.hardware import UTILISATION, Gpu
-from stepdistill.planning.loop import Walk, walk
 from stepdistill.planning.memory import Sizes, memory_of, sizes_of
 from stepdistill.planning.meter import Flops
+from stepdistill.planning.network_calls import CallStatistics, count_network_calls
 from stepdistill.planning.report import GB, Compute, Disk, Forecast, NetworkCalls
-from stepdistill.planning.sources import find_source
-from stepdistill.planning.trace import IMAGES, TEXT, Trace, outline, trace
+from stepdistill.planning.trace import ENCODE_IMAGES, ENCODE_TEXT, Trace, build_on_meta, trace
 from stepdistill.training.inputs.caching import image_bytes, prompt_bytes
 from stepdistill.training.options import check_combinations
 from stepdistill.training.session import Session
@@ -44,11 +44,11 @@ class Machine:
         return cls(gpu, processes, int((memory_gb or gpu.memory_gb) * GB))
 
 
-class Traced(NamedTuple):
+class TracedRun(NamedTuple):
     """A run's outline, the order of its iterations, and what they take."""
 
     session: Session
-    walk: Walk
+    call_statistics: CallStatistics
     trace: Trace
 
 
@@ -61,7 +61,7 @@ class Planner:
     """
 
     machine: Machine
-    _known: dict[str, Traced] = field(default_factory=dict)
+    _traces: dict[str, TracedRun] = field(default_factory=dict)
 
     def forecast(self, config: RunConfig) -> Forecast:
         """What the run will take, without advice.
@@ -69,10 +69,12 @@ class Planner:
         Raises:
             UserError: the config cannot work, or its architecture is not known here.
         """
-        source = find_source(config.model)
-        bare = without_data(_bare(config), source.info)
-        check_combinations(config, bare.roles, bare.needs, sharded=config.training.sharding == "full")
-        session, walked, traced = self._traced(bare)
+        source = find_architecture(config.model)
+        simplified_setup = without_data(_simplified_config(config), source.info)
+        check_combinations(
+            config, simplified_setup.roles, simplified_setup.needs, sharded=config.training.sharding == "full"
+        )
+        session, call_statistics, traced = self._trace_run(simplified_setup)
         sizes = sizes_of(session, config)
         machine = self.machine
         sharded = config.training.sharding == "full"
@@ -80,7 +82,7 @@ class Planner:
             model=config.model.path,
             family=source.info.family,
             method=config.method_name,
-            size=bare.setting.size,
+            size=simplified_setup.setting.size,
             dtype=config.model.dtype,
             device=config.training.device or "cuda",
             source=source.origin,
@@ -88,37 +90,37 @@ class Planner:
             sharding="full" if sharded else "replicated",
             parameters=sizes.parameters,
             memory=memory_of(sizes, traced.phases, config, machine.processes, machine.memory),
-            calls=_calls(walked, config),
-            compute=_compute(walked, traced, config, machine.gpu),
-            disk=_disk(bare, sizes, config),
+            calls=_calls(call_statistics, config),
+            compute=_compute(call_statistics, traced, config, machine.gpu),
+            disk=_disk(simplified_setup, sizes, config),
         )
 
-    def _traced(self, plan: RunSetup) -> Traced:
+    def _trace_run(self, plan: RunSetup) -> TracedRun:
         key = plan.config.model_dump_json()
-        if key not in self._known:
-            session, walked = outline(plan), walk(plan)
-            self._known[key] = Traced(session, walked, trace(session, walked))
-        return self._known[key]
+        if key not in self._traces:
+            session, call_statistics = build_on_meta(plan), count_network_calls(plan)
+            self._traces[key] = TracedRun(session, call_statistics, trace(session, call_statistics))
+        return self._traces[key]
 
 
-def changed(config: RunConfig, section: str, **changes: object) -> RunConfig:
+def with_section_values(config: RunConfig, section: str, **changes: object) -> RunConfig:
     """A config with other values in one section."""
     part: Settings = vars(config)[section]
     return config.model_copy(update={section: part.model_copy(update=changes)})
 
 
-def _bare(config: RunConfig) -> RunConfig:
+def _simplified_config(config: RunConfig) -> RunConfig:
     """The run in its plainest form: what decides neither shapes nor branches is set to one value, and added up later."""
     plain = {"quantization": "none", "compile": False, "attention": "sdpa", "channels_last": False}
-    config = changed(config, "model", **plain)
+    config = with_section_values(config, "model", **plain)
     if config.data.buckets:  # memory must do for the largest
-        config = changed(config, "model", size=max(config.data.buckets, key=prod))
+        config = with_section_values(config, "model", size=max(config.data.buckets, key=prod))
     accumulation = min(config.training.accumulation, 2)
-    config = changed(config, "training", accumulation=accumulation, offload=[], sharding="auto")
+    config = with_section_values(config, "training", accumulation=accumulation, offload=[], sharding="auto")
     return config.model_copy(update={"optimizers": OptimizerConfigs(), "cache": None, "output": "", "preset": None})
 
 
-def _calls(walked: Walk, config: RunConfig) -> tuple[NetworkCalls, ...]:
+def _calls(call_statistics: CallStatistics, config: RunConfig) -> tuple[NetworkCalls, ...]:
     times = config.training.accumulation
     return tuple(
         NetworkCalls(
@@ -129,20 +131,20 @@ def _calls(walked: Walk, config: RunConfig) -> tuple[NetworkCalls, ...]:
             calls=counted.calls * times,
             rows=counted.rows * times,
         )
-        for call, counted in walked.calls.items()
+        for call, counted in call_statistics.calls.items()
     )
 
 
-def _compute(walked: Walk, traced: Trace, config: RunConfig, gpu: Gpu) -> Compute:
+def _compute(call_statistics: CallStatistics, traced: Trace, config: RunConfig, gpu: Gpu) -> Compute:
     """Forwards by the mean number of rows, backwards by the share of iterations in which their role is due."""
     training, cache, done = config.training, config.cache, Flops()
     traced_often = Counter(phase.name for phase in traced.phases)
-    for call, counted in walked.calls.items():
+    for call, counted in call_statistics.calls.items():
         done += traced.per_row[call.network, call.features] * counted.rows
-    encoded = {TEXT: cache is None or not cache.text, IMAGES: cache is None or not cache.latents}
+    encoded = {ENCODE_TEXT: cache is None or not cache.text, ENCODE_IMAGES: cache is None or not cache.latents}
     for phase in traced.phases:
         if phase.name == f"{phase.role} backward":
-            done += phase.flops * (walked.share(phase.role) / traced_often[phase.name])
+            done += phase.flops * (call_statistics.updates_per_iteration(phase.role) / traced_often[phase.name])
         elif encoded.get(phase.name, False):
             done += phase.flops
     done = done * training.accumulation
@@ -160,7 +162,7 @@ def _compute(walked: Walk, traced: Trace, config: RunConfig, gpu: Gpu) -> Comput
 
 def _disk(plan: RunSetup, sizes: Sizes, config: RunConfig) -> Disk:
     prompt, source = prompt_bytes(plan), str(config.data.prompts)
-    present = source.startswith(BUILTIN) or Path(source).is_file()
+    present = source.startswith(BUILTIN_PREFIX) or Path(source).is_file()
     prompts = len(read_prompts(source, config.data.prompt_column)) if present else None
     saved = sum(sizes.roles.values()) + sizes.heads + sizes.ema + sum(sizes.optimizers.values())
     return Disk(

@@ -9,7 +9,7 @@ from stepdistill.errors import UserError
 
 UTILISATION = 0.4
 """Assumed share of the published rate that a training step reaches; runs of U-Nets are commonly between 0.3 and 0.5."""
-RUNTIME = 800_000_000
+RUNTIME_BYTES = 800_000_000
 """Assumed bytes of the CUDA context and the libraries' work spaces."""
 
 
@@ -47,7 +47,7 @@ GPUS = (
 )
 
 
-def gpu_named(name: str) -> Gpu:
+def find_gpu(name: str) -> Gpu:
     """Raises UserError where the card is not in the list."""
     known = {gpu.name: gpu for gpu in GPUS}
     found = known.get(name.lower().removeprefix("rtx").strip("- "))

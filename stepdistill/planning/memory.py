@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from stepdistill.config.schema import OptimizerConfig, RunConfig
-from stepdistill.planning.hardware import RUNTIME
-from stepdistill.planning.report import Memory, Parameters, Part
-from stepdistill.planning.trace import GRID, IMAGES, TEXT, Phase, companions, size_of
+from stepdistill.planning.hardware import RUNTIME_BYTES
+from stepdistill.planning.report import Memory, MemoryItem, Parameters
+from stepdistill.planning.trace import ENCODE_IMAGES, ENCODE_TEXT, SAMPLE_GRID, Phase, auxiliary_modules, tensor_bytes
 from stepdistill.roles.triple import REAL_SCORE
 from stepdistill.training.optimizers import is_matrix
 from stepdistill.training.session import EMA, Session
 
 NF4_BLOCK = 64
 """Weights that share one scale of a byte in int4."""
-MOMENT_BLOCK, MOMENT_LEAST = 256, 4096
+MOMENT_BLOCK, MOMENT_MIN_NUMEL = 256, 4096
 """bitsandbytes: numbers that share one float32 scale, and the size of the smallest tensor whose moments are in 8 bit."""
 VAE = "vae"
 
@@ -40,7 +40,7 @@ class Sizes:
     """
 
     base: int
-    unpacked: int
+    dequantized_layer: int
     roles: dict[str, int]
     heads: int
     ema: int
@@ -57,8 +57,8 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
     base = {key: value for key, value in triple.base.named_parameters() if ".lora_" not in key}
     linear = linear_weights(triple.base)
     kind = config.model.quantization
-    saved = sum(size_of([weight]) - quantized_size(weight, kind) for weight in linear)
-    others = companions(session.checkpoint)
+    saved = sum(tensor_bytes([weight]) - quantized_size(weight, kind) for weight in linear)
+    others = auxiliary_modules(session.checkpoint)
     roles = {role: triple.network_parameters(role) for role in triple.layouts if role != EMA}
     heads = [head for named in triple.heads.values() for head in named.values()]
     ema = triple.network_parameters(EMA) if EMA in triple.layouts else {}
@@ -82,17 +82,17 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
     parameters += [
         Parameters(name=name, count=_count(model.parameters()), trained=False) for name, model in triple.frozen.items()
     ]
-    buffers = size_of(buffer for buffer in triple.base.buffers())
+    buffers = tensor_bytes(buffer for buffer in triple.base.buffers())
     return Sizes(
-        base=size_of(base.values()) + buffers - saved,
-        unpacked=0 if kind == "none" else max(map(_bytes, linear), default=0),
-        roles={role: size_of(own.values()) for role, own in roles.items()},
-        heads=sum(size_of(head.parameters()) for head in heads),
-        ema=size_of(ema.values()),
+        base=tensor_bytes(base.values()) + buffers - saved,
+        dequantized_layer=0 if kind == "none" else max(map(_bytes, linear), default=0),
+        roles={role: tensor_bytes(own.values()) for role, own in roles.items()},
+        heads=sum(tensor_bytes(head.parameters()) for head in heads),
+        ema=tensor_bytes(ema.values()),
         optimizers=optimizers,
-        encoders=sum(size_of(part.parameters()) for name, part in others.items() if name != VAE),
-        models=sum(size_of(model.parameters()) for model in triple.frozen.values()),
-        vae=sum(size_of(part.parameters()) for name, part in others.items() if name == VAE),
+        encoders=sum(tensor_bytes(part.parameters()) for name, part in others.items() if name != VAE),
+        models=sum(tensor_bytes(model.parameters()) for model in triple.frozen.values()),
+        vae=sum(tensor_bytes(part.parameters()) for name, part in others.items() if name == VAE),
         parameters=tuple(item for item in parameters if item.count),
     )
 
@@ -102,32 +102,32 @@ def memory_of(sizes: Sizes, phases: Iterable[Phase], config: RunConfig, processe
     share = processes if config.training.sharding == "full" else 1
     offload, cache = config.training.offload, config.cache
     constant = {
-        "base": (sizes.base + share - 1) // share + sizes.unpacked,
+        "base": (sizes.base + share - 1) // share + sizes.dequantized_layer,
         **{f"{role} weights": -(-held // share) for role, held in sizes.roles.items()},
         "heads": sizes.heads,
         "ema": 0 if "ema" in offload else -(-sizes.ema // share),
         "text encoders": 0 if cache is not None and cache.text else sizes.encoders,
         "autoencoder": sizes.vae,
         "vision and reward models": sizes.models,
-        "runtime (assumed)": RUNTIME if config.training.device != "cpu" else 0,
+        "runtime (assumed)": RUNTIME_BYTES if config.training.device != "cpu" else 0,
     }
     moments = {f"{role} optimizer": -(-held // share) for role, held in sizes.optimizers.items()}
     resident = {name: 0 if "optimizer" in offload else held for name, held in moments.items()}
-    skipped = {TEXT} if cache is not None and cache.text else set()
-    skipped |= {IMAGES} if cache is not None and cache.latents else set()
-    dearest: dict[str, Phase] = {}
+    skipped = {ENCODE_TEXT} if cache is not None and cache.text else set()
+    skipped |= {ENCODE_IMAGES} if cache is not None and cache.latents else set()
+    largest_phases: dict[str, Phase] = {}
     for phase in phases:
-        if phase.name not in dearest or phase.transient > dearest[phase.name].transient:
-            dearest[phase.name] = phase
+        if phase.name not in largest_phases or phase.transient > largest_phases[phase.name].transient:
+            largest_phases[phase.name] = phase
     found: dict[str, dict[str, int]] = {}
-    for phase in dearest.values():
+    for phase in largest_phases.values():
         if phase.name in skipped:
             continue
         # a forward holds gradients where micro-batches came before it; what is no gradient is activation
         gradients = min(phase.gradients, phase.transient) if _has_gradients(phase, config) else 0
         extra = {"gradients": -(-gradients // share), "activations": phase.transient - gradients}
         found[phase.name] = {**constant, **resident, **extra}
-        if phase.name == GRID:  # the student is drawn there, wherever it lives otherwise
+        if phase.name == SAMPLE_GRID:  # the student is drawn there, wherever it lives otherwise
             found[phase.name]["ema"] = -(-sizes.ema // share)
         if phase.role and phase.name.endswith("backward"):
             own = f"{phase.role} optimizer"
@@ -136,8 +136,8 @@ def memory_of(sizes: Sizes, phases: Iterable[Phase], config: RunConfig, processe
     peaks = {name: sum(parts.values()) for name, parts in found.items()}
     highest = max(peaks, key=peaks.__getitem__)
     return Memory(
-        parts=tuple(Part(name=name, bytes=held) for name, held in found[highest].items() if held),
-        phases=tuple(Part(name=name, bytes=peak) for name, peak in peaks.items()),
+        parts=tuple(MemoryItem(name=name, bytes=held) for name, held in found[highest].items() if held),
+        phases=tuple(MemoryItem(name=name, bytes=peak) for name, peak in peaks.items()),
         peak=peaks[highest],
         peak_phase=highest,
         capacity=capacity,
@@ -160,7 +160,7 @@ def quantized_size(weight: Tensor, kind: str) -> int:
         return numbers + weight.shape[0] * weight.element_size()
     if kind == "int4" and numbers % NF4_BLOCK == 0:
         return numbers // 2 + numbers // NF4_BLOCK
-    return size_of([weight])
+    return tensor_bytes([weight])
 
 
 def optimizer_size(parameters: Iterable[Tensor], config: OptimizerConfig) -> int:
@@ -169,7 +169,7 @@ def optimizer_size(parameters: Iterable[Tensor], config: OptimizerConfig) -> int
         muon = config.kind == "muon"
         return sum(_bytes(p) if muon and is_matrix(p) else 2 * _bytes(p) + 4 for p in parameters)
     return sum(
-        2 * (p.numel() + 4 * -(-p.numel() // MOMENT_BLOCK)) if p.numel() >= MOMENT_LEAST else 8 * p.numel()
+        2 * (p.numel() + 4 * -(-p.numel() // MOMENT_BLOCK)) if p.numel() >= MOMENT_MIN_NUMEL else 8 * p.numel()
         for p in parameters
     )
 
@@ -179,7 +179,7 @@ def _has_gradients(phase: Phase, config: RunConfig) -> bool:
 
 
 def _bytes(tensor: Tensor) -> int:
-    return size_of([tensor])
+    return tensor_bytes([tensor])
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

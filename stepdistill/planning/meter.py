@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from stepdistill.planning.fake_tensors import Ghost, Memory, run
+from stepdistill.planning.fake_tensors import FakeCpuTensor, ShapeCache, run_operation
 
-HALF = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -54,34 +54,34 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
+        self.live_bytes = 0
         self.peak = 0
         self.flops = Flops()
-        self._shapes = Memory()
+        self._shapes = ShapeCache()
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def hold(self, tensors: Iterable[Tensor]) -> None:
+    def register(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that are alive already."""
         for tensor in tensors:
-            self._hold(tensor)
+            self._register(tensor)
 
-    def restart(self) -> None:
+    def reset_peak(self) -> None:
         """Forget the peak: from here on it is what lives now."""
-        self.peak = self.live
+        self.peak = self.live_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = run(func, args, kwargs or {}, self._shapes)
+        out = run_operation(func, args, kwargs or {}, self._shapes)
         if isinstance(out, Tensor):
-            self._hold(out)
+            self._register(out)
         elif isinstance(out, list | tuple):
-            self.hold(tensor for tensor in out if isinstance(tensor, Tensor))
+            self.register(tensor for tensor in out if isinstance(tensor, Tensor))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             done = float(count(*args, **(kwargs or {}), out_val=out))
-            self.flops += Flops(half=done) if args[0].dtype in HALF else Flops(full=done)
+            self.flops += Flops(half=done) if args[0].dtype in HALF_DTYPES else Flops(full=done)
         return out
 
-    def _hold(self, tensor: Tensor) -> None:
-        storage = (tensor.meta if type(tensor) is Ghost else tensor).untyped_storage()
+    def _register(self, tensor: Tensor) -> None:
+        storage = (tensor.meta if type(tensor) is FakeCpuTensor else tensor).untyped_storage()
         key = id(storage)
         if key in self._storages:
             return
@@ -89,14 +89,14 @@ class Meter(TorchDispatchMode):
 
         def release(_: object) -> None:
             del self._storages[key]
-            self.live -= size
+            self.live_bytes -= size
 
         self._storages[key] = weakref.ref(storage, release)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self.live_bytes += size
+        self.peak = max(self.peak, self.live_bytes)
 
 
-def normalise_in_float32(module: nn.Module) -> None:
+def upcast_norm_inputs(module: nn.Module) -> None:
     """Give normalisations float32 inputs under autocast, as CUDA does; the CPU, where ghosts are said to lie, does not.
 
     By hooks, which checkpointed segments meet again as they are recomputed.
@@ -105,7 +105,7 @@ def normalise_in_float32(module: nn.Module) -> None:
     def widened(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not torch.is_autocast_enabled("cpu"):
             return args
-        return tuple(a.float() if isinstance(a, Tensor) and a.dtype in HALF else a for a in args)
+        return tuple(a.float() if isinstance(a, Tensor) and a.dtype in HALF_DTYPES else a for a in args)
 
     for part in module.modules():
         if isinstance(part, nn.LayerNorm | nn.GroupNorm):

@@ -10,11 +10,11 @@ from stepdistill.config.schema import RunConfig
 from stepdistill.errors import UserError
 from stepdistill.planning.advice import advise
 from stepdistill.planning.forecast import Machine, Planner
-from stepdistill.planning.hardware import gpu_named
+from stepdistill.planning.formatting import forecast_lines
+from stepdistill.planning.hardware import find_gpu
 from stepdistill.planning.report import Forecast
-from stepdistill.planning.text import lines
 
-__all__ = ["Forecast", "lines", "plan"]
+__all__ = ["Forecast", "forecast_lines", "plan"]
 
 
 def plan(config: RunConfig, gpu: str = "h100", processes: int = 1, memory_gb: float | None = None) -> Forecast:
@@ -33,6 +33,6 @@ def plan(config: RunConfig, gpu: str = "h100", processes: int = 1, memory_gb: fl
         raise UserError(f"the run was planned for {processes} processes, and it takes one at least: give 1 or more")
     if memory_gb is not None and memory_gb <= 0:
         raise UserError(f"the memory to plan for is {memory_gb:g} GB, and a card has more than none: give its GB")
-    planner = Planner(Machine.of(gpu_named(gpu), processes, memory_gb))
+    planner = Planner(Machine.of(find_gpu(gpu), processes, memory_gb))
     forecast = planner.forecast(config)
     return forecast.model_copy(update={"advice": advise(planner, config, forecast)})

@@ -20,7 +20,7 @@ class Parameters(Settings):
     trained: bool
 
 
-class Part(Settings):
+class MemoryItem(Settings):
     """Bytes that one part of the run takes on one GPU."""
 
     name: str
@@ -38,8 +38,8 @@ class Memory(Settings):
         capacity: bytes that there are.
     """
 
-    parts: tuple[Part, ...]
-    phases: tuple[Part, ...]
+    parts: tuple[MemoryItem, ...]
+    phases: tuple[MemoryItem, ...]
     peak: int
     peak_phase: str
     capacity: int
@@ -112,7 +112,7 @@ class Advice(Settings):
     """One change, and the peak that the run has with it and all changes before it."""
 
     change: str
-    gain: int
+    saved_bytes: int
     peak: int
 
 

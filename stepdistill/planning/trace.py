@@ -16,15 +16,16 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.methods.base import Batch, Progress
-from stepdistill.planning.fake_tensors import Unknowable, hollow
-from stepdistill.planning.loop import CallCounter, Walk, run_micro_batch
-from stepdistill.planning.meter import Flops, Meter, normalise_in_float32
+from stepdistill.planning.fake_tensors import DataDependentOutputError, replace_meta_tensors
+from stepdistill.planning.meter import Flops, Meter, upcast_norm_inputs
+from stepdistill.planning.network_calls import CallCounter, CallStatistics, CountingHooks
 from stepdistill.roles.sampler import GuidedState
+from stepdistill.training.iteration import run_iteration
 from stepdistill.training.session import DTYPES, Session, assemble
 from stepdistill.training.setup import RunSetup
 
-TEXT, IMAGES, GRID = "encode text", "encode images", "draw grid"
-TIME = 500.0
+ENCODE_TEXT, ENCODE_IMAGES, SAMPLE_GRID = "encode text", "encode images", "draw grid"
+DUMMY_TIMESTEP = 500.0
 """Native time at which the grid's network is called; any will do."""
 
 
@@ -62,12 +63,12 @@ class Trace:
     cond: Conditioning
 
 
-def size_of(tensors: Iterable[Tensor]) -> int:
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, ghosts or not."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def companions(checkpoint: Checkpoint) -> dict[str, nn.Module]:
+def auxiliary_modules(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     """The checkpoint's networks beside the denoising one, by component: text encoders and autoencoder."""
     parts = checkpoint.pipeline.components if checkpoint.pipeline is not None else {}
     return {
@@ -75,14 +76,14 @@ def companions(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     }
 
 
-def outline(plan: RunSetup) -> Session:
+def build_on_meta(plan: RunSetup) -> Session:
     """The session that training would open, every weight on the meta device."""
-    checkpoint = plan.family.outline(plan.info, DTYPES[plan.config.model.dtype])
+    checkpoint = plan.family.build_on_meta(plan.info, DTYPES[plan.config.model.dtype])
     with torch.device("meta"):
         return assemble(plan, checkpoint, torch.device("meta"))
 
 
-def trace(session: Session, walk: Walk) -> Trace:
+def trace(session: Session, call_statistics: CallStatistics) -> Trace:
     """Run the iterations that `walk` chose, and draw a grid. An outlined session's weights become ghosts.
 
     A session with real weights is traced as well, at the price of the work itself: the tests hold the two together.
@@ -91,8 +92,8 @@ def trace(session: Session, walk: Walk) -> Trace:
         UserError: the method's course depends on what a network says, which a plan cannot know.
     """
     try:
-        return _Tracer(session).run(walk)
-    except Unknowable as error:
+        return _Tracer(session).run(call_statistics)
+    except DataDependentOutputError as error:
         raise UserError(
             f"the method {session.plan.config.method_name!r} lets a network's output decide what is computed ({error}), which "
             "cannot be planned: measure a short run of it instead"
@@ -112,29 +113,29 @@ class _Tracer:
             session.device = torch.device("cpu")
         triple = session.triple
         heads = (head for named in triple.heads.values() for head in named.values())
-        others = (*triple.frozen.values(), *companions(session.checkpoint).values())
+        others = (*triple.frozen.values(), *auxiliary_modules(session.checkpoint).values())
         for module in chain(
             [triple.base], triple.networks.values(), triple.guidance_conditioners.values(), heads, others
         ):
-            hollow(module)
+            replace_meta_tensors(module)
             if self.training.device != "cpu":
-                normalise_in_float32(module)
-            self.meter.hold(chain(module.parameters(), module.buffers()))
-        self.weights, self.before = self.meter.live, Flops()
+                upcast_norm_inputs(module)
+            self.meter.register(chain(module.parameters(), module.buffers()))
+        self.weights, self.before = self.meter.live_bytes, Flops()
 
-    def run(self, walk: Walk) -> Trace:
+    def run(self, call_statistics: CallStatistics) -> Trace:
         per_row = dict[tuple[str, bool], Flops]()
         batch = self._batch()
         with self.meter:
-            for progress in walk.dearest:
+            for progress in call_statistics.iterations_to_trace:
                 with CallCounter(self.session.triple, lambda: self.meter.flops) as counter:
                     self._micro_batch(batch, progress, counter)
                 # a derivative in forward mode is a dearer forward: the mean of both, which come in the run's own numbers
                 done, rows = defaultdict[tuple[str, bool], Flops](Flops), defaultdict[tuple[str, bool], float](float)
-                for call, work in counter.work.items():
-                    done[call.network, call.features] += work
+                for call, flops in counter.flops.items():
+                    done[call.network, call.features] += flops
                     rows[call.network, call.features] += counter.found[call].rows
-                per_row |= {key: work * (1 / rows[key]) for key, work in done.items()}
+                per_row |= {key: flops * (1 / rows[key]) for key, flops in done.items()}
         if self.session.checkpoint.pipeline is not None:
             self._grid(batch)
         return Trace(tuple(self.phases), per_row, batch.cond)
@@ -146,20 +147,20 @@ class _Tracer:
 
         def finish(role: str, piece: int, loss: Tensor) -> None:
             parameters = list(triple.parameters(role).values())
-            gradients = size_of(parameters)
+            gradients = tensor_bytes(parameters)
             accumulating = training.accumulation > 1 or piece > 0
             # the gradients of the micro-batches and pieces before are there all along
-            self._end(f"{role} forward", role, gradients, also=gradients if accumulating else 0)
+            self._record_phase(f"{role} forward", role, gradients, carried_gradients=gradients if accumulating else 0)
             if accumulating:
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
             loss.backward()
-            self._end(f"{role} backward", role, gradients)
+            self._record_phase(f"{role} backward", role, gradients)
             for parameter in parameters:
                 parameter.grad = None
-            self.meter.restart()
+            self.meter.reset_peak()
 
-        run_micro_batch(self.session.method, triple, batch, progress, draws, counter, finish)
+        run_iteration(self.session.method, triple, [(draws, batch)], progress, CountingHooks(counter, finish))
 
     # ---------------------------------------------------------------- data
 
@@ -169,7 +170,7 @@ class _Tracer:
         plan, checkpoint, rows = self.plan, self.session.checkpoint, self.training.batch_size
         needs = plan.needs
         sizes, prompts = [ImageSize.plain(*plan.setting.size)] * rows, [""] * rows
-        with self._watched(TEXT):
+        with self._measured_phase(ENCODE_TEXT):
             cond = plan.family.encode(checkpoint, prompts, sizes)
             null = plan.family.null(checkpoint, sizes, plan.config.model.negative_prompt)
             again = (
@@ -181,13 +182,13 @@ class _Tracer:
         batch = Batch(cond, null, prompts=tuple(prompts))
         if needs.images:
             images = torch.zeros(rows, 3, *plan.setting.size, device=self.session.device)
-            with self._watched(IMAGES):
+            with self._measured_phase(ENCODE_IMAGES):
                 encoded = plan.family.encode_images(checkpoint, images, latents).to(self.session.dtype)
             batch = replace(batch, images=encoded, image_cond=again, losers=encoded if needs.losers else None)
         if needs.pairs:
             batch = replace(batch, pair_noise=latents, pair_latents=latents, pair_cond=again)
         if needs.trajectories and again is not None:
-            t = torch.full((rows,), min(TIME, plan.setting.schedule.terminal_time), dtype=torch.float64)
+            t = torch.full((rows,), min(DUMMY_TIMESTEP, plan.setting.schedule.terminal_time), dtype=torch.float64)
             states = GuidedState(latents, t, latents, torch.zeros(rows, dtype=self.session.dtype))
             batch = replace(batch, states=states, states_cond=again.told(1.0))
         return batch
@@ -198,24 +199,24 @@ class _Tracer:
         session, plan = self.session, self.plan
         rows, guidance = [0] * self.training.grid_prompts, session.method.recipe().baked_guidance
         noise = torch.zeros(len(rows), *plan.setting.latent_shape, dtype=session.dtype, device=session.device)
-        with self._watched(GRID):
+        with self._measured_phase(SAMPLE_GRID):
             cond, null = batch.cond[rows], batch.null[rows]
-            time = min(TIME, plan.setting.schedule.terminal_time)
+            time = min(DUMMY_TIMESTEP, plan.setting.schedule.terminal_time)
             latents = session.triple.real_score.guided(noise, time, cond, null, guidance)
             plan.family.decode(session.checkpoint, latents[:1])
 
     # ---------------------------------------------------------------- the meter
 
     @contextmanager
-    def _watched(self, name: str) -> Iterator[None]:
-        self.meter.restart()
+    def _measured_phase(self, name: str) -> Iterator[None]:
+        self.meter.reset_peak()
         with self.meter:
             yield
-        self._end(name)
+        self._record_phase(name)
 
-    def _end(self, name: str, role: str = "", gradients: int = 0, also: int = 0) -> None:
+    def _record_phase(self, name: str, role: str = "", gradients: int = 0, carried_gradients: int = 0) -> None:
         meter = self.meter
-        transient = meter.peak - self.weights + also
+        transient = meter.peak - self.weights + carried_gradients
         self.phases.append(Phase(name, role, transient, gradients, meter.flops - self.before))
         self.before = meter.flops
-        meter.restart()
+        meter.reset_peak()

@@ -12,14 +12,15 @@ from torch import nn
 
 from stepdistill.errors import UserError
 from stepdistill.families.common.guidance_embedding import EmbeddingPlace, EmbeddingSettings, GuidanceEmbedding
-from stepdistill.roles.guidance_adapter import AdapterSettings, GuidanceAdapter, Told, read_guidance_adapter
+from stepdistill.roles.guidance_adapter import GuidanceAdapter, read_guidance_adapter
+from stepdistill.roles.guidance_modules import GuidanceAdapterSettings, GuidanceInputs
 
 GuidanceConditioner: TypeAlias = GuidanceAdapter | GuidanceEmbedding
-GuidanceConditionerSettings: TypeAlias = AdapterSettings | EmbeddingSettings
-Heard: TypeAlias = Mapping[GuidanceConditioner, Told | None]
+GuidanceConditionerSettings: TypeAlias = GuidanceAdapterSettings | EmbeddingSettings
+Heard: TypeAlias = Mapping[GuidanceConditioner, GuidanceInputs | None]
 
 
-def adapter_beside(network: nn.Module, settings: AdapterSettings, seed: int) -> GuidanceAdapter:
+def adapter_beside(network: nn.Module, settings: GuidanceAdapterSettings, seed: int) -> GuidanceAdapter:
     """Adapters that leave the network as it is until they are trained, attached to it; float32 or better, on its device.
 
     Raises:

@@ -22,7 +22,6 @@ from stepdistill.diffusion.draws import derive_seed
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.base import Family
 from stepdistill.roles.denoiser import Denoiser
-from stepdistill.roles.guidance_adapter import AdapterSettings
 from stepdistill.roles.guidance_conditioning import (
     GuidanceConditioner,
     GuidanceConditionerSettings,
@@ -31,6 +30,7 @@ from stepdistill.roles.guidance_conditioning import (
     read_guide,
     restore_guidance,
 )
+from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 from stepdistill.roles.lora import AdapterBank, LoraSettings
 from stepdistill.roles.state_check import check_fit
 from stepdistill.runtime.gradient_checkpointing import checkpointed
@@ -172,7 +172,7 @@ class Triple:
         self.copy_role(source, name)
 
     def _guide_of(self, network: nn.Module, settings: GuidanceConditionerSettings) -> GuidanceConditioner:
-        if isinstance(settings, AdapterSettings):
+        if isinstance(settings, GuidanceAdapterSettings):
             return adapter_beside(network, settings, derive_seed(self.seed, "guide"))
         return embedding_beside(network, settings, self.family.embedding_place(network))
 

@@ -24,8 +24,8 @@ from stepdistill.assets import resolve
 from stepdistill.config.reading import Settings
 from stepdistill.config.registry import load_family
 from stepdistill.config.schema import ModelConfig
-from stepdistill.data.latents.index import Fingerprint, Kind, StoredDtype
-from stepdistill.data.latents.tensors import ShardWriter, noise_for
+from stepdistill.data.latents.latent_shards import ShardWriter, noise_for
+from stepdistill.data.latents.shard_index import CollectionKind, Fingerprint, StoredDtype
 from stepdistill.data.latents.trajectories import TrajectoryWriter
 from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.diffusion.draws import Draws, derive_seed, generator
@@ -34,7 +34,7 @@ from stepdistill.diffusion.timesteps import trailing_timesteps
 from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.conditioning import ImageSize
-from stepdistill.files.outputs import check_place
+from stepdistill.files.outputs import check_folder_is_writable
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.guidance_conditioning import read_guide
 from stepdistill.roles.sampler import guided_trajectory, teacher_sample
@@ -69,14 +69,14 @@ class CollectConfig(Settings):
     device: str | None = None
 
 
-def collect(kind: Kind, config: CollectConfig, output: str | Path, resume: bool = False) -> int:
+def collect(kind: CollectionKind, config: CollectConfig, output: str | Path, resume: bool = False) -> int:
     """Draw latents into a folder; returns how many it holds.
 
     Raises:
         UserError: a non-empty folder without `resume`, pairs of a student, or data made by another config.
     """
     folder, place = Path(output), place_of(config.device)
-    check_place(folder)
+    check_folder_is_writable(folder)
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise UserError(
             f"the output folder {str(folder)!r} is not empty: add --resume to go on with it, or choose another"
@@ -120,7 +120,7 @@ def _collect_trajectories(config: CollectConfig, folder: Path, place: torch.devi
         done = _completed(writer)
         for rows in _drawn(config, prompts, done, "trajectory", lambda texts, seeds: teacher.walks(texts, seeds, keep)):
             if writer is not None:
-                writer.write_walks(rows)
+                writer.write_trajectories(rows)
     return max(done, config.count)
 
 

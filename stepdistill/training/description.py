@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stepdistill.methods.base import Stage
-from stepdistill.roles.guidance_adapter import AdapterSettings
+from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 from stepdistill.roles.triple import RoleLayout
 from stepdistill.training.options import describe_options
 from stepdistill.training.session import Session
@@ -68,7 +68,7 @@ def _stages(stages: Sequence[Stage], last: int) -> str:
 
 def _held(layout: RoleLayout) -> str:
     guide = layout.guide
-    if isinstance(guide, AdapterSettings):
+    if isinstance(guide, GuidanceAdapterSettings):
         return f"guidance adapters ({guide.kind}, width {guide.width}, w in [{guide.w_low:g}, {guide.w_high:g}])"
     lora = layout.lora
     held = "full network" if lora is None else f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +16,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from stepdistill.config.schema import ModelConfig, RunConfig, load_config
 from stepdistill.errors import UserError
-from stepdistill.files.outputs import check_place
+from stepdistill.files.locks import locked_folder
+from stepdistill.files.outputs import check_folder_is_writable
 from stepdistill.training.description import describe
 from stepdistill.training.distributed import Processes, check_launcher
 from stepdistill.training.evaluation_hook import EvaluationHook
@@ -85,6 +88,17 @@ def train(
         UserError: anything that cannot work, before any weight is loaded.
     """
     folder = Path(output or config.output)
+    # the other processes of a run share the lock of its first
+    with locked_folder(folder, "training") if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _train(config, folder, resume, watcher)
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    resume: str | None,
+    watcher: Callable[[Session, Path], EvaluationHook] | None,
+) -> Outcome:
     config = config.model_copy(update={"output": str(folder)})  # what is written there must say where it belongs
     check_launcher(config.training)
     device_of(config.training.device)
@@ -123,8 +137,8 @@ def train(
         accelerator.init_trackers("stepdistill", config=_flat(config.model_dump(mode="json")))
     with products(config.training.tf32):
         finished = trainer.run()
-    if plan.images is not None and plan.images.bad:
-        logger.warning("%d unreadable images were replaced: %s", len(plan.images.bad), ", ".join(plan.images.bad[:10]))
+    if plan.images is not None and (unreadable := plan.images.unreadable_names):
+        logger.warning("%d unreadable images were replaced: %s", len(unreadable), ", ".join(unreadable[:10]))
     return Outcome(folder, finished, trainer.counters.iteration, processes.main)
 
 
@@ -214,7 +228,7 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
 
 def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
     """Refuse to mix two runs in one folder."""
-    check_place(folder)
+    check_folder_is_writable(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
     if resume is None:

@@ -11,12 +11,12 @@ from stepdistill.assets import resolve
 from stepdistill.config.reading import Settings, parse
 from stepdistill.config.registry import load_family, load_method
 from stepdistill.config.schema import RoleConfig, RunConfig
-from stepdistill.data.images.buckets import Buckets, sort_images
+from stepdistill.data.images.buckets import Buckets, assign_buckets
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.opening import open_images
-from stepdistill.data.images.ranked import RankedImages, open_ranked
+from stepdistill.data.images.preference_pairs import PreferencePairs, open_preference_pairs
 from stepdistill.data.images.source import ImageSource
-from stepdistill.data.latents.tensors import TensorFolder
+from stepdistill.data.latents.latent_shards import TensorFolder
 from stepdistill.data.latents.trajectories import TrajectoryFolder
 from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.errors import UserError
@@ -24,7 +24,7 @@ from stepdistill.families.base import CheckpointInfo, Family
 from stepdistill.families.checkpoints.loading import inspect_checkpoint
 from stepdistill.families.common.guidance_embedding import EmbeddingSettings
 from stepdistill.methods.base import Method, Needs, Problem, RoleKind
-from stepdistill.roles.guidance_adapter import AdapterSettings
+from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 from stepdistill.roles.lora import LoraSettings
 from stepdistill.roles.triple import RoleLayout
 from stepdistill.training.inputs.collected import check_pairs, check_trajectories
@@ -95,7 +95,7 @@ def prepare(config: RunConfig, *, images: bool = True) -> RunSetup:
     if images and needs.images and data.images is not None:
         source = open_images(data, size, config.training.seed)
         if needs.losers:
-            source = open_ranked(data, source)
+            source = open_preference_pairs(data, source)
         _check_cache(config, source)
     if images and needs.pairs and data.pairs is not None:
         pairs = TensorFolder(data.pairs)
@@ -165,7 +165,9 @@ def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | No
     if config.mode == "adapter":
         low, high = told or (1.0, 1.0)
         try:
-            guide = AdapterSettings(config.kind, config.width, config.shared, low, high, config.heads, config.rising)
+            guide = GuidanceAdapterSettings(
+                config.kind, config.width, config.shared, low, high, config.heads, config.rising
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
         return RoleLayout("adapter", guide=guide)
@@ -213,7 +215,7 @@ def _buckets(
             "data.buckets needs the sizes of all images before the first is read, which a stream cannot tell: "
             "set data.streaming to false, or remove data.buckets"
         )
-    return sort_images(images, sizes, config.data.workers)
+    return assign_buckets(images, sizes, config.data.workers)
 
 
 def _check_cache(config: RunConfig, images: ImageSource) -> None:
@@ -225,7 +227,7 @@ def _check_cache(config: RunConfig, images: ImageSource) -> None:
             "a cache encodes all images and captions before the first is needed, and a stream cannot tell which they are: set "
             "data.streaming to false, or remove the cache section"
         )
-    if cache.latents and isinstance(images, RankedImages):
+    if cache.latents and isinstance(images, PreferencePairs):
         raise UserError(
             "cache.latents keeps the images of data.images and data.losers would have no place there: set cache.latents to false"
         )

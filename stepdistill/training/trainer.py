@@ -13,16 +13,17 @@ from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import UserError
-from stepdistill.methods.base import STUDENT, Batch, Progress, Rollout, Stage
+from stepdistill.methods.base import STUDENT, Batch, Progress, Stage, Terms
 from stepdistill.roles.triple import GENERATOR
 from stepdistill.training.distributed import Processes
 from stepdistill.training.evaluation_hook import EvaluationHook
 from stepdistill.training.inputs.batches import BatchSource, sample_numbers
+from stepdistill.training.iteration import IterationHooks, run_iteration
 from stepdistill.training.monitoring.monitor import Monitor
 from stepdistill.training.monitoring.tracking import Tracker
 from stepdistill.training.optimizers import RoleOptimizer
 from stepdistill.training.run_folder import checkpoints
-from stepdistill.training.run_folder.checkpoints import Counters, Facts
+from stepdistill.training.run_folder.checkpoints import Counters, Facts, NonFiniteError
 from stepdistill.training.run_folder.environment import Environment
 from stepdistill.training.run_folder.logs import CONFIG, cut_back, write_config
 from stepdistill.training.run_folder.tensor_store import KEPT, RunTensorStore
@@ -31,6 +32,43 @@ from stepdistill.training.stopping import graceful
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
+
+
+class RoleUpdates(IterationHooks):
+    """Differentiates the losses of an iteration, updates the roles, and gathers what is logged.
+
+    Attributes:
+        values: named values to log, means over this process's samples.
+    """
+
+    def __init__(self, trainer: Trainer, progress: Progress, micro_batches: int) -> None:
+        self.values: dict[str, Tensor] = {}
+        self._trainer, self._progress, self._count = trainer, progress, micro_batches
+        self._parts: dict[str, Tensor] = {}
+        self._statistics: dict[str, Tensor] = {}
+
+    def begin_role(self, role: str) -> None:
+        self._trainer.optimizers[role].zero_grad()
+        self._parts, self._statistics = {}, {}
+
+    def on_terms(self, role: str, piece: int, terms: Terms) -> None:
+        (terms.total / self._count).backward()
+        self._add(self._parts, {"loss": terms.total, **terms.parts})
+        self._add(self._statistics, terms.statistics)
+
+    def end_role(self, role: str) -> None:
+        trainer = self._trainer
+        self.values |= {f"{role}/{key}": value for key, value in self._parts.items()}
+        logged, stepped = trainer.update(role)
+        self.values |= logged
+        if stepped:
+            with torch.no_grad():
+                means = trainer.processes.mean(self._statistics)
+                trainer.method.after_update(role, means, trainer.triple, self._progress)
+
+    def _add(self, sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+        for key, value in more.items():
+            sums[key] = sums.get(key, torch.zeros_like(value)) + value.detach() / self._count
 
 
 class Trainer:
@@ -109,6 +147,8 @@ class Trainer:
                     f"(see above), and the newest one there is of iteration {saved}: make room and resume with --resume latest"
                 )
             finished = self.counters.iteration >= config.max_steps
+            if finished:
+                self._check_updates()
             if finished and not monitor.draws(config.max_steps):
                 monitor.draw(config.max_steps)
         tracker.close()
@@ -133,73 +173,65 @@ class Trainer:
         return iteration if self.save() else 0
 
     def iteration(self, micro_batches: Sequence[tuple[Sequence[int], Batch]]) -> dict[str, Tensor]:
-        """One iteration: every role that is due, in the method's order, on rollouts made before the first update.
+        """Runs one iteration and updates every role that is due.
 
         Gradients are the mean over the global batch, whatever its division into micro-batches and processes.
         Returns the named values to log, of this process's samples.
         """
-        progress = self._progress()
-        values: dict[str, Tensor] = {}
-        rollouts: list[Rollout] = []
-        for order, role in enumerate(self.method.updates(progress)):
-            optimizer = self.optimizers[role]
-            optimizer.zero_grad()
-            parts: dict[str, Tensor] = {}
-            statistics: dict[str, Tensor] = {}
-            for micro, (samples, batch) in enumerate(micro_batches):
-                draws = Draws(
-                    self.config.seed, progress.iteration, role, samples, self.session.device, self.session.dtype
-                )
-                with self.triple.training(role):
-                    rollout = (
-                        self.method.rollout(batch, self.triple, progress, draws) if order == 0 else rollouts[micro]
-                    )
-                    for terms in self.method.pieces(role, rollout, self.triple, progress, draws):
-                        (terms.total / len(micro_batches)).backward()
-                        _accumulate(parts, {"loss": terms.total.detach(), **terms.parts}, len(micro_batches))
-                        _accumulate(statistics, terms.statistics, len(micro_batches))
-                if order == 0:
-                    rollouts.append(rollout.detach())
-            values |= {f"{role}/{key}": value for key, value in parts.items()}
-            skipped = self.counters.skipped
-            values |= self._update(role, optimizer)
-            if self.counters.skipped == skipped:
-                with torch.no_grad():
-                    self.method.after_update(role, self.processes.mean(statistics), self.triple, progress)
+        progress, session = self._progress(), self.session
+        drawn = [
+            (Draws(self.config.seed, progress.iteration, "", samples, session.device, session.dtype), batch)
+            for samples, batch in micro_batches
+        ]
+        updates = RoleUpdates(self, progress, len(micro_batches))
+        run_iteration(self.method, self.triple, drawn, progress, updates)
         self.counters.iteration += 1
-        return values
+        return updates.values
 
-    def _update(self, role: str, optimizer: RoleOptimizer) -> dict[str, Tensor]:
-        """Reduce, clip, step; a non-finite gradient skips the step on all processes alike."""
+    def update(self, role: str) -> tuple[dict[str, Tensor], bool]:
+        """Reduces a role's gradients, clips them and steps; a non-finite gradient skips the step on all processes alike.
+
+        Returns the values to log, and whether the step was made.
+
+        Raises:
+            UserError: `training.max_bad_steps` steps of this role in a row had non-finite gradients.
+        """
+        optimizer, counters = self.optimizers[role], self.counters
         self.processes.reduce_gradients(optimizer.parameters.values())
         norm = optimizer.clip()
         limit = optimizer.config.clip
         clipped = norm.new_tensor(float(bool(limit) and bool(norm > limit)))
-        update = self.counters.updates[role]
+        logged = {f"{role}/grad_norm": norm, f"{role}/clipped": clipped}
         if not bool(torch.isfinite(norm)):
-            self.counters.skipped += 1
-            self.counters.bad_in_row += 1
-            logger.warning(
-                "iteration %d: the gradient of %s is not finite, step skipped", self.counters.iteration, role
-            )
+            counters.skip(role)
+            logger.warning("iteration %d: the gradient of %s is not finite, step skipped", counters.iteration, role)
             optimizer.zero_grad()
-            if self.counters.bad_in_row >= self.config.max_bad_steps:
+            if max(counters.bad_in_row, counters.bad_in_row_of[role]) >= self.config.max_bad_steps:
                 raise UserError(
-                    f"{self.counters.bad_in_row} steps in a row had non-finite gradients, the last of role {role!r} at iteration "
-                    f"{self.counters.iteration}: resume from the last checkpoint with a lower learning rate or model.dtype bfloat16"
+                    f"{self.config.max_bad_steps} steps in a row had non-finite gradients, the last of role {role!r} at iteration "
+                    f"{counters.iteration}: resume from the last checkpoint with a lower learning rate or model.dtype bfloat16"
                 )
-            return {f"{role}/grad_norm": norm, f"{role}/clipped": clipped}
-        self.counters.bad_in_row = 0
+            return logged, False
+        update = counters.updates[role]
         lr = optimizer.step(update)
         optimizer.zero_grad()
-        self.counters.updates[role] = update + 1
+        counters.step(role)
         if role == GENERATOR and self.config.ema > 0:
             self.triple.lerp_role(EMA, GENERATOR, 1 - self.config.ema)
-        return {
-            f"{role}/grad_norm": norm,
-            f"{role}/clipped": clipped,
-            f"{role}/lr": torch.tensor(lr, dtype=torch.float64),
-        }
+        return {**logged, f"{role}/lr": torch.tensor(lr, dtype=torch.float64)}, True
+
+    def _check_updates(self) -> None:
+        """Refuses to end a stage in which a role was due and no step of it was made.
+
+        Raises:
+            UserError: all steps of a role in this stage were skipped.
+        """
+        for role, skipped in self.counters.skipped_of.items():
+            if skipped and self.counters.updates.get(role) == 0:
+                raise UserError(
+                    f"the {role} was never updated: all {skipped} of its steps in this stage had non-finite gradients, so there is "
+                    "nothing to export; lower method.guidance or the learning rates, or use model.dtype bfloat16, and start anew"
+                )
 
     # ---------------------------------------------------------------- stages
 
@@ -221,6 +253,7 @@ class Trainer:
         for index, (first, stage) in enumerate(self._boundaries()):
             begins = index > self.counters.stage or self.counters.iteration == 0
             if begins and self.counters.iteration >= first:
+                self._check_updates()
                 self.counters.stage = self.session.stage = index
                 for source, target in stage.copies:
                     self.triple.copy_role(self.session.student if source == STUDENT else source, target)
@@ -228,7 +261,7 @@ class Trainer:
                     self.triple.reset_role(role)
                 if EMA in self.triple.layouts and GENERATOR in {*stage.reset, *(t for _, t in stage.copies)}:
                     self.triple.copy_role(GENERATOR, EMA)
-                self.counters.updates = {role: 0 for role in self.counters.updates}
+                self.counters.begin_stage()
                 self.optimizers = self._optimizers()
                 self.latest = {}
 
@@ -248,8 +281,11 @@ class Trainer:
         """Write a checkpoint of everything that the next iteration depends on; every process must call this.
 
         False, on all of them, where the disk refuses it; what was there before is untouched then.
+
+        Raises:
+            UserError: a weight, a moment or another tensor of the state is not finite; nothing is written then.
         """
-        failed = False
+        failed, broken = False, ""
         groups = self._groups()
         if self.processes.main:
             counters = replace(self.counters, updates=dict(self.counters.updates))
@@ -258,11 +294,18 @@ class Trainer:
                 if not (self.folder / CONFIG).is_file():  # somebody deleted the folder: make it a run again
                     write_config(self.folder, self.session.plan.config)
                 checkpoints.write(self.folder / CHECKPOINTS, facts, groups, self.config.keep)
+            except NonFiniteError as error:
+                broken = str(error)
             except OSError as error:
                 failed = True
                 logger.error("the checkpoint of iteration %d could not be written (%s)", self.counters.iteration, error)
         for _ in groups:  # the shards that were not asked for: putting one together takes all processes
             pass
+        if self.processes.any(bool(broken)):
+            raise UserError(
+                f"the weights of iteration {self.counters.iteration} are not finite ({broken or 'found by the main process'}), so they "
+                "were not saved: resume from the last checkpoint with lower learning rates, or with model.dtype bfloat16"
+            )
         return not self.processes.any(failed)
 
     def _groups(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
@@ -273,7 +316,7 @@ class Trainer:
         for role, optimizer in self.optimizers.items():
             yield f"optimizer.{role}", whole(optimizer.state_dict())
         yield "method", whole(self.method.state_dict())
-        yield "log", {key: torch.tensor(value, dtype=torch.float64) for key, value in self.latest.items()}
+        yield checkpoints.LOG, {key: torch.tensor(value, dtype=torch.float64) for key, value in self.latest.items()}
         yield "rng", self._global_rng()
 
     def load(self, path: Path) -> None:
@@ -306,7 +349,7 @@ class Trainer:
         for role, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved.tensors[f"optimizer.{role}"])
         self.method.load_state_dict(saved.tensors["method"])
-        self.latest = {key: float(value) for key, value in saved.tensors.get("log", {}).items()}
+        self.latest = {key: float(value) for key, value in saved.tensors.get(checkpoints.LOG, {}).items()}
         self._set_global_rng(saved.tensors["rng"])
         found = [int(other) for other in self.processes.gather(torch.tensor([self.counters.iteration]))]
         if len(set(found)) > 1:
@@ -350,8 +393,3 @@ class Trainer:
                 except OSError as error:
                     logger.error("the best checkpoint so far could not be kept (%s)", error)
         return saved, seen.enough
-
-
-def _accumulate(parts: dict[str, Tensor], more: Mapping[str, Tensor], count: int) -> None:
-    for key, value in more.items():
-        parts[key] = parts.get(key, torch.zeros_like(value)) + value.detach() / count

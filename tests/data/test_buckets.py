@@ -16,11 +16,18 @@ from support.image_runs import resumes_exactly, run_config
 from support.image_sources import data, encoded, picture, same
 from support.tiny_checkpoints import refusal
 
-from stepdistill.data.images.buckets import CHUNK, BucketOrder, BucketSamples, Place, nearest_bucket, sort_images
+from stepdistill.data.images.buckets import (
+    CHUNK,
+    BucketOrder,
+    BucketPosition,
+    BucketSamples,
+    assign_buckets,
+    nearest_bucket,
+)
 from stepdistill.data.images.folder import ImageFolder
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.opening import open_images
-from stepdistill.data.images.source import header_size
+from stepdistill.data.images.source import read_image_size
 from stepdistill.methods.base import Batch
 from stepdistill.roles.heads import FeatureHead
 from stepdistill.training.description import describe
@@ -64,13 +71,13 @@ def test_images_are_sorted_by_their_headers(photos: Path, monkeypatch: pytest.Mo
     picture(0, 20, 31).save(photos / "turned.png", exif=exif)
     (photos / "broken.png").write_bytes(encoded(0)[:20])
     folder = ImageFolder(photos, (16, 16), max_bad_share=0.1)
-    buckets = sort_images(folder, SIZES, workers=3)
+    buckets = assign_buckets(folder, SIZES, workers=3)
     named = [{folder.names[index].rstrip("0123456789.png") for index in found} for found in buckets.members]
     assert named == [{"square"}, {"wide"}, {"tall", "turned"}]
     assert buckets.weights == (5, 3, 3)
-    assert folder.bad == ("broken.png",)
+    assert folder.unreadable_names == ("broken.png",)
     refusal(
-        lambda: sort_images(ImageFolder(photos, (16, 16), max_bad_share=0.05), SIZES), "1 of 12 images", "broken.png"
+        lambda: assign_buckets(ImageFolder(photos, (16, 16), max_bad_share=0.05), SIZES), "1 of 12 images", "broken.png"
     )
 
 
@@ -81,8 +88,8 @@ def test_header_sizes_are_those_of_the_upright_picture(kind: str) -> None:
         exif[0x0112] = orientation
         buffer = io.BytesIO()
         picture(0, 20, 31).save(buffer, kind, exif=exif)
-        assert header_size(io.BytesIO(buffer.getvalue())) == wanted
-    assert header_size(io.BytesIO(encoded(0, broken=True))) == (20, 30)
+        assert read_image_size(io.BytesIO(buffer.getvalue())) == wanted
+    assert read_image_size(io.BytesIO(encoded(0, broken=True))) == (20, 30)
 
 
 def test_the_place_of_a_sample() -> None:
@@ -91,7 +98,7 @@ def test_the_place_of_a_sample() -> None:
     for iteration in range(60):
         bucket = order.bucket(iteration)
         for slot in range(4):
-            assert order.place(4 * iteration + slot) == Place(bucket, seen[bucket])
+            assert order.place(4 * iteration + slot) == BucketPosition(bucket, seen[bucket])
             seen[bucket] += 1
     assert seen[2] == 0
     assert min(seen[0], seen[1], seen[3]) > 0
@@ -119,7 +126,7 @@ def test_the_order_needs_no_state() -> None:
 def samples_of(photos: Path, per_iteration: int) -> BucketSamples:
     source = open_images(data(photos, crop="random", flip=True), (16, 16), seed=0)
     assert isinstance(source, IndexedImages)
-    buckets = sort_images(source, SIZES)
+    buckets = assign_buckets(source, SIZES)
     return BucketSamples(source, buckets, BucketOrder(buckets.weights, 0, per_iteration), 0)
 
 
@@ -143,11 +150,11 @@ def test_an_iteration_is_of_one_bucket_and_a_bucket_shows_all_of_its_images(phot
 def test_an_unreadable_image_is_replaced_within_its_bucket(photos: Path) -> None:
     (photos / "tall1.png").write_bytes(encoded(1, 41, 20, broken=True))
     source = ImageFolder(photos, (16, 16), max_bad_share=0.1)
-    buckets = sort_images(source, SIZES)
+    buckets = assign_buckets(source, SIZES)
     assert buckets.weights == (5, 3, 2)  # its header is whole
     samples = BucketSamples(source, buckets, BucketOrder((0, 0, 2), 0, 2), 0)
     assert [samples[number].name for number in range(4)] == ["tall0.png"] * 4
-    assert source.bad == ("tall1.png",)
+    assert source.unreadable_names == ("tall1.png",)
 
 
 def gathered(model: Path, photos: Path, batch: int, accumulation: int, processes: int = 1) -> list[dict[str, Any]]:
@@ -199,7 +206,7 @@ def test_buckets_of_tar_shards(photos: Path, tmp_path: Path) -> None:
             tar.add(path, path.name)
     source = open_images(data(tmp_path / "a.tar"), (16, 16), seed=0)
     assert isinstance(source, IndexedImages)
-    assert sort_images(source, SIZES, workers=2).weights == (5, 3, 2)
+    assert assign_buckets(source, SIZES, workers=2).weights == (5, 3, 2)
 
 
 def test_a_run_on_prompts_alone_takes_buckets_alike(tiny: Callable[..., Path], tmp_path: Path) -> None:

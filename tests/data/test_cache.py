@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepdistill.data.latents import cache
-from stepdistill.data.latents.cache import (
+from stepdistill.data.latents import encoding_cache as cache
+from stepdistill.data.latents.encoding_cache import (
     EncoderIdentity,
-    EntryFolder,
-    EntryWriter,
+    EncodingCache,
+    EncodingCacheWriter,
     FileHashes,
     image_key,
     null_key,
@@ -36,27 +36,27 @@ def value(number: int) -> dict[str, torch.Tensor]:
     return {"text": torch.full((2, 3), float(number), dtype=torch.bfloat16), "crop": torch.tensor([number])}
 
 
-def filled(root: Path, count: int) -> EntryFolder:
-    entries = EntryFolder(root, IDENTITY)
-    with EntryWriter(entries) as writer:
+def filled(root: Path, count: int) -> EncodingCache:
+    entries = EncodingCache(root, IDENTITY)
+    with EncodingCacheWriter(entries) as writer:
         for number in range(count):
             writer.add(text_key(str(number)), value(number))
     return entries
 
 
-def holds(entries: EntryFolder, number: int) -> bool:
+def holds(entries: EncodingCache, number: int) -> bool:
     found = entries[text_key(str(number))]
     return found.keys() == value(number).keys() and all(torch.equal(found[k], v) for k, v in value(number).items())
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "SHARD", 2)
+    monkeypatch.setattr(cache, "ENTRIES_PER_SHARD", 2)
 
 
 def test_entries_come_back_as_they_were(tmp_path: Path) -> None:
     filled(tmp_path, 5)
-    entries = EntryFolder(tmp_path, IDENTITY)
+    entries = EncodingCache(tmp_path, IDENTITY)
     assert len(entries) == 5
     assert len(entries.shards) == 3
     assert all(holds(entries, number) for number in range(5))
@@ -77,25 +77,25 @@ def test_what_is_done_to_an_entry_stays_with_it(tmp_path: Path) -> None:
 
 def test_a_second_writer_adds(tmp_path: Path) -> None:
     filled(tmp_path, 3)
-    entries = EntryFolder(tmp_path, IDENTITY)
-    with EntryWriter(entries) as writer:
+    entries = EncodingCache(tmp_path, IDENTITY)
+    with EncodingCacheWriter(entries) as writer:
         writer.add(text_key("3"), value(3))
-    assert all(holds(EntryFolder(tmp_path, IDENTITY), number) for number in range(4))
+    assert all(holds(EncodingCache(tmp_path, IDENTITY), number) for number in range(4))
 
 
 def test_encoders_do_not_meet(tmp_path: Path) -> None:
     filled(tmp_path, 3)
     other = EncoderIdentity("text", "sd", "float32", {**IDENTITY.files, "tokenizer/vocab.json": "ef"})
-    entries = EntryFolder(tmp_path, other)
+    entries = EncodingCache(tmp_path, other)
     assert len(entries) == 0
-    assert entries.predecessor() == IDENTITY
+    assert entries.previous_identity() == IDENTITY
     assert other.difference(IDENTITY) == "dtype is float32 and was bfloat16, tokenizer/vocab.json changed"
     assert IDENTITY.difference(IDENTITY) == ""
 
 
 def test_keys_tell_apart() -> None:
     keys = {text_key(""), null_key(""), text_key("a"), null_key("a")}
-    keys |= {image_key("ab", size, mirrored) for size in ((8, 16), (16, 8)) for mirrored in (False, True)}
+    keys |= {image_key("ab", size, flipped) for size in ((8, 16), (16, 8)) for flipped in (False, True)}
     assert len(keys) == 8
 
 
@@ -104,10 +104,10 @@ def test_a_killed_writer_loses_its_last_shard_only(tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from stepdistill.data.latents import cache
+from stepdistill.data.latents import encoding_cache as cache
 from data.test_cache import IDENTITY, value
-cache.SHARD = 2
-writer = cache.EntryWriter(cache.EntryFolder(Path({str(tmp_path)!r}), IDENTITY)).__enter__()
+cache.ENTRIES_PER_SHARD = 2
+writer = cache.EncodingCacheWriter(cache.EncodingCache(Path({str(tmp_path)!r}), IDENTITY)).__enter__()
 for number in range(5):
     writer.add(cache.text_key(str(number)), value(number))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -115,14 +115,14 @@ os.kill(os.getpid(), signal.SIGKILL)
     here = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == -signal.SIGKILL
-    entries = EntryFolder(tmp_path, IDENTITY)
+    entries = EncodingCache(tmp_path, IDENTITY)
     assert len(entries) == 4
     # what a kill between a shard and its index, or in the middle of a write, leaves behind
     (entries.path / "shard-00002.safetensors").write_bytes(b"not in the index")
     (entries.path / "shard-00002.safetensors.tmp").write_bytes(b"half")
-    with EntryWriter(entries) as writer:
+    with EncodingCacheWriter(entries) as writer:
         writer.add(text_key("4"), value(4))
-    again = EntryFolder(tmp_path, IDENTITY)
+    again = EncodingCache(tmp_path, IDENTITY)
     assert all(holds(again, number) for number in range(5))
     assert not list(again.path.glob("*.tmp"))
 
@@ -134,43 +134,43 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path, damage: str, caplog: pytes
     broken = {"cut": content[:-1], "longer": content + b"x", "header": b"\xff" * 8 + content[8:]}
     shard.unlink() if damage == "gone" else shard.write_bytes(broken[damage])
     with caplog.at_level(logging.WARNING):
-        entries = EntryFolder(tmp_path, IDENTITY)
+        entries = EncodingCache(tmp_path, IDENTITY)
     assert "shard-00001" in caplog.text
     assert [text_key(str(number)) in entries for number in range(5)] == [True, True, False, False, True]
-    with EntryWriter(entries) as writer:
+    with EncodingCacheWriter(entries) as writer:
         for number in (2, 3):
             writer.add(text_key(str(number)), value(number))
-    assert all(holds(EntryFolder(tmp_path, IDENTITY), number) for number in range(5))
+    assert all(holds(EncodingCache(tmp_path, IDENTITY), number) for number in range(5))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1, "identity": 3, "shards": {"../x": 1}}'])
 def test_a_damaged_index_is_an_empty_cache(tmp_path: Path, content: str) -> None:
     entries = filled(tmp_path, 3)
     (entries.path / "index.json").write_text(content)
-    assert len(EntryFolder(tmp_path, IDENTITY)) == 0
+    assert len(EncodingCache(tmp_path, IDENTITY)) == 0
     assert all(holds(filled(tmp_path, 3), number) for number in range(3))
-    assert len(EntryFolder(tmp_path, IDENTITY)) == 3
+    assert len(EncodingCache(tmp_path, IDENTITY)) == 3
 
 
 def test_an_error_keeps_what_was_encoded(tmp_path: Path) -> None:
-    entries = EntryFolder(tmp_path, IDENTITY)
+    entries = EncodingCache(tmp_path, IDENTITY)
 
     def interrupted() -> None:
-        with EntryWriter(entries) as writer:
+        with EncodingCacheWriter(entries) as writer:
             writer.add(text_key("0"), value(0))
             raise KeyError
 
     with pytest.raises(KeyError):
         interrupted()
-    assert holds(EntryFolder(tmp_path, IDENTITY), 0)
+    assert holds(EncodingCache(tmp_path, IDENTITY), 0)
 
 
 def test_writers_take_turns(tmp_path: Path) -> None:
-    first, second = EntryFolder(tmp_path, IDENTITY), EntryFolder(tmp_path, IDENTITY)
-    with EntryWriter(first) as writer:
+    first, second = EncodingCache(tmp_path, IDENTITY), EncodingCache(tmp_path, IDENTITY)
+    with EncodingCacheWriter(first) as writer:
         writer.add(text_key("0"), value(0))
     assert text_key("0") not in second
-    with EntryWriter(second):
+    with EncodingCacheWriter(second):
         assert text_key("0") in second
 
 
@@ -187,7 +187,7 @@ def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def now() -> str:
         hashes = FileHashes(tmp_path / "cache")
-        found = hashes.of(file)
+        found = hashes.hash_of(file)
         hashes.save()
         return found
 
@@ -200,7 +200,7 @@ def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert now() == file_hash(file)
     assert len(hashed) == 3
     with pytest.raises(OSError):
-        FileHashes(tmp_path).of(tmp_path / "none")
+        FileHashes(tmp_path).hash_of(tmp_path / "none")
 
 
 def test_padding_that_a_mask_hides_is_not_stored() -> None:

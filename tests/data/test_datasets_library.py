@@ -16,17 +16,17 @@ from support.image_runs import resumes_exactly, run_config
 from support.image_sources import by_sample, data, encoded, picture, pixels, read_again, same, spawned
 from support.tiny_checkpoints import refusal
 
-from stepdistill.data.images.datasets_library import HubImages, cell_file, open_dataset
+from stepdistill.data.images.datasets_library import HubImages, open_dataset, open_image_cell
 from stepdistill.data.images.opening import open_images
-from stepdistill.data.images.source import Framing, decode
-from stepdistill.data.images.stream import BLOCK, ImageStream, Lane
+from stepdistill.data.images.source import CropTransform, decode
+from stepdistill.data.images.stream import SHUFFLE_BLOCK, ImageStream, ShardGroup
 from stepdistill.data.prompts import read_prompts
 from stepdistill.diffusion.draws import generator
 from stepdistill.training.description import describe
 from stepdistill.training.run import open_run, train
 from stepdistill.training.setup import prepare
 
-WHOLE = Framing((20, 30))
+WHOLE = CropTransform((20, 30))
 FEATURES = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
 
 
@@ -115,7 +115,7 @@ def test_broken_rows_are_counted_named_and_replaced(tmp_path: Path) -> None:
     images = open_images(data(name, max_bad_share=0.3), (20, 30), seed=0)
     items = [images.read(row, generator(row)) for row in range(10)]
     assert [item.index for item in items] == [0, 1, 4, 4, 4, 5, 6, 7, 8, 0]
-    assert images.bad == ("row 2", "row 3", "row 9")
+    assert images.unreadable_names == ("row 2", "row 3", "row 9")
     strict = open_images(data(name, max_bad_share=0.1), (20, 30), seed=0)
     refusal(lambda: [strict.read(row, generator(row)) for row in range(10)], "2 of 10 images", "'row 2'", "10.0%")
 
@@ -131,11 +131,11 @@ def test_a_cell_may_name_its_file(tmp_path: Path) -> None:
     with fsspec.open("memory://photos/2.png", "wb") as file:
         file.write(encoded(2))
     for row, path in ((1, str(tmp_path / "1.png")), (2, "memory://photos/2.png")):
-        assert decode(cell_file({"bytes": None, "path": path})).tobytes() == picture(row).tobytes()
-    assert decode(cell_file(encoded(3))).tobytes() == picture(3).tobytes()
+        assert decode(open_image_cell({"bytes": None, "path": path})).tobytes() == picture(row).tobytes()
+    assert decode(open_image_cell(encoded(3))).tobytes() == picture(3).tobytes()
     for cell in (None, "1.png", {"bytes": None, "path": None}):
         with pytest.raises(TypeError, match="instead of an image"):
-            cell_file(cell)
+            open_image_cell(cell)
 
 
 def test_prompts_of_a_data_set(tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def numbered(shards: Sequence[int], opened: list[int] | None = None) -> datasets
     return datasets.IterableDataset.from_generator(rows, gen_kwargs={"numbers": list(enumerate(shards))})
 
 
-def lane_rows(lane: Lane, start: int, stop: int) -> list[int]:
-    return [lane.row(position).cells["n"] for position in range(start, stop)]
+def lane_rows(shard_group: ShardGroup, start: int, stop: int) -> list[int]:
+    return [shard_group.row(position).cells["n"] for position in range(start, stop)]
 
 
 SHARDS = (50, 3, 40, 0, 17, 9)
@@ -169,55 +169,56 @@ LENGTH = 50 + 40 + 17
 
 
 def test_an_epoch_of_a_lane_shows_each_of_its_rows_once() -> None:
-    lane = Lane(numbered(SHARDS), 0, 2, seed=1)
-    assert lane.length is None
-    epochs = [lane_rows(lane, LENGTH * epoch, LENGTH * (epoch + 1)) for epoch in range(3)]
+    shard_group = ShardGroup(numbered(SHARDS), 0, 2, seed=1)
+    assert shard_group.length is None
+    epochs = [lane_rows(shard_group, LENGTH * epoch, LENGTH * (epoch + 1)) for epoch in range(3)]
     wanted = [1000 * shard + place for shard in (0, 2, 4) for place in range(SHARDS[shard])]
     assert all(sorted(epoch) == wanted for epoch in epochs)
-    assert lane.length == LENGTH
+    assert shard_group.length == LENGTH
     assert len({tuple(epoch) for epoch in epochs}) == 3
     # another order of the files, not of the blocks alone
     assert (
-        len({epoch[0] // 1000 for epoch in [lane_rows(Lane(numbered(SHARDS), 0, 2, s), 0, 1) for s in range(9)]}) == 3
+        len({epoch[0] // 1000 for epoch in [lane_rows(ShardGroup(numbered(SHARDS), 0, 2, s), 0, 1) for s in range(9)]})
+        == 3
     )
-    assert lane_rows(Lane(numbered(SHARDS), 1, 2, 1), 0, 12) != sorted(
-        lane_rows(Lane(numbered(SHARDS), 1, 2, 1), 0, 12)
+    assert lane_rows(ShardGroup(numbered(SHARDS), 1, 2, 1), 0, 12) != sorted(
+        lane_rows(ShardGroup(numbered(SHARDS), 1, 2, 1), 0, 12)
     )
 
 
 def test_a_row_is_a_function_of_its_position() -> None:
     stream = numbered(SHARDS)
-    whole = lane_rows(Lane(stream, 0, 2, seed=1), 0, 3 * LENGTH)
-    for start in (1, BLOCK, LENGTH - 1, LENGTH, 2 * LENGTH + 40):
-        assert lane_rows(Lane(stream, 0, 2, seed=1), start, start + 60) == whole[start : start + 60]
-    backwards = Lane(stream, 0, 2, seed=1)
+    whole = lane_rows(ShardGroup(stream, 0, 2, seed=1), 0, 3 * LENGTH)
+    for start in (1, SHUFFLE_BLOCK, LENGTH - 1, LENGTH, 2 * LENGTH + 40):
+        assert lane_rows(ShardGroup(stream, 0, 2, seed=1), start, start + 60) == whole[start : start + 60]
+    backwards = ShardGroup(stream, 0, 2, seed=1)
     assert [backwards.row(position).cells["n"] for position in reversed(range(0, 3 * LENGTH, 7))] == whole[::7][::-1]
     restored = pickle.loads(
-        pickle.dumps(Lane(datasets.Dataset.from_dict({"n": range(9)}).to_iterable_dataset(3), 0, 2, 1))
+        pickle.dumps(ShardGroup(datasets.Dataset.from_dict({"n": range(9)}).to_iterable_dataset(3), 0, 2, 1))
     )
     assert sorted(lane_rows(restored, 0, 6)) == [0, 1, 2, 6, 7, 8]
 
 
 def test_lanes_that_are_refused() -> None:
-    refusal(lambda: Lane(numbered((3, 0, 3, 0)), 1, 2, seed=0).row(0), "file shard 1", "every 2th", "no rows")
-    lane = Lane(numbered((3,)), 0, 1, seed=0)
-    lane_rows(lane, 0, 4)
-    lane.dataset = numbered((2,))
-    refusal(lambda: lane_rows(lane, 4, 12), "file shard 0", "had 3 rows and now has 2")
+    refusal(lambda: ShardGroup(numbered((3, 0, 3, 0)), 1, 2, seed=0).row(0), "file shard 1", "every 2th", "no rows")
+    shard_group = ShardGroup(numbered((3,)), 0, 1, seed=0)
+    lane_rows(shard_group, 0, 4)
+    shard_group.dataset = numbered((2,))
+    refusal(lambda: lane_rows(shard_group, 4, 12), "file shard 0", "had 3 rows and now has 2")
 
 
-@pytest.mark.parametrize(("shards", "lanes"), [(1, 1), (3, 2), (5, 4), (8, 8), (40, 8)])
-def test_lanes_of_a_stream(shards: int, lanes: int) -> None:
+@pytest.mark.parametrize(("shards", "shard_groups"), [(1, 1), (3, 2), (5, 4), (8, 8), (40, 8)])
+def test_lanes_of_a_stream(shards: int, shard_groups: int) -> None:
     stream = ImageStream(table(range(shards)).to_iterable_dataset(shards), "hf:it", WHOLE, seed=0)
-    assert len(stream.lanes) == lanes
-    assert sorted(file for lane in stream.lanes for file in lane.files) == list(range(shards))
+    assert len(stream.shard_groups) == shard_groups
+    assert sorted(file for shard_group in stream.shard_groups for file in shard_group.files) == list(range(shards))
 
 
 def test_a_process_opens_its_own_lanes_only() -> None:
     opened: list[int] = []
-    lanes = [Lane(numbered((5,) * 8, opened), lane, 8, seed=0) for lane in range(8)]
+    shard_groups = [ShardGroup(numbered((5,) * 8, opened), shard_group, 8, seed=0) for shard_group in range(8)]
     for number in range(0, 24, 2):  # process 0 of 2, batches of 1
-        lanes[number % 8].row(number // 8)
+        shard_groups[number % 8].row(number // 8)
     assert sorted(opened) == [0, 2, 4, 6]
 
 
@@ -225,7 +226,7 @@ def test_samples_of_a_stream(parquet: Path) -> None:
     config = data(f"hf:{parquet}", streaming=True)
     source = open_images(config, (20, 30), seed=0)
     assert isinstance(source, ImageStream)
-    assert (source.count, len(source.lanes)) == (None, 4)
+    assert (source.count, len(source.shard_groups)) == (None, 4)
     # the longest lane has the files of 5 and 1 rows
     items = by_sample(source, range(4 * 6))
     assert {item.caption for item in items} == {f"picture {row}" for row in range(15)}
@@ -250,7 +251,7 @@ def test_broken_images_of_a_stream(tmp_path: Path) -> None:
     stream = ImageStream(table(range(10), (2, 3, 9)).to_iterable_dataset(1), "hf:it", WHOLE, 0, max_bad_share=0.03)
     items = by_sample(stream, range(20))
     assert {item.caption for item in items} == {f"picture {row}" for row in (0, 1, 4, 5, 6, 7, 8)}
-    assert stream.bad == ("row 2 of file shard 0", "row 3 of file shard 0", "row 9 of file shard 0")
+    assert stream.unreadable_names == ("row 2 of file shard 0", "row 3 of file shard 0", "row 9 of file shard 0")
     plain = ImageStream(table(range(10)).to_iterable_dataset(1), "hf:it", WHOLE, 0)
     wanted = [item.caption for item in by_sample(plain, range(20))]
     # each is replaced by the next of its lane, and nothing else moves
@@ -283,10 +284,10 @@ def test_an_error_of_a_stream_ends_the_run(
 ) -> None:
     config = run_config(tiny("sd"), 4, images=f"hf:{saved(tmp_path / 'set')}", streaming=True, workers=workers)
 
-    def dead(self: Lane, position: int) -> None:
+    def dead(self: ShardGroup, position: int) -> None:
         raise RuntimeError("the line went dead")
 
-    monkeypatch.setattr(Lane, "row", dead)
+    monkeypatch.setattr(ShardGroup, "row", dead)
     with pytest.raises(RuntimeError, match="went dead"):
         train(config, tmp_path / "run")
 

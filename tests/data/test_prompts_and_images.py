@@ -20,11 +20,11 @@ from PIL import Image
 
 from stepdistill.data.images.folder import ImageFolder
 from stepdistill.data.images.source import Crop, ImageBatch, to_rgb
-from stepdistill.data.latents import tensors
-from stepdistill.data.latents.index import Fingerprint, shard_name
-from stepdistill.data.latents.tensors import ShardWriter, TensorFolder, noise_for
-from stepdistill.data.loader import IndexStream, Prefetcher, Samples
-from stepdistill.data.prompts import builtin_names, read_prompts
+from stepdistill.data.latents import latent_shards
+from stepdistill.data.latents.latent_shards import ShardWriter, TensorFolder, noise_for
+from stepdistill.data.latents.shard_index import Fingerprint, shard_name
+from stepdistill.data.loader import EpochOrder, Prefetcher, SampledDataset
+from stepdistill.data.prompts import builtin_prompt_lists, read_prompts
 from stepdistill.diffusion.draws import generator
 from stepdistill.errors import UserError
 
@@ -99,7 +99,7 @@ def test_prompt_files_that_are_refused(tmp_path: Path) -> None:
 
 def test_shipped_prompts() -> None:
     prompts = read_prompts("builtin:general")
-    assert "general" in builtin_names()
+    assert "general" in builtin_prompt_lists()
     assert 250 <= len(prompts) == len(set(prompts.texts))
     assert prompts.source == "builtin:general"
     assert max(map(len, prompts.texts)) < 100
@@ -201,7 +201,7 @@ def test_a_listed_file_that_is_missing_counts_as_unreadable(tmp_path: Path) -> N
 
 def test_image_folders_that_are_refused(tmp_path: Path) -> None:
     refused(lambda: ImageFolder(tmp_path / "none", (4, 4)), "no image folder", "none")
-    refused(lambda: ImageFolder(tmp_path, (4, 4)), "holds no image", ".png, .jpg or .webp")
+    refused(lambda: ImageFolder(tmp_path, (4, 4)), "holds no image", "put image files there")
     picture(4, 4).save(tmp_path / "a.png")
     refused(lambda: ImageFolder(tmp_path, (0, 4)), "(0, 4)", "(height, width)")
     refused(lambda: ImageFolder(tmp_path, (4, 4), crop="centre"), "'centre'", "'center' or 'random'")  # type: ignore[arg-type]
@@ -308,13 +308,13 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path: Path, caplog:
     path = folder_of(tmp_path / "photos", 10, broken=(3, 4))
     (path / "04.jpg").write_bytes(b"no image")
     folder = ImageFolder(path, (16, 16), max_bad_share=0.2)
-    assert folder.bad == ()
+    assert folder.unreadable_names == ()
     assert folder[3].name == folder[4].name == "05.jpg"
     assert folder[3].index == 5
-    assert folder.bad == ("03.jpg", "04.jpg")
+    assert folder.unreadable_names == ("03.jpg", "04.jpg")
     assert caplog.text.count("03.jpg") == 1
     assert "truncated" in caplog.text
-    assert folder.verify(workers=2) == folder.bad
+    assert folder.verify(workers=2) == folder.unreadable_names
 
 
 def test_replacement_depends_on_the_files_only(tmp_path: Path) -> None:
@@ -342,29 +342,29 @@ def test_too_many_unreadable_images_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_epoch_shows_every_item_once_and_each_is_shuffled_anew() -> None:
-    stream = IndexStream(13, seed=5)
+    stream = EpochOrder(13, seed=5)
     epochs = [stream.indices(13 * epoch, 13) for epoch in range(4)]
     assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert IndexStream(13, seed=6).indices(0, 13) != epochs[0]
-    assert IndexStream(3, 0, shuffle=False).indices(1, 6) == [1, 2, 0, 1, 2, 0]
+    assert EpochOrder(13, seed=6).indices(0, 13) != epochs[0]
+    assert EpochOrder(3, 0, shuffle=False).indices(1, 6) == [1, 2, 0, 1, 2, 0]
 
 
 def test_an_index_is_a_function_of_the_sample_number() -> None:
-    stream = IndexStream(7, seed=1)
+    stream = EpochOrder(7, seed=1)
     whole = stream.indices(0, 40)
     # resumed in the middle, read backwards, or in two processes
-    assert IndexStream(7, seed=1).indices(17, 23) == whole[17:]
+    assert EpochOrder(7, seed=1).indices(17, 23) == whole[17:]
     assert [stream.index(g) for g in reversed(range(40))] == whole[::-1]
-    assert [IndexStream(7, seed=1).index(g) for g in range(1, 40, 2)] == whole[1::2]
-    refused(lambda: IndexStream(0, 1), "0 items", "at least one")
+    assert [EpochOrder(7, seed=1).index(g) for g in range(1, 40, 2)] == whole[1::2]
+    refused(lambda: EpochOrder(0, 1), "0 items", "at least one")
     with pytest.raises(ValueError, match="count from 0"):
         stream.index(-1)
 
 
 def test_a_sample_is_the_same_however_it_is_batched(tmp_path: Path) -> None:
     folder = ImageFolder(folder_of(tmp_path / "photos", 5), (8, 8), crop="random", flip=True)
-    samples = Samples(folder, IndexStream(len(folder), seed=3), seed=3)
+    samples = SampledDataset(folder, EpochOrder(len(folder), seed=3), seed=3)
 
     def images(batches: list[list[int]], workers: int) -> torch.Tensor:
         return torch.stack([item.image for items in Prefetcher(samples, batches, workers) for item in items])
@@ -399,7 +399,7 @@ class Counted:
 def test_prefetching_keeps_order_and_looks_a_little_ahead(workers: int) -> None:
     items = Counted()
     endless = ([2 * batch, 2 * batch + 1] for batch in itertools.count())
-    batches = iter(Prefetcher(items, endless, workers=workers, ahead=2))
+    batches = iter(Prefetcher(items, endless, workers=workers, prefetch_batches=2))
     assert list(itertools.islice(batches, 5)) == [[20 * b, 20 * b + 10] for b in range(5)]
     batches.close()  # type: ignore[attr-defined]
     assert max(items.asked) < 2 * (5 + 2 + (workers > 0))
@@ -471,7 +471,7 @@ def test_collecting_in_pieces_equals_collecting_at_once(tmp_path: Path) -> None:
 def test_killed_at_any_write_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: int) -> None:
     collect(tmp_path / "whole", 11)
     writes = itertools.count(1)
-    write = tensors.write_atomically
+    write = latent_shards.write_atomically
 
     def killed(path: Path, content: bytes) -> None:
         if next(writes) >= fatal:
@@ -480,7 +480,7 @@ def test_killed_at_any_write_and_resumed(tmp_path: Path, monkeypatch: pytest.Mon
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensors, "write_atomically", killed)
+        patch.setattr(latent_shards, "write_atomically", killed)
         with pytest.raises(OSError, match="no space left"):
             collect(tmp_path / "pieces", 11)
     if fatal > 3:

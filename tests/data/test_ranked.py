@@ -11,14 +11,14 @@ from support.image_sources import data, encoded, picture, pixels
 from support.tiny_checkpoints import refusal
 
 from stepdistill.data.images.opening import open_images
-from stepdistill.data.images.ranked import RankedImages, open_ranked
+from stepdistill.data.images.preference_pairs import PreferencePairs, open_preference_pairs
 
 SIZE = (20, 30)
 
 
-def ranked(images: str | Path, **options: Any) -> RankedImages:
+def ranked(images: str | Path, **options: Any) -> PreferencePairs:
     config = data(images, **options)
-    return open_ranked(config, open_images(config, SIZE, 0))
+    return open_preference_pairs(config, open_images(config, SIZE, 0))
 
 
 def folders(root: Path, winners: range, losers: range) -> tuple[Path, Path]:
@@ -49,7 +49,7 @@ def test_both_are_cut_alike(tmp_path: Path) -> None:
     """A pair of one picture is one picture after cropping and mirroring."""
     winners, _ = folders(tmp_path, range(2), range(2))
     config = data(winners, losers=str(winners), crop="random", flip=True)
-    images = open_ranked(config, open_images(config, (12, 12), 0))
+    images = open_preference_pairs(config, open_images(config, (12, 12), 0))
     for k in range(2):
         assert torch.equal(images[k].image, images[k].loser)  # type: ignore[arg-type]
 
@@ -60,7 +60,7 @@ def test_a_pair_goes_as_a_whole(tmp_path: Path) -> None:
     images = ranked(winners, losers=str(losers), max_bad_share=0.5)
     item = images[1]
     assert item.index == 2
-    assert images.bad == ("1.png",)
+    assert images.unreadable_names == ("1.png",)
 
 
 def test_votes_of_a_data_set(tmp_path: Path) -> None:

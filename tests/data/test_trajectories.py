@@ -16,7 +16,7 @@ import yaml
 from support.method_cases import CASES, Bench
 
 from stepdistill.config.registry import load_family
-from stepdistill.data.latents.tensors import TensorFolder
+from stepdistill.data.latents.latent_shards import TensorFolder
 from stepdistill.data.latents.trajectories import TrajectoryFolder
 from stepdistill.diffusion.timesteps import trailing_timesteps
 from stepdistill.errors import UserError

@@ -16,11 +16,11 @@ from support.image_sources import by_sample, data, encoded, picture, pixels, sam
 from support.tiny_checkpoints import refusal
 
 from stepdistill.data.images.opening import open_images
-from stepdistill.data.images.source import Framing
-from stepdistill.data.images.webdataset import TarImages, expand
+from stepdistill.data.images.source import CropTransform
+from stepdistill.data.images.webdataset import TarImages, expand_pattern
 from stepdistill.diffusion.draws import generator
 
-WHOLE = Framing((20, 30))
+WHOLE = CropTransform((20, 30))
 
 
 def write_tar(path: Path, members: Mapping[str, bytes | str]) -> Path:
@@ -85,7 +85,7 @@ def test_broken_images_are_counted_named_and_replaced(tmp_path: Path, caplog: py
     images = TarImages(path, WHOLE, max_bad_share=0.3)
     assert [item.index for item in images] == [0, 1, 4, 4, 4, 5, 6, 7, 8, 0]
     assert torch.equal(images[2].image, pixels(picture(4)))
-    assert images.verify(workers=2) == images.bad == ("a.tar:2.png", "a.tar:3.png", "a.tar:9.png")
+    assert images.verify(workers=2) == images.unreadable_names == ("a.tar:2.png", "a.tar:3.png", "a.tar:9.png")
     assert caplog.text.count("skipping unreadable image a.tar:3.png") == 1
     strict = TarImages(path, WHOLE, max_bad_share=0.1)
     refusal(strict.verify, "3 of 10 images (30.0%)", "a.tar", "'a.tar:2.png' (", "10.0%")
@@ -96,7 +96,7 @@ def test_a_caption_that_cannot_be_read_spoils_its_sample(tmp_path: Path) -> None
     members |= {"d.png": encoded(3), "d.json": '{"text": 3}', "e.png": encoded(4), "e.json": "[]"}
     images = TarImages(str(write_tar(tmp_path / "a.tar", members)), WHOLE, max_bad_share=1)
     assert {item.index for item in images} == {2}
-    assert len(images.bad) == 4
+    assert len(images.unreadable_names) == 4
 
 
 @pytest.mark.parametrize(("cut", "left"), [("in the last pixels", 3), ("in a header", 3), ("before the end", 4)])
@@ -121,12 +121,12 @@ def test_a_whole_shard_is_not_called_cut(shards: str, caplog: pytest.LogCaptureF
 
 
 def test_patterns(shards: str, tmp_path: Path) -> None:
-    names = [path.name for path in expand(shards)]
+    names = [path.name for path in expand_pattern(shards)]
     assert names == ["part-000.tar", "part-001.tar", "part-002.tar"]
-    assert [path.name for path in expand(str(tmp_path / "part-*.tar"))] == names
-    assert [path.name for path in expand(str(tmp_path / "part-00{0..1}.tar"))] == names[:2]
-    refusal(lambda: expand(str(tmp_path / "part-{000..004}.tar")), "part-003.tar")
-    refusal(lambda: expand(str(tmp_path / "none-*.tar")), "none-*.tar")
+    assert [path.name for path in expand_pattern(str(tmp_path / "part-*.tar"))] == names
+    assert [path.name for path in expand_pattern(str(tmp_path / "part-00{0..1}.tar"))] == names[:2]
+    refusal(lambda: expand_pattern(str(tmp_path / "part-{000..004}.tar")), "part-003.tar")
+    refusal(lambda: expand_pattern(str(tmp_path / "none-*.tar")), "none-*.tar")
 
 
 def test_shards_that_are_refused(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_the_schedule_is_the_pipeline_s_own(tiny: Tiny, variant: str) -> None:
 def test_an_outline_is_what_is_loaded(tiny: Tiny, variant: str, dtype: torch.dtype) -> None:
     """T5's widest layers stay in float32 beside float16."""
     info = inspect_checkpoint(tiny("sd3", variant))
-    loaded, outlined = load_checkpoint(info, dtype, "cpu"), FAMILY.outline(info, dtype)
+    loaded, outlined = load_checkpoint(info, dtype, "cpu"), FAMILY.build_on_meta(info, dtype)
     assert loaded.pipeline is not None
     assert outlined.pipeline is not None
     for name, module in loaded.pipeline.components.items():

@@ -27,9 +27,9 @@ from stepdistill.families.recipe import Recipe
 from stepdistill.inference.artifact import Artifact, draw, load_artifact
 from stepdistill.inference.experts import Experts, load_experts
 from stepdistill.methods.base import Batch
-from stepdistill.planning.loop import walk
 from stepdistill.planning.memory import sizes_of
-from stepdistill.planning.trace import outline, trace
+from stepdistill.planning.network_calls import count_network_calls
+from stepdistill.planning.trace import build_on_meta, trace
 from stepdistill.training.monitoring.grids import student_latents
 from stepdistill.training.run import open_run, train
 from stepdistill.training.setup import prepare
@@ -120,15 +120,15 @@ def test_a_plan_counts_experts(tiny: Callable[..., Path], tmp_path: Path) -> Non
     """Their weights, and their calls in the stages that have them."""
     config = Bench(tiny, tmp_path).config(CASE, 6, family="sd", dtype="float32")
     ready = prepare(config)
-    session, walked = outline(ready), walk(ready)
+    session, call_statistics = build_on_meta(ready), count_network_calls(ready)
     sizes = sizes_of(session, config)
     assert sizes.roles["expert_1"] == sizes.roles["expert_2"] == sizes.roles["generator"] > 0
     rows = {
-        role: sum(n.rows for call, n in walked.calls.items() if call.network == role)
+        role: sum(n.rows for call, n in call_statistics.calls.items() if call.network == role)
         for role in ("expert_1", "expert_2")
     }
     assert rows == pytest.approx({"expert_1": 4 * 4 / 6, "expert_2": 4 * 2 / 6})
-    assert trace(session, walked).per_row.keys() >= {("expert_1", False), ("expert_2", False)}
+    assert trace(session, call_statistics).per_row.keys() >= {("expert_1", False), ("expert_2", False)}
 
 
 # ---------------------------------------------------------------- drawing in training

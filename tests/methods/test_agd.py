@@ -22,7 +22,8 @@ from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Batch, Problem, Progress
 from stepdistill.methods.guidance.agd import AGD
 from stepdistill.methods.guidance.regression import GuidedConfig, GuidedStates
-from stepdistill.roles.guidance_adapter import AdapterSettings, metadata_of
+from stepdistill.roles.guidance_adapter import metadata_of
+from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 from stepdistill.roles.sampler import guided_trajectory, relative_error
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, RoleLayout, Triple
 from stepdistill.training.run import train
@@ -41,7 +42,7 @@ def text(count: int = 2, seed: int = 5) -> Conditioning:
 def adapter_triple(kind: str = "cross", shared: bool = False, dtype: torch.dtype = torch.float64) -> Triple:
     """The generator is adapters, the fake score a LoRA on the same base."""
     held = layouts("lora", "lora")
-    guide = AdapterSettings(kind, 8, shared, 1.0, 8.0)  # type: ignore[arg-type]
+    guide = GuidanceAdapterSettings(kind, 8, shared, 1.0, 8.0)  # type: ignore[arg-type]
     held[GENERATOR] = RoleLayout("adapter", guide=guide)
     return Triple(unet(dtype), ToyUNet(), vp(), held, compute_dtype=dtype)  # type: ignore[arg-type]
 

@@ -37,7 +37,7 @@ from stepdistill.methods.base import Batch, Progress, Rollout, Terms
 from stepdistill.methods.gan import GanConfig
 from stepdistill.methods.matching.disback import TARGET, DisBack, DisBackConfig
 from stepdistill.methods.matching.dmd2 import DMD2, DMD2Config
-from stepdistill.planning.loop import walk
+from stepdistill.planning.network_calls import count_network_calls
 from stepdistill.planning.plan import plan
 from stepdistill.roles.deltas import changes, load_changes
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
@@ -402,9 +402,11 @@ def test_a_path_that_was_touched_is_refused(bench: Bench, tmp_path: Path) -> Non
 def test_a_plan_sees_the_whole_way_and_needs_no_file() -> None:
     """Calls in closed form: 40 iterations of record, 60 updates on the path, 240 towards the guided teacher."""
     config = load_config(Path(__file__).parents[2] / "configs/fashion_disback.yaml")
-    walked, rows = walk(prepare(config)), config.training.batch_size
-    assert walked.patterns == pytest.approx({(FAKE_SCORE,): 40 / 340, (GENERATOR, FAKE_SCORE): 300 / 340})
-    calls = {(call.phase, call.network): counted for call, counted in walked.calls.items()}
+    call_statistics, rows = count_network_calls(prepare(config)), config.training.batch_size
+    assert call_statistics.update_pattern_shares == pytest.approx(
+        {(FAKE_SCORE,): 40 / 340, (GENERATOR, FAKE_SCORE): 300 / 340}
+    )
+    calls = {(call.phase, call.network): counted for call, counted in call_statistics.calls.items()}
     assert calls[GENERATOR, TARGET].rows == pytest.approx(rows * 60 / 340)
     assert calls[GENERATOR, REAL_SCORE].rows == pytest.approx(2 * rows * 240 / 340)
     assert calls[GENERATOR, FAKE_SCORE].calls == pytest.approx(300 / 340)

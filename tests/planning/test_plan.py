@@ -19,10 +19,10 @@ from stepdistill.config.schema import CacheConfig, OptimizerConfig, RunConfig, l
 from stepdistill.methods.base import Rollout, Terms
 from stepdistill.methods.matching.dmd2 import DMD2
 from stepdistill.planning import advice
-from stepdistill.planning.forecast import changed
-from stepdistill.planning.hardware import GPUS, gpu_named
+from stepdistill.planning.forecast import with_section_values
+from stepdistill.planning.hardware import GPUS, find_gpu
 from stepdistill.planning.memory import optimizer_size, quantized_size
-from stepdistill.planning.plan import Forecast, lines, plan
+from stepdistill.planning.plan import Forecast, forecast_lines, plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 IDS = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
@@ -66,7 +66,7 @@ def small(tiny: Callable[..., Path]) -> Callable[..., RunConfig]:
     def make(layout: str = "lora", rank: int = 64, **training: Any) -> RunConfig:
         roles = {role: {"mode": layout, "rank": rank} for role in ("generator", "fake_score")}
         run = config(str(tiny("sd")), roles=roles, training={"device": "cuda", "gradient_checkpointing": False})
-        return changed(run, "training", **training)
+        return with_section_values(run, "training", **training)
 
     return make
 
@@ -117,7 +117,7 @@ def test_the_command_answers_for_sdxl_at_once(
     assert exit_.value.code == 0
     assert time.process_time() - started < 300  # a hang, not a benchmark: 13 to 20 on a quiet machine
     forecast = Forecast.load(file)
-    assert "\n".join(lines(forecast)) in capsys.readouterr().out
+    assert "\n".join(forecast_lines(forecast)) in capsys.readouterr().out
     counts = {item.name: item.count for item in forecast.parameters}
     assert counts["real_score (the base)"] == counts["fake_score (full)"] == 2_567_463_684
     assert forecast.disk.prompt == (77 * 2048 + 1280) * 2
@@ -142,14 +142,14 @@ def test_every_shipped_config_is_planned(name: str) -> None:
 @pytest.fixture
 def little_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny network gains little by any change."""
-    monkeypatch.setattr(advice, "LEAST", 1)
+    monkeypatch.setattr(advice, "MIN_SAVED_BYTES", 1)
 
 
 @pytest.mark.ci
 def test_advice_is_what_planning_again_says(small: Callable[..., RunConfig], little_counts: None) -> None:
     """Applied one on top of the other, the changes give the peaks that were told, the last of which fits."""
     run = small(batch_size=4)
-    run = changed(run, "optimizers", fake_score=OptimizerConfig(lr=1e-5, kind="adamw8bit"))
+    run = with_section_values(run, "optimizers", fake_score=OptimizerConfig(lr=1e-5, kind="adamw8bit"))
     before = plan(run)
     # the assumed 0.8 GB of the runtime dwarf a tiny network
     target = (0.8e9 + 0.7 * (before.memory.peak - 0.8e9)) / 1e9
@@ -157,14 +157,14 @@ def test_advice_is_what_planning_again_says(small: Callable[..., RunConfig], lit
     assert forecast.advice[0].change == "training.gradient_checkpointing=true"
     peak = before.memory.peak
     for item in forecast.advice:
-        assert item.gain == peak - item.peak > 0
+        assert item.saved_bytes == peak - item.peak > 0
         peak = item.peak
         for change in item.change.split(" with "):
             run = overridden(run, change)
     assert plan(run).memory.peak == peak
     assert forecast.advice[-1].peak <= target * 1e9
-    assert "does not fit" in "\n".join(lines(forecast))
-    assert "even so" not in "\n".join(lines(forecast))
+    assert "does not fit" in "\n".join(forecast_lines(forecast))
+    assert "even so" not in "\n".join(forecast_lines(forecast))
 
 
 def overridden(run: RunConfig, change: str) -> RunConfig:
@@ -180,14 +180,14 @@ def overridden(run: RunConfig, change: str) -> RunConfig:
 
 @pytest.mark.ci
 def test_nothing_helps_against_no_memory(small: Callable[..., RunConfig], little_counts: None) -> None:
-    said = "\n".join(lines(plan(small("full", rank=4), memory_gb=0.1)))
+    said = "\n".join(forecast_lines(plan(small("full", rank=4), memory_gb=0.1)))
     assert "roles.fake_score.mode=lora" in said
     assert "even so it does not fit" in said
 
 
 def test_sharding_divides_what_networks_hold(small: Callable[..., RunConfig]) -> None:
     run = small("full")
-    whole, shared = plan(run, processes=4), plan(changed(run, "training", sharding="full"), processes=4)
+    whole, shared = plan(run, processes=4), plan(with_section_values(run, "training", sharding="full"), processes=4)
     one, quarter = parts(whole), parts(shared)
     for name in ("base", "generator weights", "fake_score optimizer", "generator optimizer"):
         assert quarter[name] == -(-one[name] // 4)
@@ -203,7 +203,7 @@ def test_caches_and_offload_take_away_what_they_hold(small: Callable[..., RunCon
     assert "text encoders" not in parts(cached)
     assert phases(cached).keys() == by_phase.keys() - {"encode text", "encode images"}
     assert phases(cached)["draw grid"] == by_phase["draw grid"] - held["text encoders"]
-    offloaded = phases(plan(changed(run, "training", offload=["optimizer", "ema"])))
+    offloaded = phases(plan(with_section_values(run, "training", offload=["optimizer", "ema"])))
     both = held["generator optimizer"] + held["fake_score optimizer"] + held["ema"]
     # the grid shows the EMA, which is back on the card for it
     assert offloaded["draw grid"] == by_phase["draw grid"] - both + held["ema"]
@@ -227,11 +227,11 @@ def test_sizes_in_eight_and_four_bits() -> None:
 def test_time_follows_from_work_and_card(small: Callable[..., RunConfig]) -> None:
     run = small()
     compute = plan(run, gpu="RTX-4090").compute
-    rate = gpu_named("4090")
+    rate = find_gpu("4090")
     wanted = (compute.half / rate.half + compute.full / rate.full) / (0.4 * 1e12)
     assert compute.seconds == pytest.approx(wanted)
     assert compute.hours == pytest.approx(10 * wanted / 3600)
-    faster = plan(changed(run, "training", tf32=True), gpu="h100").compute
+    faster = plan(with_section_values(run, "training", tf32=True), gpu="h100").compute
     slower = plan(run, gpu="h100").compute
     assert faster.seconds < slower.seconds
     assert faster.full == slower.full
@@ -288,5 +288,5 @@ def test_refusals(small: Callable[..., RunConfig]) -> None:
     refusal(lambda: plan(small(), gpu="4091"), "4091", "'4090'")
     refusal(lambda: plan(small(), processes=0), "0 processes")
     refusal(lambda: plan(small(), memory_gb=-1), "-1 GB")
-    refusal(lambda: plan(changed(small(), "data", images=None)), "data.images")
+    refusal(lambda: plan(with_section_values(small(), "data", images=None)), "data.images")
     assert len({gpu.name for gpu in GPUS}) == len(GPUS)

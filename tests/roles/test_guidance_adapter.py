@@ -22,17 +22,14 @@ from support.guidance_adapters import grown, written
 from torch import Tensor
 
 from stepdistill.assets import FOLDER
-from stepdistill.roles.guidance_adapter import (
-    AdapterSettings,
+from stepdistill.roles.guidance_adapter import GuidanceAdapter, load_guidance_adapter, metadata_of, strength
+from stepdistill.roles.guidance_modules import (
+    ConditionTokens,
     CrossAdapter,
-    GuidanceAdapter,
+    GuidanceAdapterSettings,
+    GuidanceInputs,
     PerceptronAdapter,
-    Tokens,
-    Told,
-    load_guidance_adapter,
-    metadata_of,
     positions,
-    strength,
 )
 
 KINDS = [
@@ -88,12 +85,12 @@ def test_counts_of_public_networks(kind: Any, model: str, width: int, modules: i
     config = json.loads((CONFIGS / model / "unet" / "config.json").read_text())
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(config)
-    adapter = GuidanceAdapter(network, AdapterSettings(kind, width))
+    adapter = GuidanceAdapter(network, GuidanceAdapterSettings(kind, width))
     count = sum(parameter.numel() for parameter in adapter.parameters())
     assert (len(adapter.adapters), count) == (modules, parameters)
     # the defaults stay below a twentieth of the network
     total = sum(parameter.numel() for parameter in network.parameters())
-    shared = GuidanceAdapter(network, AdapterSettings(kind, width, shared=True))
+    shared = GuidanceAdapter(network, GuidanceAdapterSettings(kind, width, shared=True))
     assert count < 0.05 * total
     fewer = sum(parameter.numel() for parameter in shared.parameters())
     assert fewer < (0.5 if kind == "cross" else 0.8) * count
@@ -107,7 +104,7 @@ def test_at_first_it_is_the_network_and_off_it_always_is(
     names = list(unet.state_dict())
     with torch.no_grad():
         own = unet(**given, timestep=torch.tensor(500)).sample
-        adapter = GuidanceAdapter(unet, AdapterSettings(kind, 16, shared, heads=heads)).attach(unet)
+        adapter = GuidanceAdapter(unet, GuidanceAdapterSettings(kind, 16, shared, heads=heads)).attach(unet)
         adapter.w = 7.5
         assert torch.equal(unet(**given, timestep=torch.tensor(500)).sample, own)
         grown(adapter)
@@ -127,7 +124,7 @@ def test_rising_adapters_are_nothing_at_w_1_and_steepest_there(pipeline: Diffusi
     unet, given = pipeline.unet, inputs(pipeline)
     with torch.no_grad():
         own = unet(**given, timestep=torch.tensor(500)).sample
-        adapter = grown(GuidanceAdapter(unet, AdapterSettings(kind, 16, rising=True))).attach(unet)
+        adapter = grown(GuidanceAdapter(unet, GuidanceAdapterSettings(kind, 16, rising=True))).attach(unet)
         adapter.w = torch.tensor([1.0, 3.0])
         on = unet(**given, timestep=torch.tensor(500)).sample
     assert torch.equal(on[0], own[0])
@@ -142,7 +139,7 @@ def test_it_hears_w_time_prompt_and_only_its_own_row(
     pipeline: DiffusionPipeline, kind: Any, shared: bool, heads: int
 ) -> None:
     unet, given = pipeline.unet, inputs(pipeline)
-    adapter = grown(GuidanceAdapter(unet, AdapterSettings(kind, 16, shared, heads=heads))).attach(unet)
+    adapter = grown(GuidanceAdapter(unet, GuidanceAdapterSettings(kind, 16, shared, heads=heads))).attach(unet)
 
     def ask(w: Tensor | float, t: Tensor | int | float, **changes: Any) -> Tensor:
         adapter.w = w
@@ -180,7 +177,7 @@ def test_loras_before_and_after_attention_processors_and_compilation(tiny: Calla
         pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_out.0"], init_lora_weights=False), "style")
         return pipe
 
-    file = written(grown(GuidanceAdapter(fresh().unet, AdapterSettings(width=16))), tmp_path)
+    file = written(grown(GuidanceAdapter(fresh().unet, GuidanceAdapterSettings(width=16))), tmp_path)
 
     def draw(pipe: DiffusionPipeline) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -205,7 +202,7 @@ def test_loras_before_and_after_attention_processors_and_compilation(tiny: Calla
 
 def test_guiding_twice_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
-    file = written(GuidanceAdapter(pipe.unet, AdapterSettings(width=16)), tmp_path)
+    file = written(GuidanceAdapter(pipe.unet, GuidanceAdapterSettings(width=16)), tmp_path)
     adapter = load_guidance_adapter(pipe, file, w=5.0)
     with pytest.raises(ValueError, match="and the pipeline guides as well"):
         pipe("a cat", num_inference_steps=1, guidance_scale=7.5)
@@ -216,7 +213,7 @@ def test_guiding_twice_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> 
 def test_another_pipeline_on_the_network_is_watched_instead(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """As of `from_pipe`: the first one's guidance scale, which may be years old, decides nothing any more."""
     first = StableDiffusionPipeline.from_pretrained(tiny("sd"))
-    file = written(GuidanceAdapter(first.unet, AdapterSettings(width=16)), tmp_path)
+    file = written(GuidanceAdapter(first.unet, GuidanceAdapterSettings(width=16)), tmp_path)
     adapter = load_guidance_adapter(first, file, w=5.0)
     with torch.no_grad():
         first.unet(**inputs(first), timestep=500)  # a pipeline that was never called guides nothing
@@ -233,7 +230,7 @@ def test_another_pipeline_on_the_network_is_watched_instead(tiny: Callable[..., 
 def test_adapters_are_never_there_twice(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """A cell of a notebook that is run again loads them in the place of the first; attaching twice is refused."""
     pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
-    file = written(grown(GuidanceAdapter(pipe.unet, AdapterSettings(width=16))), tmp_path)
+    file = written(grown(GuidanceAdapter(pipe.unet, GuidanceAdapterSettings(width=16))), tmp_path)
 
     @torch.no_grad()
     def ask() -> Tensor:
@@ -258,7 +255,7 @@ def test_one_w_a_prompt(tiny: Callable[..., Path], tmp_path: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
     pipe.set_progress_bar_config(disable=True)
     adapter = load_guidance_adapter(
-        pipe, written(grown(GuidanceAdapter(pipe.unet, AdapterSettings(width=16))), tmp_path)
+        pipe, written(grown(GuidanceAdapter(pipe.unet, GuidanceAdapterSettings(width=16))), tmp_path)
     )
 
     def draw(prompts: list[str], seeds: list[int], w: list[float], images: int) -> Tensor:
@@ -276,7 +273,7 @@ def test_one_w_a_prompt(tiny: Callable[..., Path], tmp_path: Path) -> None:
 def test_what_a_mask_hides_says_nothing(tiny: Callable[..., Path]) -> None:
     """Sana's pipeline hands over the encoder's padding with its mask; in training it is zeros."""
     network = DiffusionPipeline.from_pretrained(tiny("sana")).transformer
-    adapter = grown(GuidanceAdapter(network, AdapterSettings(width=16))).attach(network)
+    adapter = grown(GuidanceAdapter(network, GuidanceAdapterSettings(width=16))).attach(network)
     adapter.w = 4.0
     stream = torch.Generator().manual_seed(0)
     text = torch.randn(2, 6, network.config.caption_channels, generator=stream)
@@ -293,7 +290,7 @@ def test_what_a_mask_hides_says_nothing(tiny: Callable[..., Path]) -> None:
 
 
 def test_w_outside_of_the_range_warns_once(pipeline: DiffusionPipeline) -> None:
-    adapter = GuidanceAdapter(pipeline.unet, AdapterSettings(width=16, w_low=1.0, w_high=8.0))
+    adapter = GuidanceAdapter(pipeline.unet, GuidanceAdapterSettings(width=16, w_low=1.0, w_high=8.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapter.w = torch.tensor([1.0, 8.0])
@@ -307,8 +304,8 @@ def test_w_outside_of_the_range_warns_once(pipeline: DiffusionPipeline) -> None:
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "stranger", "base"])
 def test_loading_takes_the_right_file_alone(tiny: Callable[..., Path], tmp_path: Path, fault: str) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
-    file = written(GuidanceAdapter(pipe.unet, AdapterSettings(width=16)), tmp_path)
-    tensors, metadata = load_file(file), metadata_of(AdapterSettings(width=16))
+    file = written(GuidanceAdapter(pipe.unet, GuidanceAdapterSettings(width=16)), tmp_path)
+    tensors, metadata = load_file(file), metadata_of(GuidanceAdapterSettings(width=16))
     key = min(tensors)
     if fault == "missing":
         del tensors[key]
@@ -333,7 +330,7 @@ def test_beside_half_precision_only_products_are_in_half(
 ) -> None:
     """Weights stay float32, and so do the Fourier features of w, whose phases half precision could not hold."""
     pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
-    settings = AdapterSettings(kind=kind, width=16, shared=shared, heads=heads, rising=True)
+    settings = GuidanceAdapterSettings(kind=kind, width=16, shared=shared, heads=heads, rising=True)
     adapter = grown(GuidanceAdapter(pipe.unet, settings), 0.05).attach(pipe.unet)
     adapter.w = 5.0
     given = inputs(pipe)
@@ -371,7 +368,7 @@ def test_beside_half_precision_only_products_are_in_half(
 
 @pytest.mark.parametrize("value", ["bfloat16", torch.float8_e4m3fn, torch.int8, 16])
 def test_products_are_in_a_float_that_autocast_knows(tiny: Callable[..., Path], value: Any) -> None:
-    adapter = GuidanceAdapter(DiffusionPipeline.from_pretrained(tiny("sd")).unet, AdapterSettings(width=16))
+    adapter = GuidanceAdapter(DiffusionPipeline.from_pretrained(tiny("sd")).unet, GuidanceAdapterSettings(width=16))
     with pytest.raises(ValueError, match=r"asked for in .*: give torch\.bfloat16"):
         adapter.products = value
     assert adapter.products is None
@@ -387,7 +384,7 @@ def test_places_are_told_apart() -> None:
 
 def test_heads_are_attentions_on_slices_of_the_channels() -> None:
     stream = torch.Generator().manual_seed(0)
-    adapter = CrossAdapter(12, AdapterSettings(width=8, heads=2))
+    adapter = CrossAdapter(12, GuidanceAdapterSettings(width=8, heads=2))
     torch.nn.init.normal_(adapter.out.weight, generator=stream)
     hidden, tokens = torch.randn(2, 5, 12, generator=stream), torch.randn(2, 3, 8, generator=stream)
     told = tokens + positions(3, 8)
@@ -400,7 +397,7 @@ def test_heads_are_attentions_on_slices_of_the_channels() -> None:
 def test_a_perceptron_computes_on_input_and_output() -> None:
     """silu((1 + s) W_h LayerNorm(h) + W_a LayerNorm(a)) by hand, s of the tokens."""
     stream = torch.Generator().manual_seed(0)
-    adapter = PerceptronAdapter(12, AdapterSettings("perceptron", width=8))
+    adapter = PerceptronAdapter(12, GuidanceAdapterSettings("perceptron", width=8))
     torch.nn.init.normal_(adapter.out.weight, generator=stream)
     hidden, attended = torch.randn(2, 2, 5, 12, generator=stream)
     tokens = torch.randn(2, 6, 8, generator=stream)
@@ -416,11 +413,11 @@ def test_a_perceptron_computes_on_input_and_output() -> None:
 
 def test_one_token_of_the_mean_is_the_mean_of_the_tokens() -> None:
     stream = torch.Generator().manual_seed(0)
-    told = Told(
+    told = GuidanceInputs(
         torch.tensor([1.5, 7.0]), torch.randn(2, 6, 5, generator=stream), time=torch.randn(2, 12, generator=stream)
     )
-    each = Tokens(8, 12, 5, torch.Generator().manual_seed(1))
-    one = Tokens(8, 12, 5, torch.Generator().manual_seed(1), each=False)
+    each = ConditionTokens(8, 12, 5, torch.Generator().manual_seed(1))
+    one = ConditionTokens(8, 12, 5, torch.Generator().manual_seed(1), each=False)
     one.load_state_dict(each.state_dict())
     many, few = each(told), one(told)
     assert (many.shape, few.shape) == ((2, 8, 8), (2, 3, 8))
@@ -434,9 +431,9 @@ def test_one_token_of_the_mean_is_the_mean_of_the_tokens() -> None:
 )
 def test_heads_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        AdapterSettings(**settings)
+        GuidanceAdapterSettings(**settings)
 
 
 def test_a_network_without_attention_is_refused() -> None:
     with pytest.raises(ValueError, match="no attention that looks at a prompt"):
-        GuidanceAdapter(torch.nn.Linear(2, 2), AdapterSettings())
+        GuidanceAdapter(torch.nn.Linear(2, 2), GuidanceAdapterSettings())

@@ -13,7 +13,8 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, Stable
 from support.guidance_adapters import grown, written
 from torch import Tensor
 
-from stepdistill.roles.guidance_adapter import AdapterSettings, GuidanceAdapter, load_guidance_adapter
+from stepdistill.roles.guidance_adapter import GuidanceAdapter, load_guidance_adapter
+from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 
 W, SIZE, FACES = 6.0, 16, 12
 
@@ -27,7 +28,7 @@ def pipe(tiny: Callable[..., Path]) -> StableDiffusionPipeline:
 
 @pytest.fixture
 def file(pipe: StableDiffusionPipeline, tmp_path: Path) -> Path:
-    return written(grown(GuidanceAdapter(pipe.unet, AdapterSettings(width=16))), tmp_path)
+    return written(grown(GuidanceAdapter(pipe.unet, GuidanceAdapterSettings(width=16))), tmp_path)
 
 
 def draw(pipe: Any, **more: Any) -> Tensor:

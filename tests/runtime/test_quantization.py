@@ -20,7 +20,7 @@ import stepdistill
 from stepdistill.config.reading import parse
 from stepdistill.config.registry import load_family
 from stepdistill.config.schema import RunConfig
-from stepdistill.data.latents.tensors import TensorFolder
+from stepdistill.data.latents.latent_shards import TensorFolder
 from stepdistill.errors import UserError
 from stepdistill.exporting.proof import Proof, QuantizedStudent
 from stepdistill.families.base import Checkpoint

@@ -19,7 +19,7 @@ from stepdistill.config.reading import parse
 from stepdistill.config.schema import DataConfig
 from stepdistill.data.images.opening import open_images
 from stepdistill.data.images.source import ImageItem, ImageSource
-from stepdistill.data.loader import IndexStream, InOrder, Prefetcher, Samples
+from stepdistill.data.loader import EpochOrder, Prefetcher, SampledDataset, SequentialOrder
 from stepdistill.diffusion.draws import generator
 
 
@@ -51,9 +51,9 @@ def same(one: ImageItem, other: ImageItem) -> bool:
 
 def by_sample(source: ImageSource, numbers: range, workers: int = 0, batch: int = 2) -> list[ImageItem]:
     """The items of global sample numbers, as a run of seed 0 reads them."""
-    order = InOrder() if source.count is None else IndexStream(source.count, seed=0)
+    order = SequentialOrder() if source.count is None else EpochOrder(source.count, seed=0)
     batches = [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
-    return [item for items in Prefetcher(Samples(source, order, 0), batches, workers) for item in items]
+    return [item for items in Prefetcher(SampledDataset(source, order, 0), batches, workers) for item in items]
 
 
 def read_item(config: DataConfig, index: int) -> ImageItem:

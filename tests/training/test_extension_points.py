@@ -128,7 +128,8 @@ def test_no_word_of_a_skipped_update(bench: Bench, tmp_path: Path, monkeypatch: 
         return Terms(terms.total * float("nan"), terms.parts, terms.statistics) if role == FAKE_SCORE else terms
 
     monkeypatch.setattr(DMD2, "loss", broken)
-    train(bench.config(CASES["dmd2"], 2), tmp_path / "run")
+    with pytest.raises(UserError, match="the fake_score was never updated"):
+        train(bench.config(CASES["dmd2"], 2), tmp_path / "run")
     assert [role for role, *_ in told] == [GENERATOR]
 
 

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepdistill.config.reading import parse
 from stepdistill.config.schema import RunConfig
-from stepdistill.planning.loop import Call, CallCounter, walk
+from stepdistill.planning.architecture import find_architecture
+from stepdistill.planning.network_calls import CallCounter, CallKind, count_network_calls
 from stepdistill.planning.plan import Forecast, plan
-from stepdistill.planning.sources import find_source
-from stepdistill.planning.trace import companions, outline, size_of, trace
+from stepdistill.planning.trace import auxiliary_modules, build_on_meta, tensor_bytes, trace
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.run import train
@@ -82,7 +82,7 @@ def test_roles_beside_the_base_are_told_apart_from_it(tiny: Callable[..., Path],
     rows = {(call.phase, call.network): call.rows for call in forecast.calls}
     assert rows == {("rollout", REAL_SCORE): 12, (GENERATOR, GENERATOR): 6}
     own = session_of(run).triple.network_parameters(GENERATOR)
-    assert parts(forecast)["generator weights"] == size_of(own.values())
+    assert parts(forecast)["generator weights"] == tensor_bytes(own.values())
 
 
 def session_of(config: RunConfig) -> Session:
@@ -97,11 +97,11 @@ def test_frozen_copies_of_a_method_are_counted(config: Callable[..., RunConfig])
     assert (
         held["target weights"]
         == held["generator weights"]
-        == size_of(session.triple.network_parameters("target").values())
+        == tensor_bytes(session.triple.network_parameters("target").values())
     )
     assert not [name for name in held if FAKE_SCORE in name]
     assert "generator optimizer" in held
-    calls = walk(prepare(run)).calls
+    calls = count_network_calls(prepare(run)).calls
     asked = {(call.network, call.graph): round(counted.rows, 9) for call, counted in calls.items()}
     assert asked == {(REAL_SCORE, False): 4.0, ("target", False): 2.0, (GENERATOR, True): 2.0}
 
@@ -115,20 +115,21 @@ def test_counts_and_bytes_are_those_of_the_session(
     forecast = plan(run)
     trained: list[Trainer] = []
     gradients: dict[str, int] = {}
-    update = Trainer._update
+    update = Trainer.update
 
-    def watched(self: Trainer, role: str, optimizer: Any) -> Any:
-        gradients[role] = size_of(p.grad for p in optimizer.parameters.values() if p.grad is not None)
+    def watched(self: Trainer, role: str) -> Any:
+        parameters = self.optimizers[role].parameters.values()
+        gradients[role] = tensor_bytes(p.grad for p in parameters if p.grad is not None)
         trained[:] = [self]
-        return update(self, role, optimizer)
+        return update(self, role)
 
-    monkeypatch.setattr(Trainer, "_update", watched)
+    monkeypatch.setattr(Trainer, "update", watched)
     train(run, tmp_path / "run")
     session, triple = trained[0].session, trained[0].session.triple
     base = {key: value for key, value in triple.base.named_parameters() if ".lora_" not in key}
     heads = list(triple.head(FAKE_SCORE, "discriminator").parameters())
     own = {role: list(triple.network_parameters(role).values()) for role in (GENERATOR, FAKE_SCORE, EMA)}
-    others = {name: list(part.parameters()) for name, part in companions(session.checkpoint).items()}
+    others = {name: list(part.parameters()) for name, part in auxiliary_modules(session.checkpoint).items()}
 
     held = dict(zip((GENERATOR, FAKE_SCORE), (mode.replace("lora", "LoRA") for mode in MODES[layout]), strict=True))
     tensors = {f"{REAL_SCORE} (the base)": list(base.values()), "heads": heads, "ema": own[EMA], **others}
@@ -137,7 +138,7 @@ def test_counts_and_bytes_are_those_of_the_session(
     assert counted == {name: sum(p.numel() for p in listed) for name, listed in tensors.items()}
 
     said = parts(forecast)
-    optimizers = {role: size_of(o.state_dict().values()) for role, o in trained[0].optimizers.items()}
+    optimizers = {role: tensor_bytes(o.state_dict().values()) for role, o in trained[0].optimizers.items()}
     text = [p for name, listed in others.items() if name != "vae" for p in listed]
     wanted = {
         "base": base.values(),
@@ -147,7 +148,7 @@ def test_counts_and_bytes_are_those_of_the_session(
         "autoencoder": others["vae"],
     }
     wanted |= {f"{role} weights": own[role] for role in held}
-    assert {name: said[name] for name in wanted} == {name: size_of(listed) for name, listed in wanted.items()}
+    assert {name: said[name] for name in wanted} == {name: tensor_bytes(listed) for name, listed in wanted.items()}
     assert {role: said[f"{role} optimizer"] for role in held} == optimizers
     # a step holds all that is constant, and the gradients of its role
     constant = sum(said.values()) - said.get("gradients", 0) - said.get("activations", 0)
@@ -196,11 +197,11 @@ def test_calls_are_those_of_the_trainer(
 
 def test_the_closed_form_of_dmd2s_calls(config: Callable[..., RunConfig]) -> None:
     run = config(max_steps=2)
-    asked = walk(prepare(run)).calls
-    assert asked[Call(FAKE_SCORE, FAKE_SCORE, False, True)].rows == 2
-    assert asked[Call(FAKE_SCORE, FAKE_SCORE, True, True)].calls == 2  # real and generated images
-    assert asked[Call(GENERATOR, REAL_SCORE, False, False)].rows == 0.5 * 2 * 2  # every second iteration, guided
-    assert asked[Call(GENERATOR, FAKE_SCORE, True, True)].calls == 0.5
+    asked = count_network_calls(prepare(run)).calls
+    assert asked[CallKind(FAKE_SCORE, FAKE_SCORE, False, True)].rows == 2
+    assert asked[CallKind(FAKE_SCORE, FAKE_SCORE, True, True)].calls == 2  # real and generated images
+    assert asked[CallKind(GENERATOR, REAL_SCORE, False, False)].rows == 0.5 * 2 * 2  # every second iteration, guided
+    assert asked[CallKind(GENERATOR, FAKE_SCORE, True, True)].calls == 0.5
 
 
 @pytest.mark.ci
@@ -218,10 +219,10 @@ def test_a_trace_without_weights_is_the_trace_with_weights(
 ) -> None:
     """Bytes at every phase's peak and operations, of the same iteration on the same kernels."""
     ready = prepare(config(family, layout=layout, dtype=dtype, **training))
-    walked = walk(ready)
+    call_statistics = count_network_calls(ready)
     # in forward mode torch forms the zeros that stand for an absent tangent, one at a time, and a ghost's take no memory
     within = 0.1 if ready.needs.jvp else 2e-3
-    ghostly, real = trace(outline(ready), walked), trace(open_session(ready, "cpu"), walked)
+    ghostly, real = trace(build_on_meta(ready), call_statistics), trace(open_session(ready, "cpu"), call_statistics)
     assert [phase.name for phase in ghostly.phases] == [phase.name for phase in real.phases]
     for one, other in zip(ghostly.phases, real.phases, strict=True):
         assert one.flops == other.flops, one.name
@@ -233,7 +234,7 @@ def test_a_trace_without_weights_is_the_trace_with_weights(
 def test_operations_are_torchs_own_count(config: Callable[..., RunConfig]) -> None:
     run = config(method=PLAIN)
     session = session_of(run)
-    traced = trace(outline(session.plan), walk(session.plan))
+    traced = trace(build_on_meta(session.plan), count_network_calls(session.plan))
     x, cond = torch.zeros(3, *session.plan.setting.latent_shape), traced.cond[[0, 0, 0]]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -258,17 +259,17 @@ def test_the_peak_is_what_a_gpu_allocates() -> None:
         },
         "test",
     )
-    ready = without_data(run, find_source(run.model).info)
-    walked, session = walk(ready), outline(ready)
-    expected = max(phase.transient for phase in trace(outline(ready), walked).phases)
+    ready = without_data(run, find_architecture(run.model).info)
+    call_statistics, session = count_network_calls(ready), build_on_meta(ready)
+    expected = max(phase.transient for phase in trace(build_on_meta(ready), call_statistics).phases)
     triple = session.triple
     heads = [head for named in triple.heads.values() for head in named.values()]
-    for module in (triple.base, *heads, *companions(session.checkpoint).values()):
+    for module in (triple.base, *heads, *auxiliary_modules(session.checkpoint).values()):
         torch.nn.Module.to_empty(module, device="cuda")
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data.zero_()
     session.device = torch.device("cuda")
     torch.cuda.reset_peak_memory_stats()
     weights = torch.cuda.memory_allocated()
-    trace(session, walked)
+    trace(session, call_statistics)
     assert torch.cuda.max_memory_allocated() == pytest.approx(weights + expected, rel=0.15)

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ from support.method_cases import difference, saved
 from stepdistill.config.reading import parse
 from stepdistill.config.schema import OptimizerConfig, RunConfig
 from stepdistill.errors import UserError
+from stepdistill.files.locks import locked_folder
+from stepdistill.methods.base import Terms
+from stepdistill.roles.triple import FAKE_SCORE, GENERATOR
 from stepdistill.training.optimizers import RoleOptimizer, rate
 from stepdistill.training.run import open_run, train
 from stepdistill.training.run_folder import checkpoints
 from stepdistill.training.run_folder.environment import Environment
-from stepdistill.training.trainer import Trainer
+from stepdistill.training.trainer import RoleUpdates, Trainer
 
 
 @pytest.fixture
@@ -140,6 +145,40 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("role", [GENERATOR, FAKE_SCORE])
+def test_a_role_that_was_never_updated_is_an_error(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    """The other role's good steps must not hide it."""
+    real = RoleUpdates.on_terms
+
+    def poisoned(self: RoleUpdates, due: str, piece: int, terms: Terms) -> None:
+        real(self, due, piece, terms * float("nan") if due == role else terms)
+
+    monkeypatch.setattr(RoleUpdates, "on_terms", poisoned)
+    with pytest.raises(UserError, match=f"the {role} was never updated: all \\d+ of its steps in this stage"):
+        train(config(4, training__max_bad_steps=50), tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(2), tmp_path / "run")
+    before = checkpoints.latest(tmp_path / "run/checkpoints")
+    real = RoleOptimizer.step
+
+    def diverging(self: RoleOptimizer, update: int) -> float:
+        rate = real(self, update)
+        with torch.no_grad():
+            next(iter(self.parameters.values())).fill_(torch.nan)
+        return rate
+
+    monkeypatch.setattr(RoleOptimizer, "step", diverging)
+    with pytest.raises(UserError, match=r"the weights of iteration 3 are not finite \(.*\), so they were not saved"):
+        train(config(3), tmp_path / "run", resume="latest")
+    assert checkpoints.latest(tmp_path / "run/checkpoints") == before
+
+
 def test_one_bad_step_leaves_the_parameters_alone(
     config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,3 +283,25 @@ def test_a_device_that_is_not_there_is_refused(config: Callable[..., RunConfig],
     with pytest.raises(UserError, match=f"the device '{name}' cannot be used"):
         train(config(2, training__device=name), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_two_trainings_do_not_share_a_folder(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    with locked_folder(tmp_path / "run", "training"):
+        script = (
+            "from pathlib import Path; from stepdistill.files.locks import locked_folder\n"
+            f"with locked_folder(Path({str(tmp_path / 'run')!r}), 'export'): print('locked')"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert f"is in use by process {os.getpid()} on " in done.stderr
+        assert done.stdout == ""
+    assert train(config(1), tmp_path / "run").finished
+    assert not list(tmp_path.glob(".run*"))
+
+
+def test_the_lock_of_a_dead_process_is_free(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    script = (
+        "import os, signal; from pathlib import Path; from stepdistill.files.locks import locked_folder\n"
+        f"with locked_folder(Path({str(tmp_path / 'run')!r}), 'training'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert train(config(1), tmp_path / "run").finished

@@ -54,7 +54,7 @@ class CaptionTable:
         said = rng.choice(len(SAID_SHARES), size=len(attributes), p=SAID_SHARES)
         colour = np.where(said <= 1, attributes[:, 1], NOT_SAID) + 1
         background = np.where((said == 0) | (said == 2), attributes[:, 2], NOT_SAID) + 1
-        ids = self.ids[attributes[:, 0], colour, background, rng.integers(fashion.WORDINGS, size=len(attributes))]
+        ids = self.ids[attributes[:, 0], colour, background, rng.integers(fashion.WORDING_COUNT, size=len(attributes))]
         dropped = torch.from_numpy(rng.random(len(attributes)) < dropout)
         return torch.where(dropped[:, None], self.empty, ids)
 
@@ -74,8 +74,8 @@ def build_caption_table() -> CaptionTable:
         for colour in (None, *fashion.COLOURS):
             for background in (None, *fashion.BACKGROUNDS):
                 attributes = fashion.Attributes(garment, colour, background)
-                captions += [fashion.caption(attributes, wording=wording) for wording in range(fashion.WORDINGS)]
-    shape = (len(fashion.GARMENTS), len(fashion.COLOURS) + 1, len(fashion.BACKGROUNDS) + 1, fashion.WORDINGS, -1)
+                captions += [fashion.caption(attributes, wording=wording) for wording in range(fashion.WORDING_COUNT)]
+    shape = (len(fashion.GARMENTS), len(fashion.COLOURS) + 1, len(fashion.BACKGROUNDS) + 1, fashion.WORDING_COUNT, -1)
     return CaptionTable(networks.tokenize(tokenizer, captions).view(shape), networks.tokenize(tokenizer, [""])[0])
 
 

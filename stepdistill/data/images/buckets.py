@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.images.indexed import IndexedImages
-from stepdistill.data.images.source import Framing
-from stepdistill.data.loader import IndexStream, T_co, sample_draws
+from stepdistill.data.images.source import CropTransform
+from stepdistill.data.loader import EpochOrder, T_co, sample_generator
 from stepdistill.diffusion.draws import derive_seed, generator
 from stepdistill.errors import UserError
 
@@ -44,7 +44,7 @@ class Buckets:
 
 
 @dataclass(frozen=True)
-class Place:
+class BucketPosition:
     """Where a sample lies: sample `position` of bucket `bucket`, both from 0; positions count over all epochs."""
 
     bucket: int
@@ -57,7 +57,7 @@ def nearest_bucket(shape: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> 
     return min(range(len(sizes)), key=lambda k: abs(math.log(sizes[k][0] / sizes[k][1]) - ratio))
 
 
-def sort_images(source: IndexedImages, sizes: Sequence[tuple[int, int]], workers: int = 1) -> Buckets:
+def assign_buckets(source: IndexedImages, sizes: Sequence[tuple[int, int]], workers: int = 1) -> Buckets:
     """Read the size of every image and sort them into buckets; images with an unreadable header are left out.
 
     Each process of a run does so for itself, once, at its start.
@@ -66,7 +66,7 @@ def sort_images(source: IndexedImages, sizes: Sequence[tuple[int, int]], workers
         UserError: more unreadable headers than the source allows, or no readable one.
     """
     members: list[list[int]] = [[] for _ in sizes]
-    for index, shape in enumerate(source.shapes(workers)):
+    for index, shape in enumerate(source.image_sizes(workers)):
         if shape is not None:
             members[nearest_bucket(shape, sizes)].append(index)
     if not any(members):
@@ -96,35 +96,39 @@ class BucketOrder:
     """
 
     def __init__(self, weights: Sequence[int], seed: int, per_iteration: int) -> None:
-        self.bounds = torch.tensor(weights, dtype=torch.int64).cumsum(0)
+        self.cumulative_weights = torch.tensor(weights, dtype=torch.int64).cumsum(0)
         self.seed, self.per_iteration = seed, per_iteration
         # replaced as a whole, so that threads never see half of another chunk
-        self._cached = self._drawn(0, torch.zeros(len(weights), dtype=torch.int64))
+        self._cached = self._draw_chunk(0, torch.zeros(len(weights), dtype=torch.int64))
 
     def bucket(self, iteration: int) -> int:
         """The bucket of an iteration."""
         number, row = divmod(iteration, CHUNK)
         return int(self._chunk(number).picks[row])
 
-    def place(self, sample: int) -> Place:
+    def place(self, sample: int) -> BucketPosition:
         """Bucket and position of a global sample number."""
         iteration, slot = divmod(sample, self.per_iteration)
         number, row = divmod(iteration, CHUNK)
         chunk = self._chunk(number)
-        return Place(int(chunk.picks[row]), int(chunk.earlier[row]) * self.per_iteration + slot)
+        return BucketPosition(int(chunk.picks[row]), int(chunk.earlier[row]) * self.per_iteration + slot)
 
     def _chunk(self, number: int) -> _Chunk:
         chunk = self._cached
         if chunk.number > number:
-            chunk = self._drawn(0, torch.zeros_like(self.bounds))
+            chunk = self._draw_chunk(0, torch.zeros_like(self.cumulative_weights))
         while chunk.number < number:
-            chunk = self._drawn(chunk.number + 1, chunk.before + chunk.picks.bincount(minlength=len(self.bounds)))
+            chunk = self._draw_chunk(
+                chunk.number + 1, chunk.before + chunk.picks.bincount(minlength=len(self.cumulative_weights))
+            )
         self._cached = chunk
         return chunk
 
-    def _drawn(self, number: int, before: Tensor) -> _Chunk:
-        draws = torch.randint(int(self.bounds[-1]), (CHUNK,), generator=generator(self.seed, "buckets", number))
-        picks = torch.bucketize(draws, self.bounds, right=True)
+    def _draw_chunk(self, number: int, before: Tensor) -> _Chunk:
+        draws = torch.randint(
+            int(self.cumulative_weights[-1]), (CHUNK,), generator=generator(self.seed, "buckets", number)
+        )
+        picks = torch.bucketize(draws, self.cumulative_weights, right=True)
         earlier = torch.empty_like(picks)
         for bucket, total in enumerate(before.tolist()):
             rows = picks == bucket
@@ -132,24 +136,26 @@ class BucketOrder:
         return _Chunk(number, before, picks, earlier)
 
 
-class Selectable(Protocol[T_co]):
+class SelectableImages(Protocol[T_co]):
     """Images that are read by their place in a selection, and cut to any size, such as `IndexedImages`."""
 
     @property
-    def framing(self) -> Framing: ...
+    def crop_transform(self) -> CropTransform: ...
 
-    def read_among(self, order: Sequence[int], place: int, draws: torch.Generator, framing: Framing) -> T_co: ...
+    def read_selected(
+        self, order: Sequence[int], place: int, draws: torch.Generator, crop_transform: CropTransform
+    ) -> T_co: ...
 
 
 class BucketSamples(Generic[T_co]):
     """The images of a run with buckets, by global sample number: each bucket shows all of its images once an epoch of its own."""
 
-    def __init__(self, source: Selectable[T_co], buckets: Buckets, order: BucketOrder, seed: int) -> None:
+    def __init__(self, source: SelectableImages[T_co], buckets: Buckets, order: BucketOrder, seed: int) -> None:
         self.source, self.order, self.seed = source, order, seed
         self.members = buckets.members
-        self.framings = [replace(source.framing, size=size) for size in buckets.sizes]
+        self.crop_transforms = [replace(source.crop_transform, size=size) for size in buckets.sizes]
         self.streams = {
-            bucket: IndexStream(len(found), derive_seed(seed, "bucket", bucket))
+            bucket: EpochOrder(len(found), derive_seed(seed, "bucket", bucket))
             for bucket, found in enumerate(buckets.members)
             if found
         }
@@ -157,5 +163,5 @@ class BucketSamples(Generic[T_co]):
     def __getitem__(self, sample: int) -> T_co:
         place = self.order.place(sample)
         chosen = self.streams[place.bucket].index(place.position)
-        draws = sample_draws(self.seed, sample)
-        return self.source.read_among(self.members[place.bucket], chosen, draws, self.framings[place.bucket])
+        draws = sample_generator(self.seed, sample)
+        return self.source.read_selected(self.members[place.bucket], chosen, draws, self.crop_transforms[place.bucket])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from stepdistill.config.registry import nearest
 from stepdistill.data.images.indexed import IndexedImages
-from stepdistill.data.images.source import CAPTION_KEYS, Framing, pick_caption
+from stepdistill.data.images.source import CAPTION_KEYS, CropTransform, pick_caption
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PREFIX = "hf:"
+HUB_PREFIX = "hf:"
 D = TypeVar("D", "Dataset", "IterableDataset")
 
 
@@ -45,7 +45,7 @@ def open_dataset(name: str, split: str, *, streaming: bool) -> Dataset | Iterabl
         from pyarrow import ArrowException
     except ImportError:
         raise UserError(
-            f"reading {PREFIX + name!r} needs the package datasets, which is missing: install it with "
+            f"reading {HUB_PREFIX + name!r} needs the package datasets, which is missing: install it with "
             "pip install 'stepdistill[data]'"
         ) from None
     try:
@@ -56,11 +56,13 @@ def open_dataset(name: str, split: str, *, streaming: bool) -> Dataset | Iterabl
         # a refusal is one sentence, whatever the library made of it
         reason = re.sub(r"[.!?] +(?=[A-Z])", ", ", " ".join(str(error).split())).rstrip(".")
         raise UserError(
-            f"the data set {PREFIX + name!r} cannot be opened ({reason}): check its name and split"
+            f"the data set {HUB_PREFIX + name!r} cannot be opened ({reason}): check its name and split"
         ) from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
-            raise UserError(f"the data set {PREFIX + name!r} has no split {split!r}: {nearest(split, tuple(found))}")
+            raise UserError(
+                f"the data set {HUB_PREFIX + name!r} has no split {split!r}: {nearest(split, tuple(found))}"
+            )
         found = found[split]
     return found.to_iterable_dataset(num_shards=max(1, min(SAVED_SHARDS, len(found)))) if streaming else found
 
@@ -73,7 +75,7 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def undecoded(
+def select_undecoded_columns(
     dataset: D, source: str, image_column: str = "image", caption_column: str | None = None
 ) -> tuple[D, str | None]:
     """The image and caption columns alone, images as bytes; and the caption column, None where there is none.
@@ -102,7 +104,7 @@ def undecoded(
     return dataset.select_columns([image_column] + ([] if caption is None else [caption])), caption
 
 
-def cell_file(cell: object) -> BinaryIO:
+def open_image_cell(cell: object) -> BinaryIO:
     """The image file in a cell: bytes, or what `Image(decode=False)` yields. Raises TypeError or OSError."""
     if isinstance(cell, dict):
         path = cell.get("path")
@@ -143,14 +145,14 @@ class HubImages(IndexedImages):
         self,
         dataset: Dataset,
         source: str,
-        framing: Framing,
+        crop_transform: CropTransform,
         *,
         image_column: str = "image",
         caption_column: str | None = None,
         max_bad_share: float = 0.05,
     ) -> None:
-        super().__init__(source, framing, max_bad_share)
-        dataset, self._caption = undecoded(dataset, source, image_column, caption_column)
+        super().__init__(source, crop_transform, max_bad_share)
+        dataset, self._caption = select_undecoded_columns(dataset, source, image_column, caption_column)
         if not len(dataset):
             raise UserError(f"the data set {source!r} has no rows: name one that holds images, or another split")
         self._image = image_column
@@ -165,7 +167,7 @@ class HubImages(IndexedImages):
         return f"row {index}"
 
     def open(self, index: int) -> BinaryIO:
-        return cell_file(self._images[index][self._image])
+        return open_image_cell(self._images[index][self._image])
 
     def caption_of(self, index: int) -> str:
         if self._captions is None or self._caption is None:

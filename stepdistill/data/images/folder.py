@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
 from stepdistill.data.images.indexed import IndexedImages
-from stepdistill.data.images.source import CAPTION_KEYS, SUFFIXES, Framing, one_line, pick_caption
+from stepdistill.data.images.source import CAPTION_KEYS, IMAGE_SUFFIXES, CropTransform, one_line, pick_caption
 from stepdistill.data.prompts import read_jsonl
 from stepdistill.errors import UserError
 
@@ -42,7 +42,7 @@ class ImageFolder(IndexedImages):
         require_captions: bool = False,
         caption_column: str | None = None,
     ) -> None:
-        super().__init__(str(folder), Framing(size, crop, flip), max_bad_share)
+        super().__init__(str(folder), CropTransform(size, crop, flip), max_bad_share)
         self.folder = Path(folder)
         captions = _captions(self.folder, (caption_column,) if caption_column is not None else CAPTION_KEYS)
         self.names = tuple(captions)
@@ -79,9 +79,9 @@ def _captions(folder: Path, keys: tuple[str, ...]) -> dict[str, str]:
     listed = _metadata(folder / "metadata.jsonl", keys) if "metadata.jsonl" in names else {}
     visible = {name for name in names if not any(part.startswith(".") for part in name.split("/"))}
     # a file that is listed but missing is an image that cannot be read, and is counted as one
-    images = sorted({name for name in visible if name.lower().endswith(SUFFIXES)} | listed.keys())
+    images = sorted({name for name in visible if name.lower().endswith(IMAGE_SUFFIXES)} | listed.keys())
     if not images:
-        raise UserError(f"{str(folder)!r} holds no image: put image files there ({', '.join(SUFFIXES)})")
+        raise UserError(f"{str(folder)!r} holds no image: put image files there ({', '.join(IMAGE_SUFFIXES)})")
     return {name: listed.get(name) or _sidecar(folder, name, names) for name in images}
 
 

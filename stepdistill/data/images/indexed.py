@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from stepdistill.data.images.source import (
     UNREADABLE,
-    BadImages,
-    Framing,
+    CropTransform,
     ImageItem,
+    UnreadableImages,
     decode,
-    framing_draws,
-    header_size,
+    draw_transform_numbers,
+    read_image_size,
 )
 from stepdistill.diffusion.draws import generator
 from stepdistill.errors import UserError
@@ -40,9 +40,9 @@ class IndexedImages(ABC):
         max_bad_share: share of unreadable images, of all images, above which reading is refused.
     """
 
-    def __init__(self, source: str, framing: Framing, max_bad_share: float) -> None:
-        self.source, self.framing = source, framing
-        self._bad = BadImages(source, max_bad_share)
+    def __init__(self, source: str, crop_transform: CropTransform, max_bad_share: float) -> None:
+        self.source, self.crop_transform = source, crop_transform
+        self._unreadable = UnreadableImages(source, max_bad_share)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -65,9 +65,9 @@ class IndexedImages(ABC):
         return len(self)
 
     @property
-    def bad(self) -> tuple[str, ...]:
+    def unreadable_names(self) -> tuple[str, ...]:
         """Names of the unreadable images found so far, in the order of the source."""
-        return self._bad.names
+        return self._unreadable.names
 
     def __getitem__(self, index: int) -> ImageItem:
         """Item at a position, its random draws a function of the position: the same crop each time."""
@@ -80,31 +80,33 @@ class IndexedImages(ABC):
             IndexError: no such position.
             UserError: more images than `max_bad_share` allows have turned out unreadable, or none is readable.
         """
-        return self.read_among(range(len(self)), index, draws, self.framing)
+        return self.read_selected(range(len(self)), index, draws, self.crop_transform)
 
-    def read_among(self, order: Sequence[int], place: int, draws: torch.Generator, framing: Framing) -> ImageItem:
+    def read_selected(
+        self, order: Sequence[int], place: int, draws: torch.Generator, crop_transform: CropTransform
+    ) -> ImageItem:
         """As `read`, of a selection: the image at order[place], an unreadable one replaced by the next in `order`."""
         if not 0 <= place < len(order):
             raise IndexError(f"image {place} of {len(order)} in {self.source}")
-        numbers = framing_draws(draws)
+        numbers = draw_transform_numbers(draws)
         for step in range(len(order)):
-            item = self.item(order[(place + step) % len(order)], numbers, framing)
+            item = self.item(order[(place + step) % len(order)], numbers, crop_transform)
             if item is not None:
                 return item
         raise UserError(f"none of the {len(order)} images in {self.source!r} can be read: replace them")
 
-    def item(self, index: int, numbers: Sequence[float], framing: Framing) -> ImageItem | None:
+    def item(self, index: int, numbers: Sequence[float], crop_transform: CropTransform) -> ImageItem | None:
         """The very image at a position, cut by three numbers as `Framing.cut` does; None where it cannot be read.
 
         Raises:
             UserError: more images than `max_bad_share` allows have turned out unreadable.
         """
         loaded = self._attempt(index, self._load)
-        self._bad.refuse_too_many(len(self))
+        self._unreadable.raise_if_too_many(len(self))
         if loaded is None:
             return None
         caption, picture = loaded
-        image, crop = framing.cut(picture, numbers)
+        image, crop = crop_transform.apply(picture, numbers)
         return ImageItem(image, caption, crop, self.name_of(index), index)
 
     def verify(self, workers: int = 1) -> tuple[str, ...]:
@@ -115,10 +117,10 @@ class IndexedImages(ABC):
         """
         readable = sum(size is not None for size in self._each(lambda index: self._load(index)[1].size, workers))
         log.info("%d of %d images in %s are readable", readable, len(self), self.source)
-        self._bad.refuse_too_many(len(self))
-        return self.bad
+        self._unreadable.raise_if_too_many(len(self))
+        return self.unreadable_names
 
-    def readable_captions(self) -> Iterator[str]:
+    def iterate_captions(self) -> Iterator[str]:
         """Captions of all images, also of those whose pixels are unreadable."""
         for index in range(len(self)):
             try:
@@ -126,15 +128,15 @@ class IndexedImages(ABC):
             except UNREADABLE:
                 continue
 
-    def shapes(self, workers: int = 1) -> list[tuple[int, int] | None]:
+    def image_sizes(self, workers: int = 1) -> list[tuple[int, int] | None]:
         """(height, width) in pixels of every image, upright, from its header; None where that is unreadable.
 
         Raises:
             UserError: more headers are unreadable than `max_bad_share` allows.
         """
-        sizes = self._each(lambda index: header_size(self.open(index)), workers)
+        sizes = self._each(lambda index: read_image_size(self.open(index)), workers)
         found = list(tqdm(sizes, "image sizes", len(self), unit="image", dynamic_ncols=True, disable=None))
-        self._bad.refuse_too_many(len(self))
+        self._unreadable.raise_if_too_many(len(self))
         return found
 
     def _load(self, index: int) -> tuple[str, Image.Image]:
@@ -150,10 +152,10 @@ class IndexedImages(ABC):
 
     def _attempt(self, index: int, function: Callable[[int], T]) -> T | None:
         """`function` of an image that is not known to be bad; an error makes it so."""
-        if (index,) in self._bad:
+        if (index,) in self._unreadable:
             return None
         try:
             return function(index)
         except UNREADABLE as error:
-            self._bad.add((index,), self.name_of(index), error)
+            self._unreadable.add((index,), self.name_of(index), error)
             return None

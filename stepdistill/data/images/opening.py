@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from stepdistill.config.schema import DataConfig
-from stepdistill.data.images.datasets_library import PREFIX, HubImages, open_dataset
+from stepdistill.data.images.datasets_library import HUB_PREFIX, HubImages, open_dataset
 from stepdistill.data.images.folder import ImageFolder
-from stepdistill.data.images.source import Framing, ImageSource, warn_of_bare
+from stepdistill.data.images.source import CropTransform, ImageSource, warn_missing_captions
 from stepdistill.data.images.stream import ImageStream
 from stepdistill.data.images.webdataset import TarImages, is_tar_pattern
 from stepdistill.diffusion.draws import derive_seed
@@ -30,14 +30,14 @@ def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSour
     """
     if data.images is None:
         raise UserError("data.images is not set: give a folder, tar shards or a data set")
-    framing = Framing(size, data.crop, data.flip)
-    if data.images.startswith(PREFIX):
-        dataset = open_dataset(data.images.removeprefix(PREFIX), data.split, streaming=data.streaming)
+    crop_transform = CropTransform(size, data.crop, data.flip)
+    if data.images.startswith(HUB_PREFIX):
+        dataset = open_dataset(data.images.removeprefix(HUB_PREFIX), data.split, streaming=data.streaming)
         if data.streaming:
             return ImageStream(
                 cast("IterableDataset", dataset),
                 data.images,
-                framing,
+                crop_transform,
                 derive_seed(seed, "images"),
                 image_column=data.image_column,
                 caption_column=data.caption_column,
@@ -46,7 +46,7 @@ def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSour
         return HubImages(
             cast("Dataset", dataset),
             data.images,
-            framing,
+            crop_transform,
             image_column=data.image_column,
             caption_column=data.caption_column,
             max_bad_share=data.max_bad_share,
@@ -54,10 +54,12 @@ def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSour
     if data.streaming:
         raise UserError(
             f"data.streaming is set and data.images is {data.images!r}, which is read in place: name a data set as "
-            f"'{PREFIX}NAME', or set data.streaming to false"
+            f"'{HUB_PREFIX}NAME', or set data.streaming to false"
         )
     if is_tar_pattern(data.images):
-        return TarImages(data.images, framing, max_bad_share=data.max_bad_share, caption_column=data.caption_column)
+        return TarImages(
+            data.images, crop_transform, max_bad_share=data.max_bad_share, caption_column=data.caption_column
+        )
     folder = ImageFolder(
         data.images,
         size,
@@ -66,5 +68,5 @@ def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSour
         max_bad_share=data.max_bad_share,
         caption_column=data.caption_column,
     )
-    warn_of_bare(sum(not caption for caption in folder.captions), len(folder), folder.source)
+    warn_missing_captions(sum(not caption for caption in folder.captions), len(folder), folder.source)
     return folder

@@ -26,7 +26,7 @@ from stepdistill.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".avif", ".bmp", ".gif", ".jfif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".avif", ".bmp", ".gif", ".jfif", ".tif", ".tiff")
 """File names with these endings, in lower or upper case, are images."""
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 """Formats that Pillow may decode here, whatever a file is named. Others, such as EPS, would start further programs."""
@@ -95,7 +95,7 @@ class ImageSource(Protocol):
         """Images; None of a stream, whose positions never end."""
 
     @property
-    def bad(self) -> tuple[str, ...]:
+    def unreadable_names(self) -> tuple[str, ...]:
         """Names of the unreadable images found so far, in the order of the source."""
 
     def read(self, index: int, draws: torch.Generator) -> ImageItem:
@@ -103,7 +103,7 @@ class ImageSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Framing:
+class CropTransform:
     """How an image is cut to size.
 
     Attributes:
@@ -125,18 +125,18 @@ class Framing:
         if self.crop not in ("center", "random"):
             raise UserError(f"crop is {self.crop!r}: use 'center' or 'random'")
 
-    def mirrors(self, draws: Sequence[float]) -> bool:
+    def flips(self, draws: Sequence[float]) -> bool:
         """Whether these draws of `cut` mirror an image."""
         return self.flip and draws[0] < 0.5
 
-    def cut(self, picture: Image.Image, draws: Sequence[float]) -> tuple[Tensor, Crop]:
+    def apply(self, picture: Image.Image, draws: Sequence[float]) -> tuple[Tensor, Crop]:
         """Pixels (3, H, W), float32 in [-1, 1], and their crop; the three `draws` in [0, 1) are for flip, top and left."""
         height, width = self.size
         scale = max(height / picture.height, width / picture.width)
         # rounding may fall short of the target by a pixel
         resized = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
         whole = picture.resize(resized, Image.Resampling.LANCZOS)
-        if self.mirrors(draws):
+        if self.flips(draws):
             whole = ImageOps.mirror(whole)
         spare = (whole.height - height, whole.width - width)
         if self.crop == "random":
@@ -148,13 +148,13 @@ class Framing:
         return image, Crop((picture.height, picture.width), (top, left), (height, width))
 
 
-def framing_draws(draws: torch.Generator) -> list[float]:
+def draw_transform_numbers(draws: torch.Generator) -> list[float]:
     """The three numbers of `Framing.cut`: always as many, whatever is read, so that draws belong to the sample."""
     numbers: list[float] = torch.rand(3, generator=draws, dtype=torch.float64).tolist()
     return numbers
 
 
-class BadImages:
+class UnreadableImages:
     """Unreadable images of one source: each named and counted once, whichever thread meets it first.
 
     Raises:
@@ -185,7 +185,7 @@ class BadImages:
         if self._found.setdefault(key, fact) is fact:
             log.warning("skipping unreadable image %s of %s (%s)", name, self.source, fact[1])
 
-    def refuse_too_many(self, total: int) -> None:
+    def raise_if_too_many(self, total: int) -> None:
         """Raises UserError where the images found are more than `max_share` of `total`."""
         found = [fact for _, fact in sorted(self._found.copy().items())]
         if len(found) <= self.max_share * total:
@@ -209,7 +209,7 @@ def decode(file: BinaryIO) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(picture))
 
 
-def header_size(file: BinaryIO) -> tuple[int, int]:
+def read_image_size(file: BinaryIO) -> tuple[int, int]:
     """(height, width) of the picture in an image file, upright; closes the file. Raises one of UNREADABLE."""
     with file, open_image(file) as picture:
         # asking a PNG without EXIF for it would decode all of its pixels
@@ -239,7 +239,7 @@ def pick_caption(row: Mapping[str, object], keys: Sequence[str] = CAPTION_KEYS) 
     return one_line(text)
 
 
-def warn_of_bare(count: int, total: int, source: str) -> None:
+def warn_missing_captions(count: int, total: int, source: str) -> None:
     """Say that images have no caption, where some have none: nothing else would show that a caption was misnamed."""
     if count:
         log.warning("%d of %d images in %s have no caption and are taken for the empty prompt", count, total, source)

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from stepdistill.data.images.datasets_library import cell_file, undecoded
+from stepdistill.data.images.datasets_library import open_image_cell, select_undecoded_columns
 from stepdistill.data.images.source import (
     UNREADABLE,
-    BadImages,
-    Framing,
+    CropTransform,
     ImageItem,
+    UnreadableImages,
     decode,
-    framing_draws,
+    draw_transform_numbers,
     pick_caption,
 )
 from stepdistill.diffusion.draws import generator
@@ -38,15 +38,15 @@ from stepdistill.errors import UserError
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-LANES = (8, 4, 2, 1)
-BLOCK = 32
+SHARD_GROUP_COUNTS = (8, 4, 2, 1)
+SHUFFLE_BLOCK = 32
 """Rows that are shuffled among themselves; two such blocks of encoded images are kept in memory for each lane."""
-JUDGED = 100
+MIN_IMAGES_FOR_SHARE = 100
 """Images that the share of unreadable ones is at least reckoned of: one broken file at the start is no verdict."""
 
 
 @dataclass(frozen=True)
-class Row:
+class StreamRow:
     """A row of a stream: the file shard it came from, its number in there, and its cells."""
 
     file: int
@@ -77,20 +77,22 @@ class ImageStream:
         self,
         dataset: IterableDataset,
         source: str,
-        framing: Framing,
+        crop_transform: CropTransform,
         seed: int,
         *,
         image_column: str = "image",
         caption_column: str | None = None,
         max_bad_share: float = 0.05,
     ) -> None:
-        self.source, self.framing = source, framing
-        dataset, self._caption = undecoded(dataset, source, image_column, caption_column)
+        self.source, self.crop_transform = source, crop_transform
+        dataset, self._caption = select_undecoded_columns(dataset, source, image_column, caption_column)
         self._image = image_column
-        lanes = next(number for number in LANES if number <= max(1, dataset.num_shards))
-        self.lanes = tuple(Lane(dataset, lane, lanes, seed) for lane in range(lanes))
-        self._bad = BadImages(source, max_bad_share)
-        self._asked = 0
+        shard_groups = next(number for number in SHARD_GROUP_COUNTS if number <= max(1, dataset.num_shards))
+        self.shard_groups = tuple(
+            ShardGroup(dataset, shard_group, shard_groups, seed) for shard_group in range(shard_groups)
+        )
+        self._unreadable = UnreadableImages(source, max_bad_share)
+        self._requested = 0
 
     @property
     def count(self) -> None:
@@ -98,9 +100,9 @@ class ImageStream:
         return None
 
     @property
-    def bad(self) -> tuple[str, ...]:
+    def unreadable_names(self) -> tuple[str, ...]:
         """Names of the unreadable images found so far."""
-        return self._bad.names
+        return self._unreadable.names
 
     def read(self, index: int, draws: torch.Generator) -> ImageItem:
         """Item of a global sample number, cropped and flipped by `draws`, of which always three numbers are taken.
@@ -108,60 +110,60 @@ class ImageStream:
         Raises:
             UserError: more images than `max_bad_share` allows have turned out unreadable, or a lane has no readable one.
         """
-        place, number = divmod(index, len(self.lanes))
-        lane = self.lanes[number]
-        numbers = framing_draws(draws)
-        self._asked += 1
+        place, number = divmod(index, len(self.shard_groups))
+        shard_group = self.shard_groups[number]
+        numbers = draw_transform_numbers(draws)
+        self._requested += 1
         for step in count():
-            if lane.length is not None and step >= lane.length:
+            if shard_group.length is not None and step >= shard_group.length:
                 break
-            row = lane.row(place + step)
+            row = shard_group.row(place + step)
             loaded = self._load(number, row)
-            self._bad.refuse_too_many(max(JUDGED, self._asked))
+            self._unreadable.raise_if_too_many(max(MIN_IMAGES_FOR_SHARE, self._requested))
             if loaded is not None:
                 caption, picture = loaded
-                image, crop = self.framing.cut(picture, numbers)
-                return ImageItem(image, caption, crop, _name(row), index + step * len(self.lanes))
+                image, crop = self.crop_transform.apply(picture, numbers)
+                return ImageItem(image, caption, crop, _name(row), index + step * len(self.shard_groups))
         raise UserError(f"lane {number} of {self.source!r} holds no readable image: replace its files")
 
-    def _load(self, lane: int, row: Row) -> tuple[str, Image.Image] | None:
-        key = (lane, row.file, row.number)
-        if key in self._bad:
+    def _load(self, shard_group: int, row: StreamRow) -> tuple[str, Image.Image] | None:
+        key = (shard_group, row.file, row.number)
+        if key in self._unreadable:
             return None
         try:
             caption = "" if self._caption is None else pick_caption(row.cells, (self._caption,))
-            return caption, decode(cell_file(row.cells[self._image]))
+            return caption, decode(open_image_cell(row.cells[self._image]))
         except UNREADABLE as error:
-            self._bad.add(key, _name(row), error)
+            self._unreadable.add(key, _name(row), error)
             return None
 
 
-class Lane:
+class ShardGroup:
     """Every `lanes`-th file shard of a stream from number `lane` on, as an endless list of rows.
 
     Asking for positions in order, or nearly so, reads on; any other position is found by reading up to it, where files
     whose length is known by then are passed over. Threads take turns.
     """
 
-    def __init__(self, dataset: IterableDataset, lane: int, lanes: int, seed: int) -> None:
-        self.dataset, self.lane, self.lanes, self.seed = dataset, lane, lanes, seed
-        self.files = range(lane, max(1, dataset.num_shards), lanes)
+    def __init__(self, dataset: IterableDataset, shard_group: int, shard_groups: int, seed: int) -> None:
+        self.dataset, self.shard_group, self.shard_groups, self.seed = dataset, shard_group, shard_groups, seed
+        self.files = range(shard_group, max(1, dataset.num_shards), shard_groups)
         self._lengths: dict[int, int] = {}
         # (epoch, block) -> its rows, shuffled; the newest two, since threads and replacements look a little around
-        self._blocks: dict[tuple[int, int], list[Row]] = {}
-        self._reader: tuple[tuple[int, int], Iterator[Row]] | None = None
+        self._blocks: dict[tuple[int, int], list[StreamRow]] = {}
+        self._reader: tuple[tuple[int, int], Iterator[StreamRow]] | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
         # readers and locks stay in their process: what a lane yields does not depend on them
-        return Lane, (self.dataset, self.lane, self.lanes, self.seed)
+        return ShardGroup, (self.dataset, self.shard_group, self.shard_groups, self.seed)
 
     @property
     def length(self) -> int | None:
         """Rows of an epoch; None before the first one was read to its end."""
         return sum(self._lengths.values()) if len(self._lengths) == len(self.files) else None
 
-    def row(self, position: int) -> Row:
+    def row(self, position: int) -> StreamRow:
         """The row at a position of the lane, counted over all epochs.
 
         Raises:
@@ -172,33 +174,33 @@ class Lane:
                 length = self.length
                 if length == 0:
                     raise UserError(
-                        f"file shard {self.lane} of the stream and every {self.lanes}th after it hold no rows: "
+                        f"file shard {self.shard_group} of the stream and every {self.shard_groups}th after it hold no rows: "
                         "leave empty files out, or write fewer and larger ones"
                     )
                 # as long as the length is unknown, no row beyond the first epoch has been read
                 epoch, offset = (0, position) if length is None else divmod(position, length)
-                block = self._block(epoch, offset // BLOCK)
-                if offset % BLOCK < len(block):
-                    return block[offset % BLOCK]
+                block = self._block(epoch, offset // SHUFFLE_BLOCK)
+                if offset % SHUFFLE_BLOCK < len(block):
+                    return block[offset % SHUFFLE_BLOCK]
                 # the position lies beyond the first epoch, whose length is known from here on
 
-    def _block(self, epoch: int, number: int) -> list[Row]:
+    def _block(self, epoch: int, number: int) -> list[StreamRow]:
         key = (epoch, number)
         if key not in self._blocks:
             if self._reader is None or self._reader[0] != key:
-                self._reader = (key, self._rows(epoch, number * BLOCK))
+                self._reader = (key, self._rows(epoch, number * SHUFFLE_BLOCK))
             reader, self._reader = self._reader[1], None
             # an error of the stream leaves no reader behind: the next call starts anew instead of taking it for the end
-            rows = list(islice(reader, BLOCK))
+            rows = list(islice(reader, SHUFFLE_BLOCK))
             self._reader = ((epoch, number + 1), reader)
-            order = torch.randperm(len(rows), generator=generator(self.seed, "rows", self.lane, epoch, number))
+            order = torch.randperm(len(rows), generator=generator(self.seed, "rows", self.shard_group, epoch, number))
             self._blocks = dict([*self._blocks.items()][-1:])
             self._blocks[key] = [rows[index] for index in order]
         return self._blocks[key]
 
-    def _rows(self, epoch: int, start: int) -> Iterator[Row]:
+    def _rows(self, epoch: int, start: int) -> Iterator[StreamRow]:
         """The rows of an epoch from number `start` on; learns the length of every file that it reads to the end."""
-        order = torch.randperm(len(self.files), generator=generator(self.seed, "files", self.lane, epoch))
+        order = torch.randperm(len(self.files), generator=generator(self.seed, "files", self.shard_group, epoch))
         for file in (self.files[index] for index in order):
             known = self._lengths.get(file)
             if known is not None and start >= known:
@@ -207,7 +209,7 @@ class Lane:
             number = 0
             for number, cells in enumerate(self._file(file), start=1):
                 if number > start:
-                    yield Row(file, number - 1, cells)
+                    yield StreamRow(file, number - 1, cells)
             if known is not None and number != known:
                 raise UserError(
                     f"file shard {file} of the stream had {known} rows and now has {number}: leave its files as they are during a run"
@@ -219,5 +221,5 @@ class Lane:
         return self.dataset.shard(max(1, self.dataset.num_shards), file)
 
 
-def _name(row: Row) -> str:
+def _name(row: StreamRow) -> str:
     return f"row {row.number} of file shard {row.file}"

@@ -23,17 +23,24 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from stepdistill.data.images.indexed import IndexedImages
-from stepdistill.data.images.source import CAPTION_KEYS, SUFFIXES, Framing, one_line, pick_caption, warn_of_bare
+from stepdistill.data.images.source import (
+    CAPTION_KEYS,
+    IMAGE_SUFFIXES,
+    CropTransform,
+    one_line,
+    pick_caption,
+    warn_missing_captions,
+)
 from stepdistill.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TEXTS = (".txt", ".caption", ".json")
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class ByteRange:
     """Where a member's bytes lie in its shard."""
 
     suffix: str
@@ -47,8 +54,8 @@ class TarSample:
 
     shard: Path
     key: str
-    image: Extent
-    text: Extent | None
+    image: ByteRange
+    text: ByteRange | None
 
 
 class TarImages(IndexedImages):
@@ -67,19 +74,24 @@ class TarImages(IndexedImages):
     """
 
     def __init__(
-        self, pattern: str, framing: Framing, *, max_bad_share: float = 0.05, caption_column: str | None = None
+        self,
+        pattern: str,
+        crop_transform: CropTransform,
+        *,
+        max_bad_share: float = 0.05,
+        caption_column: str | None = None,
     ) -> None:
-        super().__init__(pattern, framing, max_bad_share)
-        self.shards = expand(pattern)
+        super().__init__(pattern, crop_transform, max_bad_share)
+        self.shards = expand_pattern(pattern)
         # a named key is looked for in .json first, since no other member has keys
-        self._texts = TEXTS if caption_column is None else tuple(reversed(TEXTS))
+        self._caption_suffixes = CAPTION_SUFFIXES if caption_column is None else tuple(reversed(CAPTION_SUFFIXES))
         self._keys = CAPTION_KEYS if caption_column is None else (caption_column,)
         self.samples: list[TarSample] = []
         imageless = 0
         for shard in tqdm(self.shards, "tar headers", unit="shard", dynamic_ncols=True, disable=None):
             for key, members in _members(shard).items():
-                image = next((members[suffix] for suffix in SUFFIXES if suffix in members), None)
-                text = next((members[suffix] for suffix in self._texts if suffix in members), None)
+                image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+                text = next((members[suffix] for suffix in self._caption_suffixes if suffix in members), None)
                 if image is None:
                     imageless += 1
                 else:
@@ -90,7 +102,7 @@ class TarImages(IndexedImages):
             raise UserError(
                 f"the {len(self.shards)} shards {pattern!r} hold no image: put members such as 0001.jpg with 0001.txt into them"
             )
-        warn_of_bare(sum(sample.text is None for sample in self.samples), len(self.samples), pattern)
+        warn_missing_captions(sum(sample.text is None for sample in self.samples), len(self.samples), pattern)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -101,13 +113,13 @@ class TarImages(IndexedImages):
 
     def open(self, index: int) -> BinaryIO:
         sample = self.samples[index]
-        return io.BufferedReader(_Part(sample.shard, sample.image))
+        return io.BufferedReader(_FileSlice(sample.shard, sample.image))
 
     def caption_of(self, index: int) -> str:
         sample = self.samples[index]
         if sample.text is None:
             return ""
-        with _Part(sample.shard, sample.text) as part:
+        with _FileSlice(sample.shard, sample.text) as part:
             text = part.readall().decode("utf-8-sig")
         if sample.text.suffix != ".json":
             return one_line(text)
@@ -122,10 +134,10 @@ def is_tar_pattern(source: str) -> bool:
     return re.search(r"\.tar(\.\w+)?$|\.tgz$", source, re.IGNORECASE) is not None
 
 
-def expand(pattern: str) -> tuple[Path, ...]:
+def expand_pattern(pattern: str) -> tuple[Path, ...]:
     """The shards that a pattern names, sorted by name; raises UserError where one is missing."""
     paths: list[Path] = []
-    for name in _numbered(pattern):
+    for name in _expand_braces(pattern):
         found = [name] if Path(name).is_file() else glob.glob(name)
         if not found:
             raise UserError(f"there is no tar shard {name!r}: check data.images")
@@ -133,7 +145,7 @@ def expand(pattern: str) -> tuple[Path, ...]:
     return tuple(sorted(set(paths)))
 
 
-def _numbered(pattern: str) -> Iterator[str]:
+def _expand_braces(pattern: str) -> Iterator[str]:
     """`a-{08..10}` -> `a-08`, `a-09`, `a-10`; the width is that of the first number, as in WebDataset."""
     braces = _RANGE.search(pattern)
     if braces is None:
@@ -141,19 +153,19 @@ def _numbered(pattern: str) -> Iterator[str]:
         return
     first, last = braces.groups()
     for number in range(int(first), int(last) + 1):
-        yield from _numbered(f"{pattern[: braces.start()]}{number:0{len(first)}d}{pattern[braces.end() :]}")
+        yield from _expand_braces(f"{pattern[: braces.start()]}{number:0{len(first)}d}{pattern[braces.end() :]}")
 
 
-def _members(shard: Path) -> dict[str, dict[str, Extent]]:
+def _members(shard: Path) -> dict[str, dict[str, ByteRange]]:
     """Key -> suffix -> member, in the order of the shard; of two members with one name the later, as `tar -x` has it."""
-    found: dict[str, dict[str, Extent]] = {}
+    found: dict[str, dict[str, ByteRange]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
-            for member in _whole_files(tar, shard):
+            for member in _complete_members(tar, shard):
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
                 if stem:
-                    extent = Extent(dot + suffix.lower(), member.offset_data, member.size)
+                    extent = ByteRange(dot + suffix.lower(), member.offset_data, member.size)
                     found.setdefault(folder + slash + stem, {})[extent.suffix] = extent
     except (tarfile.TarError, OSError) as error:
         raise UserError(
@@ -162,7 +174,7 @@ def _members(shard: Path) -> dict[str, dict[str, Extent]]:
     return found
 
 
-def _whole_files(tar: tarfile.TarFile, shard: Path) -> Iterator[tarfile.TarInfo]:
+def _complete_members(tar: tarfile.TarFile, shard: Path) -> Iterator[tarfile.TarInfo]:
     """The files in an open tar file that are there to their last byte; a shard that is cut short is named in a warning."""
     length, end, count = shard.stat().st_size, 0, 0
     while True:
@@ -183,10 +195,10 @@ def _whole_files(tar: tarfile.TarFile, shard: Path) -> Iterator[tarfile.TarInfo]
             log.warning("the tar shard %s breaks off after its first %d members, and these are used", shard, count)
 
 
-class _Part(io.RawIOBase):
+class _FileSlice(io.RawIOBase):
     """A stretch of a file as a file of its own, with a handle of its own: threads share no position."""
 
-    def __init__(self, path: Path, extent: Extent) -> None:
+    def __init__(self, path: Path, extent: ByteRange) -> None:
         self._file = path.open("rb", buffering=0)
         self._extent, self._position = extent, 0
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stepdistill.data.latents.index import Fingerprint, StoredDtype
-from stepdistill.data.latents.tensors import ShardWriter, TensorFolder, float32_copy
+from stepdistill.data.latents.latent_shards import ShardWriter, TensorFolder, float32_copy
+from stepdistill.data.latents.shard_index import Fingerprint, StoredDtype
 from stepdistill.errors import UserError
 
 
@@ -67,7 +67,7 @@ class TrajectoryWriter(ShardWriter):
     def __enter__(self) -> TrajectoryWriter:
         return self
 
-    def write_walks(self, rows: Mapping[str, Tensor]) -> None:
+    def write_trajectories(self, rows: Mapping[str, Tensor]) -> None:
         """Append B walks of K states: `seed`, `prompt` and `w` (B,), `t` and `plain` (B, K), `x_t` and `target` (B, K, C, h, w).
 
         Raises:

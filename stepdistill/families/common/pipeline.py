@@ -105,7 +105,7 @@ class PipelineFamily(Family):
                 return Checkpoint(info, self.network_class.from_config(dict(info.network_config)), pipeline)
         return Checkpoint(info, pipeline.components[self.network_component], pipeline)
 
-    def outline(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
+    def build_on_meta(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
         missing = self.omitted_components(info)
         modules: dict[str, Any] = {
             name: empty_component(info.folder, name, model_class)

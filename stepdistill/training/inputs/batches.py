@@ -11,7 +11,7 @@ from stepdistill.data.images.buckets import BucketOrder, BucketSamples
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import ImageItem
 from stepdistill.data.latents.trajectories import TrajectoryState
-from stepdistill.data.loader import Indexed, IndexStream, InOrder, Prefetcher, Samples
+from stepdistill.data.loader import EpochOrder, IndexedItems, Prefetcher, SampledDataset, SequentialOrder
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.methods.base import Batch
@@ -36,11 +36,11 @@ class BatchSource:
         if plan.buckets is not None:
             per_iteration = training.batch_size * training.accumulation * processes
             self.bucket_order = BucketOrder(plan.buckets.weights, derive_seed(seed, "buckets"), per_iteration)
-        self.prompts = IndexStream(len(plan.prompts), derive_seed(seed, "prompts"))
-        self.pairs = IndexStream(len(plan.pairs), derive_seed(seed, "pairs")) if plan.pairs is not None else None
+        self.prompts = EpochOrder(len(plan.prompts), derive_seed(seed, "prompts"))
+        self.pairs = EpochOrder(len(plan.pairs), derive_seed(seed, "pairs")) if plan.pairs is not None else None
         self.states = None
         if plan.trajectories is not None:
-            self.states = IndexStream(len(plan.trajectories), derive_seed(seed, "trajectories"))
+            self.states = EpochOrder(len(plan.trajectories), derive_seed(seed, "trajectories"))
         self.images = self._image_samples(seed)
 
     def batches(self, numbers: Iterator[Sequence[int]]) -> Iterator[tuple[Sequence[int], Batch]]:
@@ -60,14 +60,14 @@ class BatchSource:
             samples = ahead.pop(0)
             yield samples, self._batch(samples, items)
 
-    def _image_samples(self, seed: int) -> Indexed[TrainingImage] | None:
+    def _image_samples(self, seed: int) -> IndexedItems[TrainingImage] | None:
         buckets, images = self.session.plan.buckets, self.session.encoder.images
         if images is None:
             return None
         if buckets is not None and self.bucket_order is not None and isinstance(images, IndexedImages | CachedImages):
             return BucketSamples[TrainingImage](images, buckets, self.bucket_order, seed)
-        order = InOrder() if images.count is None else IndexStream(images.count, derive_seed(seed, "images"))
-        return Samples[TrainingImage](images, order, seed)
+        order = SequentialOrder() if images.count is None else EpochOrder(images.count, derive_seed(seed, "images"))
+        return SampledDataset[TrainingImage](images, order, seed)
 
     def _size(self, samples: Sequence[int]) -> tuple[int, int]:
         """(height, width) in pixels of a micro-batch, which lies in one iteration."""

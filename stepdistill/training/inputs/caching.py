@@ -22,12 +22,12 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from stepdistill.config.schema import CacheConfig
-from stepdistill.data.images.crops import Cut, contents_of, cuts_of
+from stepdistill.data.images.crops import CropVariant, content_hashes, crop_variants
 from stepdistill.data.images.indexed import IndexedImages
-from stepdistill.data.latents.cache import (
+from stepdistill.data.latents.encoding_cache import (
     EncoderIdentity,
-    EntryFolder,
-    EntryWriter,
+    EncodingCache,
+    EncodingCacheWriter,
     FileHashes,
     image_key,
     null_key,
@@ -59,13 +59,13 @@ class Filled:
 class _Caches:
     """The folders that a plan's caches are in; None where that kind is not cached."""
 
-    text: EntryFolder | None
-    latents: EntryFolder | None
+    text: EncodingCache | None
+    latents: EncodingCache | None
     texts: Mapping[str, str]
     """Key -> prompt or caption."""
     contents: tuple[str | None, ...] = ()
     """Hash of every image; None where its file cannot be read."""
-    wanted: Mapping[str, Cut] = field(default_factory=dict)
+    wanted: Mapping[str, CropVariant] = field(default_factory=dict)
     """Key -> image that is encoded under it."""
 
 
@@ -77,7 +77,7 @@ def estimate(plan: RunSetup) -> int:
     text = (len(_texts(plan)) + 1) * prompt_bytes(plan) if section.text else 0
     if not isinstance(plan.images, IndexedImages) or not section.latents:
         return text
-    return text + sum(image_bytes(plan, cut.size) for cut in cuts_of(plan.images, plan.buckets))
+    return text + sum(image_bytes(plan, cut.size) for cut in crop_variants(plan.images, plan.buckets))
 
 
 def fill(plan: RunSetup, device: torch.device | str | None = None) -> Filled:
@@ -153,7 +153,7 @@ def _section(plan: RunSetup) -> CacheConfig:
 
 def _texts(plan: RunSetup) -> dict[str, str]:
     """Key -> text of all that a run may ask of the text encoders but the unconditional branch."""
-    captions = plan.images.readable_captions() if isinstance(plan.images, IndexedImages) else ()
+    captions = plan.images.iterate_captions() if isinstance(plan.images, IndexedImages) else ()
     return {text_key(text): text for text in (*plan.prompts.texts, *captions)}
 
 
@@ -161,23 +161,23 @@ def _caches(plan: RunSetup, section: CacheConfig) -> _Caches:
     root = Path(section.folder)
     hashes = FileHashes(root)
     fetch_weights(plan.info)
-    text = EntryFolder(root, _identity(plan, "text", hashes)) if section.text else None
+    text = EncodingCache(root, _identity(plan, "text", hashes)) if section.text else None
     caches = _Caches(text, None, _texts(plan))
     if section.latents and isinstance(plan.images, IndexedImages):
-        contents = contents_of(plan.images, hashes)
+        contents = content_hashes(plan.images, hashes)
         wanted = {
-            image_key(content, cut.size, cut.mirrored): cut
-            for cut in cuts_of(plan.images, plan.buckets)
+            image_key(content, cut.size, cut.flipped): cut
+            for cut in crop_variants(plan.images, plan.buckets)
             if (content := contents[cut.position]) is not None
         }
-        latents = EntryFolder(root, _identity(plan, "images", hashes))
+        latents = EncodingCache(root, _identity(plan, "images", hashes))
         caches = replace(caches, latents=latents, contents=contents, wanted=wanted)
     hashes.save()
     return caches
 
 
 def _identity(plan: RunSetup, part: Literal["text", "images"], hashes: FileHashes) -> EncoderIdentity:
-    files = {name: hashes.of(path) for name, path in plan.family.encoder_files(plan.info, part).items()}
+    files = {name: hashes.hash_of(path) for name, path in plan.family.encoder_files(plan.info, part).items()}
     if part == "text":
         return EncoderIdentity("text", plan.info.family, plan.config.model.dtype, files)
     return EncoderIdentity("latents", plan.info.family, _latents_dtype(plan), files)
@@ -222,7 +222,7 @@ def _check_room(plan: RunSetup, section: CacheConfig, caches: _Caches) -> None:
 # ---------------------------------------------------------------- filling
 
 
-def _fill_text(plan: RunSetup, texts: Mapping[str, str], entries: EntryFolder, device: torch.device) -> int:
+def _fill_text(plan: RunSetup, texts: Mapping[str, str], entries: EncodingCache, device: torch.device) -> int:
     negative = plan.config.model.negative_prompt
     null = null_key(negative)
 
@@ -231,7 +231,7 @@ def _fill_text(plan: RunSetup, texts: Mapping[str, str], entries: EntryFolder, d
 
     if not missing():
         return 0
-    with EntryWriter(entries) as writer, torch.no_grad():
+    with EncodingCacheWriter(entries) as writer, torch.no_grad():
         todo = missing()
         if not todo:  # another process has encoded them in the meantime
             return 0
@@ -247,16 +247,20 @@ def _fill_text(plan: RunSetup, texts: Mapping[str, str], entries: EntryFolder, d
 
 
 def _fill_latents(
-    plan: RunSetup, images: IndexedImages, wanted: Mapping[str, Cut], entries: EntryFolder, device: torch.device
+    plan: RunSetup,
+    images: IndexedImages,
+    wanted: Mapping[str, CropVariant],
+    entries: EncodingCache,
+    device: torch.device,
 ) -> int:
-    def missing() -> dict[str, Cut]:
+    def missing() -> dict[str, CropVariant]:
         return {key: cut for key, cut in wanted.items() if key not in entries}
 
     if not missing():
         return 0
     encoded = 0
     checkpoint: Checkpoint | None = None
-    with EntryWriter(entries) as writer, torch.no_grad():
+    with EncodingCacheWriter(entries) as writer, torch.no_grad():
         todo = missing()
         _announce(entries, len(todo), len(wanted), "images")
         for key, cut in tqdm(todo.items(), desc="latents", unit="image", dynamic_ncols=True):
@@ -272,9 +276,9 @@ def _fill_latents(
     return encoded
 
 
-def _announce(entries: EntryFolder, count: int, total: int, unit: str) -> None:
+def _announce(entries: EncodingCache, count: int, total: int, unit: str) -> None:
     """Say what is going to be encoded, and why."""
-    before = entries.predecessor() if len(entries) == 0 else None
+    before = entries.previous_identity() if len(entries) == 0 else None
     if before is not None:
         logger.info("%s is made anew: %s", entries.path, entries.identity.difference(before))
     logger.info("%s: %d of %d %s are not in it yet", entries.path, count, total, unit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stepdistill.config.reading import Settings
-from stepdistill.data.latents.tensors import TensorFolder
+from stepdistill.data.latents.latent_shards import TensorFolder
 from stepdistill.data.latents.trajectories import TrajectoryFolder
 from stepdistill.data.prompts import PromptList
 from stepdistill.errors import UserError

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.images.indexed import IndexedImages
-from stepdistill.data.images.source import Crop, Framing, ImageItem, framing_draws
-from stepdistill.data.latents.cache import EntryFolder, image_key, null_key, text_key
+from stepdistill.data.images.source import Crop, CropTransform, ImageItem, draw_transform_numbers
+from stepdistill.data.latents.encoding_cache import EncodingCache, image_key, null_key, text_key
 from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint, Family, Part, Posterior
 from stepdistill.families.conditioning import Conditioning, ImageSize
@@ -116,7 +116,7 @@ class CachedEncoder:
         device: where conditioning is wanted.
     """
 
-    def __init__(self, entries: EntryFolder, live: LiveEncoder, keeps_text: bool, device: torch.device) -> None:
+    def __init__(self, entries: EncodingCache, live: LiveEncoder, keeps_text: bool, device: torch.device) -> None:
         self.entries, self.live, self.keeps_text, self.device = entries, live, keeps_text, device
         self.images = live.images
         self._null = from_entry(entries[null_key(live.negative_prompt)]).to(device)
@@ -151,7 +151,7 @@ class CachedImages:
     """
 
     source: IndexedImages
-    entries: EntryFolder
+    entries: EncodingCache
     contents: Sequence[str | None]
 
     @property
@@ -160,25 +160,27 @@ class CachedImages:
         return len(self.contents)
 
     @property
-    def framing(self) -> Framing:
+    def crop_transform(self) -> CropTransform:
         """Of the source."""
-        return self.source.framing
+        return self.source.crop_transform
 
     def read(self, index: int, draws: torch.Generator) -> LatentItem:
         """Item at a position, mirrored by `draws`, of which three numbers are taken."""
-        return self.read_among(range(self.count), index, draws, self.framing)
+        return self.read_selected(range(self.count), index, draws, self.crop_transform)
 
-    def read_among(self, order: Sequence[int], place: int, draws: torch.Generator, framing: Framing) -> LatentItem:
+    def read_selected(
+        self, order: Sequence[int], place: int, draws: torch.Generator, crop_transform: CropTransform
+    ) -> LatentItem:
         """As `read`, of a selection: the image at order[place], an unreadable one replaced by the next in `order`.
 
         Raises:
             UserError: none of the selection can be read.
         """
-        mirrored = framing.mirrors(framing_draws(draws))
+        flipped = crop_transform.flips(draw_transform_numbers(draws))
         for step in range(len(order)):
             index = order[(place + step) % len(order)]
             content = self.contents[index]
-            key = None if content is None else image_key(content, framing.size, mirrored)
+            key = None if content is None else image_key(content, crop_transform.size, flipped)
             # a run fills its caches first, so what has no entry could not be read
             if key is not None and key in self.entries:
                 return _latent_item(self.entries[key], self.source.caption_of(index))
@@ -195,7 +197,7 @@ class Warm:
         parts: of the checkpoint, what a session still needs in memory.
     """
 
-    text: EntryFolder | None
+    text: EncodingCache | None
     images: CachedImages | None
     parts: frozenset[Part]
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,17 +31,52 @@ from stepdistill.training.run_folder.environment import Environment
 logger = logging.getLogger(__name__)
 PREFIX = "step-"
 BEST, ABANDONED = "best", "abandoned"
+LOG = "log"
+"""File stem of the values that wait for the next log record."""
+
+
+class NonFiniteError(ValueError):
+    """A checkpoint was not written, because a tensor of it holds a NaN or an infinite value; the message names it."""
 
 
 @dataclass
 class Counters:
-    """Where a run stands. `bad_in_row` counts non-finite steps since the last good one, `updates` those of the stage."""
+    """Where a run stands.
+
+    Attributes:
+        iteration: iterations done.
+        stage: index of the method's stage.
+        updates: optimizer steps of each role in this stage.
+        skipped: steps that were skipped for non-finite gradients, of all roles and stages.
+        bad_in_row: non-finite steps since the last good one of any role.
+        skipped_of: skipped steps of each role in this stage.
+        bad_in_row_of: non-finite steps of each role since its own last good one.
+    """
 
     iteration: int = 0
     stage: int = 0
     updates: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
     bad_in_row: int = 0
+    skipped_of: dict[str, int] = field(default_factory=dict)
+    bad_in_row_of: dict[str, int] = field(default_factory=dict)
+
+    def step(self, role: str) -> None:
+        """Counts a step of a role."""
+        self.updates[role] += 1
+        self.bad_in_row = self.bad_in_row_of[role] = 0
+
+    def skip(self, role: str) -> None:
+        """Counts a step of a role that was skipped."""
+        self.skipped += 1
+        self.bad_in_row += 1
+        self.skipped_of[role] = self.skipped_of.get(role, 0) + 1
+        self.bad_in_row_of[role] = self.bad_in_row_of.get(role, 0) + 1
+
+    def begin_stage(self) -> None:
+        """Counts a stage's steps from zero."""
+        self.updates = dict.fromkeys(self.updates, 0)
+        self.skipped_of = {}
 
 
 @dataclass(frozen=True)
@@ -74,6 +110,7 @@ def write(folder: Path, facts: Facts, groups: Iterable[tuple[str, Mapping[str, T
 
     Raises:
         OSError: disk full and the like; earlier checkpoints are untouched.
+        NonFiniteError: a tensor is not finite; earlier checkpoints are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = path_of(folder, facts.counters.iteration)
@@ -87,6 +124,9 @@ def write(folder: Path, facts: Facts, groups: Iterable[tuple[str, Mapping[str, T
         files = {}
         for stem, group in groups:
             path = aside / f"{stem}.safetensors"
+            # logged values may well be infinite: the norm of a gradient whose step was skipped
+            if stem != LOG and (bad := _first_non_finite(group)) is not None:
+                raise NonFiniteError(f"{stem}: {bad}")
             try:
                 save_file({key: value.contiguous() for key, value in group.items()}, path)
             except SafetensorError as error:  # what a full disk makes of it; it is no OSError
@@ -226,6 +266,11 @@ def steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint folder, ascending."""
     found = [path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*")] if folder.is_dir() else []
     return sorted(int(step) for step in found if step.isdigit())
+
+
+def _first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with a NaN or an infinite value."""
+    return next((key for key, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,7 @@
 """What an encoder said, on disk: entries of named tensors, addressed by what was encoded.
 
-    entries = EntryFolder(root, identity)
-    with EntryWriter(entries) as writer:
+    entries = EncodingCache(root, identity)
+    with EncodingCacheWriter(entries) as writer:
         for text in texts:
             if text_key(text) not in entries: writer.add(text_key(text), tensors_of(text))
     entries[text_key("a cat")]
@@ -31,16 +31,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from stepdistill.data.latents.index import INDEX, shard_name
-from stepdistill.data.latents.tensors import MAPPED
+from stepdistill.data.latents.latent_shards import MAX_MAPPED_SHARDS
+from stepdistill.data.latents.shard_index import INDEX, shard_name
 from stepdistill.files.atomic import file_hash, write_atomically
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-SHARD = 256
+ENTRIES_PER_SHARD = 256
 """Entries in a shard; as many at most are lost when the process is killed."""
-HASHES = "hashes.json"
+HASHES_FILE = "hashes.json"
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def null_key(negative_prompt: str) -> str:
     return _digest(f"null\x1f{negative_prompt}")
 
 
-def image_key(content: str, size: tuple[int, int], mirrored: bool) -> str:
+def image_key(content: str, size: tuple[int, int], flipped: bool) -> str:
     """Key of an image file cropped at its centre: hash of its content, (height, width) in pixels, mirrored or not."""
-    return _digest(f"image\x1f{content}\x1f{size[0]}x{size[1]}\x1f{mirrored}")
+    return _digest(f"image\x1f{content}\x1f{size[0]}x{size[1]}\x1f{flipped}")
 
 
 class FileHashes:
@@ -100,38 +100,38 @@ class FileHashes:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._known = _read_hashes(folder)
-        self._fresh: dict[str, tuple[int, int, str]] = {}
+        self._hashes = _read_hashes(folder)
+        self._new_hashes: dict[str, tuple[int, int, str]] = {}
 
-    def of(self, path: Path) -> str:
+    def hash_of(self, path: Path) -> str:
         """The file's hash. Raises OSError where it cannot be read."""
         real = path.resolve()
         facts = real.stat()
-        size, changed, found = self._known.get(str(real), (-1, -1, ""))
+        size, changed, found = self._hashes.get(str(real), (-1, -1, ""))
         if (size, changed) != (facts.st_size, facts.st_mtime_ns):
             found = file_hash(real)
-            self._fresh[str(real)] = self._known[str(real)] = facts.st_size, facts.st_mtime_ns, found
+            self._new_hashes[str(real)] = self._hashes[str(real)] = facts.st_size, facts.st_mtime_ns, found
         return found
 
     def save(self) -> None:
         """Remember what was computed; others may do so at the same time."""
-        if not self._fresh:
+        if not self._new_hashes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f"{HASHES}.lock"):
-            merged = {**_read_hashes(self.folder), **self._fresh}
-            write_atomically(self.folder / HASHES, json.dumps(merged).encode())
-        self._fresh = {}
+        with FileLock(self.folder / f"{HASHES_FILE}.lock"):
+            merged = {**_read_hashes(self.folder), **self._new_hashes}
+            write_atomically(self.folder / HASHES_FILE, json.dumps(merged).encode())
+        self._new_hashes = {}
 
 
-class _Place(NamedTuple):
+class _EntryLocation(NamedTuple):
     """Shard of an entry, and names of its tensors."""
 
     shard: str
     parts: tuple[str, ...]
 
 
-class EntryFolder:
+class EncodingCache:
     """Reads the entries of one encoder; a folder that is not there yet has none.
 
     Safe to read from several threads. An entry is a dictionary of tensors, on the CPU, by the names it was added with.
@@ -145,25 +145,25 @@ class EntryFolder:
         self.root, self.identity = root, identity
         self.path = root / identity.folder
         self.shards: dict[str, int] = {}
-        self._places: dict[str, _Place] = {}
-        self._opened = lru_cache(MAPPED)(safe_open)
+        self._entry_locations: dict[str, _EntryLocation] = {}
+        self._opened = lru_cache(MAX_MAPPED_SHARDS)(safe_open)
         self.reload()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entry_locations)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._entry_locations
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
-        place = self._places[key]
+        place = self._entry_locations[key]
         shard = self._opened(self.path / place.shard, framework="pt")
         # clones: what is done to an entry must not reach the mapped shard
         return {part: shard.get_tensor(f"{key}/{part}").clone() for part in place.parts}
 
     def reload(self) -> None:
         """Read the index and the headers of the shards; what does not fit it is left out, with a warning."""
-        self.shards, self._places = {}, {}
+        self.shards, self._entry_locations = {}, {}
         self._opened.cache_clear()
         if not (self.path / INDEX).is_file():
             return
@@ -178,18 +178,18 @@ class EntryFolder:
                 log.warning("dropping %s (%s): its entries are made anew", self.path / name, _one_line(error))
                 continue
             self.shards[name] = size
-            self._places |= _places(name, names)
+            self._entry_locations |= _entry_locations(name, names)
 
-    def include(self, name: str, size: int, names: Iterable[str]) -> None:
+    def add_shard(self, name: str, size: int, names: Iterable[str]) -> None:
         """Take in a shard of `size` bytes and these tensors that was just written, and say so in the index."""
         shards = {**self.shards, name: size}
         content = {"schema": SCHEMA, "identity": asdict(self.identity), "shards": shards}
         write_atomically(self.path / INDEX, (json.dumps(content, indent=2) + "\n").encode())
         self.shards = shards
         self._opened.cache_clear()
-        self._places |= _places(name, names)
+        self._entry_locations |= _entry_locations(name, names)
 
-    def predecessor(self) -> EncoderIdentity | None:
+    def previous_identity(self) -> EncoderIdentity | None:
         """The encoder of the same kind that entries were last made of, where it is another one."""
         pattern = f"{self.identity.kind}-*/{INDEX}"
         others = [path for path in self.root.glob(pattern) if path.parent != self.path]
@@ -206,18 +206,18 @@ class EntryFolder:
             return list(shard.keys())
 
 
-class EntryWriter:
+class EncodingCacheWriter:
     """Adds entries, shard by shard. Leaving the `with` block, even by an exception, writes what is pending.
 
     Entering waits until no other process writes entries of this encoder, and then knows what that one has added.
     """
 
-    def __init__(self, entries: EntryFolder) -> None:
+    def __init__(self, entries: EncodingCache) -> None:
         self.entries = entries
         self._lock = FileLock(entries.root / f"{entries.path.name}.lock")
         self._pending: dict[str, dict[str, Tensor]] = {}
 
-    def __enter__(self) -> EntryWriter:
+    def __enter__(self) -> EncodingCacheWriter:
         self.entries.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(blocking=False)
@@ -239,7 +239,7 @@ class EntryWriter:
         """Add an entry; a tensor is stored in its own dtype."""
         # clones: safetensors refuses tensors that share memory, such as rows of one batch
         self._pending[key] = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        if len(self._pending) >= SHARD:
+        if len(self._pending) >= ENTRIES_PER_SHARD:
             self._flush()
 
     def _flush(self) -> None:
@@ -252,18 +252,18 @@ class EntryWriter:
         tensors = {f"{key}/{part}": tensor for key, entry in self._pending.items() for part, tensor in entry.items()}
         content = save(tensors)
         write_atomically(self.entries.path / name, content)
-        self.entries.include(name, len(content), tensors)
+        self.entries.add_shard(name, len(content), tensors)
         self._pending = {}
 
 
-def _places(shard: str, names: Iterable[str]) -> dict[str, _Place]:
+def _entry_locations(shard: str, names: Iterable[str]) -> dict[str, _EntryLocation]:
     """Where entries are, by key, given the names of all tensors of a shard."""
     parts: dict[str, list[str]] = {}
     for name in names:
         key, _, part = name.partition("/")
         parts.setdefault(key, []).append(part)
-    shared: dict[_Place, _Place] = {}  # entries of an encoder are alike, and there may be millions
-    places = {key: _Place(shard, tuple(found)) for key, found in parts.items()}
+    shared: dict[_EntryLocation, _EntryLocation] = {}  # entries of an encoder are alike, and there may be millions
+    places = {key: _EntryLocation(shard, tuple(found)) for key, found in parts.items()}
     return {key: shared.setdefault(place, place) for key, place in places.items()}
 
 
@@ -277,7 +277,7 @@ def _one_line(error: Exception) -> str:
 
 def _read_hashes(folder: Path) -> dict[str, tuple[int, int, str]]:
     try:
-        content = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+        content = json.loads((folder / HASHES_FILE).read_text(encoding="utf-8"))
         return {str(path): (int(size), int(changed), str(found)) for path, (size, changed, found) in content.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

@@ -17,23 +17,24 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.families.analytic import Analytic, Mixture, MixtureNetwork
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.frozen.vision import VISION, VisionEncoder
-from stepdistill.methods.base import Batch, Method, Progress, Rollout
+from stepdistill.methods.base import Batch, Method, Progress, Terms
 from stepdistill.planning.meter import Flops
 from stepdistill.rewards.base import HELD_OUT, REWARD, OwnReward
 from stepdistill.roles.sampler import GuidedState
 from stepdistill.roles.triple import REAL_SCORE, RoleLayout, Triple
 from stepdistill.training.inputs.batches import sample_numbers
+from stepdistill.training.iteration import IterationHooks, run_iteration
 from stepdistill.training.setup import RunSetup
 
 ROLLOUT = "rollout"
-COUNTED = 120
+COUNTED_ITERATIONS = 120
 """Iterations that are walked through to find the average of network calls that are drawn by lot or change with time."""
-LISTED = 100_000
+MAX_SCHEDULED_ITERATIONS = 100_000
 """Iterations whose due roles are looked at."""
 
 
 @dataclass(frozen=True)
-class Call:
+class CallKind:
     """A kind of network call.
 
     Attributes:
@@ -50,24 +51,24 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Counted:
+class CallCount:
     """Network calls of one micro-batch: how many, and how many rows all of them had together."""
 
     calls: float = 0.0
     rows: float = 0.0
 
-    def __add__(self, other: Counted) -> Counted:
-        return Counted(self.calls + other.calls, self.rows + other.rows)
+    def __add__(self, other: CallCount) -> CallCount:
+        return CallCount(self.calls + other.calls, self.rows + other.rows)
 
-    def __mul__(self, factor: float) -> Counted:
-        return Counted(self.calls * factor, self.rows * factor)
+    def __mul__(self, factor: float) -> CallCount:
+        return CallCount(self.calls * factor, self.rows * factor)
 
 
-Calls = Mapping[Call, Counted]
+CallCounts = Mapping[CallKind, CallCount]
 
 
 @dataclass(frozen=True)
-class Walk:
+class CallStatistics:
     """What a run's iterations ask for.
 
     Attributes:
@@ -77,13 +78,17 @@ class Walk:
             network, and their rollouts are short, since further calls without graph take time and no memory.
     """
 
-    patterns: Mapping[tuple[str, ...], float]
-    calls: Calls
-    dearest: Sequence[Progress]
+    update_pattern_shares: Mapping[tuple[str, ...], float]
+    calls: CallCounts
+    iterations_to_trace: Sequence[Progress]
 
-    def share(self, role: str) -> float:
+    def updates_per_iteration(self, role: str) -> float:
         """Updates of a role per iteration."""
-        return sum(share for roles, share in self.patterns.items() if role in roles)
+        return sum(
+            updates_per_iteration
+            for roles, updates_per_iteration in self.update_pattern_shares.items()
+            if role in roles
+        )
 
 
 class CallCounter:
@@ -94,11 +99,11 @@ class CallCounter:
         work: reads the operations done so far; what each kind of call did is kept in `work`.
     """
 
-    def __init__(self, triple: Triple, work: Callable[[], Flops] = Flops) -> None:
+    def __init__(self, triple: Triple, flops: Callable[[], Flops] = Flops) -> None:
         self.triple, self.phase = triple, ROLLOUT
-        self.found: defaultdict[Call, Counted] = defaultdict(Counted)
-        self.work: defaultdict[Call, Flops] = defaultdict(Flops)
-        self._read = work
+        self.found: defaultdict[CallKind, CallCount] = defaultdict(CallCount)
+        self.flops: defaultdict[CallKind, Flops] = defaultdict(Flops)
+        self._read = flops
         self._hooks = ExitStack()
 
     def __enter__(self) -> CallCounter:
@@ -119,83 +124,81 @@ class CallCounter:
         def end(_module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             asked = role if network is not self.triple.base else self.triple.playing
             # a forward that the denoiser leaves for its features ends without an output
-            call = Call(self.phase, asked, output is None, torch.is_grad_enabled())
-            self.found[call] += Counted(1, len(args[0]))
-            self.work[call] += self._read() - before.pop()
+            call = CallKind(self.phase, asked, output is None, torch.is_grad_enabled())
+            self.found[call] += CallCount(1, len(args[0]))
+            self.flops[call] += self._read() - before.pop()
 
         yield network.register_forward_pre_hook(start)
         yield network.register_forward_hook(end, always_call=True)
 
 
-def run_micro_batch(
-    method: Method[Any],
-    triple: Triple,
-    batch: Batch,
-    progress: Progress,
-    draws: Draws,
-    counter: CallCounter,
-    after_forward: Callable[[str, int, Tensor], None],
-) -> None:
-    """One micro-batch as `Trainer.iteration` runs it, without its optimizers.
+class CountingHooks(IterationHooks):
+    """Tells a counter which phase of an iteration runs, and hands on each loss while its graph lives.
 
-    after_forward: given each due role and, piece by piece, its loss while the graph lives.
+    Args:
+        counter: counts the network calls of each phase.
+        on_loss: called with the role, the piece's number and the loss.
     """
-    rollout: Rollout | None = None
-    for role in method.updates(progress):
-        own = replace(draws, role=role)
-        with triple.training(role):
-            if rollout is None:
-                counter.phase = ROLLOUT
-                rollout = method.rollout(batch, triple, progress, own)
-            counter.phase = role
-            for piece, terms in enumerate(method.pieces(role, rollout, triple, progress, own)):
-                after_forward(role, piece, terms.total)
-        rollout = rollout.detach()
+
+    def __init__(self, counter: CallCounter, on_loss: Callable[[str, int, Tensor], None] | None = None) -> None:
+        self.counter, self.on_loss = counter, on_loss
+
+    def begin_rollout(self) -> None:
+        self.counter.phase = ROLLOUT
+
+    def begin_loss(self, role: str) -> None:
+        self.counter.phase = role
+
+    def on_terms(self, role: str, piece: int, terms: Terms) -> None:
+        if self.on_loss is not None:
+            self.on_loss(role, piece, terms.total)
 
 
-def walk(plan: RunSetup) -> Walk:
+def count_network_calls(plan: RunSetup) -> CallStatistics:
     """Walk through iterations of the whole run with a network of a hundred weights in place of the model's.
 
     Every lot is drawn as process 0 of the run itself will draw it, so that the counts of these iterations are its own.
     """
     method, training = plan.method_class(plan.method_config, plan.setting), plan.config.training
-    count = min(training.max_steps, LISTED)
+    count = min(training.max_steps, MAX_SCHEDULED_ITERATIONS)
     due: dict[tuple[str, ...], list[int]] = {}
-    for progress in progresses(method, count):
+    for progress in iterate_progress(method, count):
         due.setdefault(tuple(method.updates(progress)), []).append(progress.iteration)
-    patterns = {roles: len(iterations) / count for roles, iterations in due.items()}
-    walked = set(chain.from_iterable(_spread(iterations, COUNTED // len(due)) for iterations in due.values()))
-    if count <= COUNTED:
+    update_pattern_shares = {roles: len(iterations) / count for roles, iterations in due.items()}
+    walked = set(
+        chain.from_iterable(_evenly_spaced(iterations, COUNTED_ITERATIONS // len(due)) for iterations in due.values())
+    )
+    if count <= COUNTED_ITERATIONS:
         walked = set(range(count))
-    toy, triple, batch = _toy(plan)
-    found: dict[tuple[str, ...], list[tuple[Progress, Calls]]] = {}
+    toy, triple, batch = _toy_run(plan)
+    found: dict[tuple[str, ...], list[tuple[Progress, CallCounts]]] = {}
     with torch.no_grad():
         toy.prepare(triple, _toy_images)
-    for progress in progresses(toy, count):
+    for progress in iterate_progress(toy, count):
         if progress.iteration not in walked:
             continue
         first = progress.iteration
         (samples,) = sample_numbers(first, first + 1, batch=training.batch_size, accumulation=1)
         draws = Draws(training.seed, first, "", samples)
         with CallCounter(triple) as counter:
-            run_micro_batch(toy, triple, batch, progress, draws, counter, lambda role, piece, loss: None)
+            run_iteration(toy, triple, [(draws, batch)], progress, CountingHooks(counter))
         found.setdefault(tuple(toy.updates(progress)), []).append((progress, dict(counter.found)))
-    mean: defaultdict[Call, Counted] = defaultdict(Counted)
+    mean: defaultdict[CallKind, CallCount] = defaultdict(CallCount)
     for roles, seen in found.items():
         for _, calls in seen:
             for call, counted in calls.items():
-                mean[call] += counted * (patterns[roles] / len(seen))
-    return Walk(patterns, dict(mean), _dearest(found))
+                mean[call] += counted * (update_pattern_shares[roles] / len(seen))
+    return CallStatistics(update_pattern_shares, dict(mean), _choose_iterations_to_trace(found))
 
 
-def _spread(items: Sequence[int], count: int) -> Sequence[int]:
+def _evenly_spaced(items: Sequence[int], count: int) -> Sequence[int]:
     """At most `count` of them, evenly spread."""
     if len(items) <= count:
         return items
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def progresses(method: Method[Any], count: int) -> Iterator[Progress]:
+def iterate_progress(method: Method[Any], count: int) -> Iterator[Progress]:
     """Where the run stands at each of its first `count` iterations."""
     stages, updates = list(method.stages()), Counter[str]()
     stage = first = 0
@@ -222,7 +225,9 @@ class _ToyVision(VisionEncoder):
         return [images]
 
 
-def _dearest(found: Mapping[tuple[str, ...], Sequence[tuple[Progress, Calls]]]) -> list[Progress]:
+def _choose_iterations_to_trace(
+    found: Mapping[tuple[str, ...], Sequence[tuple[Progress, CallCounts]]],
+) -> list[Progress]:
     covered: set[Hashable] = set()
     chosen: list[Progress] = []
     for roles in sorted(found, key=len, reverse=True):
@@ -234,7 +239,7 @@ def _dearest(found: Mapping[tuple[str, ...], Sequence[tuple[Progress, Calls]]]) 
     return chosen
 
 
-def _toy(plan: RunSetup) -> tuple[Method[Any], Triple, Batch]:
+def _toy_run(plan: RunSetup) -> tuple[Method[Any], Triple, Batch]:
     """The method posed on a Gaussian in two dimensions, with full roles and a batch of the run's own size."""
     schedule, rows = plan.setting.schedule, plan.config.training.batch_size
     gaussian = Mixture(torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 1.0)

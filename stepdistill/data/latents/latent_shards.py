@@ -22,15 +22,15 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from stepdistill.data.latents.index import (
-    BY_CODE,
+from stepdistill.data.latents.shard_index import (
+    DTYPE_BY_SAFETENSORS_NAME,
     INDEX,
+    CollectionKind,
     Fingerprint,
     Index,
-    Kind,
     StoredDtype,
-    columns,
-    fault_of,
+    find_shard_fault,
+    shard_columns,
     shard_name,
 )
 from stepdistill.errors import UserError
@@ -38,7 +38,7 @@ from stepdistill.files.atomic import write_atomically
 
 log = logging.getLogger(__name__)
 
-MAPPED = 4096
+MAX_MAPPED_SHARDS = 4096
 """Shards that stay mapped, of each folder; a process may hold some sixty thousand mappings."""
 
 
@@ -86,7 +86,7 @@ class ShardWriter:
     def __init__(
         self,
         folder: str | Path,
-        kind: Kind,
+        kind: CollectionKind,
         fingerprint: Fingerprint,
         shard_size: int = 256,
         dtype: StoredDtype = "float16",
@@ -98,10 +98,10 @@ class ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._index = Index(kind, fingerprint, dtype=dtype)
         if (self.folder / INDEX).exists():
-            self._index = self._resumed(Index.load(self.folder))
+            self._index = self._resume_index(Index.load(self.folder))
         write_atomically(self.folder / INDEX, self._index.encoded())
         self._shape = self._index.shape
-        self._pending: dict[str, list[Tensor]] = {name: [] for name in columns(self._index, 0)}
+        self._pending: dict[str, list[Tensor]] = {name: [] for name in shard_columns(self._index, 0)}
 
     @property
     def completed(self) -> int:
@@ -124,8 +124,10 @@ class ShardWriter:
         if shape != (self._shape or shape):
             held = f"{str(self.folder)!r} holds {self._shape}"
             raise UserError(f"latents of shape {shape} were given, but {held}: collect each size in its own folder")
-        codes = {name: code for name, (code, _) in columns(self._index, 0).items()}
-        stored = {name: tensor.detach().to("cpu", BY_CODE[codes[name]]) for name, tensor in rows.items()}
+        codes = {name: code for name, (code, _) in shard_columns(self._index, 0).items()}
+        stored = {
+            name: tensor.detach().to("cpu", DTYPE_BY_SAFETENSORS_NAME[codes[name]]) for name, tensor in rows.items()
+        }
         if not all(bool(tensor.isfinite().all()) for tensor in stored.values()):
             raise UserError(
                 f"some latents are not finite in {self._index.dtype}: check the sampler, or run the network in float32"
@@ -156,7 +158,7 @@ class ShardWriter:
         self._index = index
         self._pending = {name: rows[self.shard_size :] for name, rows in self._pending.items()}
 
-    def _resumed(self, found: Index) -> Index:
+    def _resume_index(self, found: Index) -> Index:
         ours = self._index
         difference = ours.fingerprint.difference(found.fingerprint)
         if ours.kind != found.kind:
@@ -169,7 +171,7 @@ class ShardWriter:
             stale.unlink()
         kept = found.shards
         for number in range(len(kept)):
-            if (fault := fault_of(self.folder, found, number)) is not None:
+            if (fault := find_shard_fault(self.folder, found, number)) is not None:
                 kept = found.shards[:number]
                 lost = f"{found.count - sum(kept)} of {found.count} samples"
                 log.warning("dropping %s (%s), and with it %s", self.folder / shard_name(number), fault, lost)
@@ -194,14 +196,14 @@ class TensorFolder:
         if not self._index.shards:
             raise UserError(f"{str(self.folder)!r} holds no samples yet: run 'stepdistill collect' to its end")
         for number in range(len(self._index.shards)):
-            if (fault := fault_of(self.folder, self._index, number)) is not None:
+            if (fault := find_shard_fault(self.folder, self._index, number)) is not None:
                 name = str(self.folder / shard_name(number))
                 raise UserError(f"{name!r} is damaged ({fault}): run the same 'stepdistill collect' again to mend it")
         self.kind = self._index.kind
         self.fingerprint = self._index.fingerprint
         self.shape = self._index.shape or ()
         self._ends = tuple(accumulate(self._index.shards))
-        self._mapped = lru_cache(MAPPED)(load_file)
+        self._mapped = lru_cache(MAX_MAPPED_SHARDS)(load_file)
 
     def __len__(self) -> int:
         return self._index.count

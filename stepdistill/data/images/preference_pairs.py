@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from PIL import Image
 
 from stepdistill.config.schema import DataConfig
-from stepdistill.data.images.datasets_library import PREFIX, HubImages, open_dataset
+from stepdistill.data.images.datasets_library import HUB_PREFIX, HubImages, open_dataset
 from stepdistill.data.images.folder import ImageFolder
 from stepdistill.data.images.indexed import IndexedImages
-from stepdistill.data.images.source import Framing, ImageItem, decode
+from stepdistill.data.images.source import CropTransform, ImageItem, decode
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class RankedImages(IndexedImages):
+class PreferencePairs(IndexedImages):
     """Pairs of images with one caption; an item is the winner, with `loser`, cut by the same numbers.
 
     A pair of which one cannot be read is passed over as a whole.
@@ -43,7 +43,7 @@ class RankedImages(IndexedImages):
         swapped: Sequence[bool],
         max_bad_share: float,
     ) -> None:
-        super().__init__(winners.source, winners.framing, max_bad_share)
+        super().__init__(winners.source, winners.crop_transform, max_bad_share)
         self.sides, self.pairs, self.swapped = (winners, losers), pairs, swapped
 
     def __len__(self) -> int:
@@ -58,22 +58,22 @@ class RankedImages(IndexedImages):
     def caption_of(self, index: int) -> str:
         return self.sides[0].caption_of(self.pairs[index][0])
 
-    def item(self, index: int, numbers: Sequence[float], framing: Framing) -> ImageItem | None:
-        winner = super().item(index, numbers, framing)
-        loser = None if winner is None else self._attempt(index, self._loser)
-        self._bad.refuse_too_many(len(self))
+    def item(self, index: int, numbers: Sequence[float], crop_transform: CropTransform) -> ImageItem | None:
+        winner = super().item(index, numbers, crop_transform)
+        loser = None if winner is None else self._attempt(index, self._decode_loser)
+        self._unreadable.raise_if_too_many(len(self))
         if winner is None or loser is None:
             return None
-        return replace(winner, loser=framing.cut(loser, numbers)[0])
+        return replace(winner, loser=crop_transform.apply(loser, numbers)[0])
 
-    def _loser(self, index: int) -> Image.Image:
+    def _decode_loser(self, index: int) -> Image.Image:
         return decode(self._open(index, 1 - int(self.swapped[index])))
 
     def _open(self, index: int, side: int) -> BinaryIO:
         return self.sides[side].open(self.pairs[index][side])
 
 
-def open_ranked(data: DataConfig, images: object) -> RankedImages:
+def open_preference_pairs(data: DataConfig, images: object) -> PreferencePairs:
     """The images of a run, opened by `open_images`, with what `data.losers` names.
 
     Raises:
@@ -82,35 +82,35 @@ def open_ranked(data: DataConfig, images: object) -> RankedImages:
     if data.losers is None:
         raise UserError("preference pairs were asked for and data.losers is not set: give a folder or a column")
     if isinstance(images, ImageFolder):
-        return _by_name(data, images)
+        return _pair_by_name(data, images)
     if not isinstance(images, HubImages):
         raise UserError(
             f"data.losers is set and data.images is {data.images!r}, which has no place for them: give two folders, or a data set "
             "with data.streaming false"
         )
-    name = str(data.images).removeprefix(PREFIX)
+    name = str(data.images).removeprefix(HUB_PREFIX)
     losers = HubImages(
         cast("Dataset", open_dataset(name, data.split, streaming=False)),
         str(data.images),
-        images.framing,
+        images.crop_transform,
         image_column=data.losers,
         caption_column=data.caption_column,
         max_bad_share=data.max_bad_share,
     )
-    shares = _shares(data, len(images))
+    shares = _preference_shares(data, len(images))
     rows = [row for row, share in enumerate(shares) if share != 0.5]
     if not rows:
         raise UserError(
             f"every row of {data.images!r} is a tie by its column {data.preferred_column!r}: name another column"
         )
-    return RankedImages(
+    return PreferencePairs(
         images, losers, [(row, row) for row in rows], [shares[row] < 0.5 for row in rows], data.max_bad_share
     )
 
 
-def _by_name(data: DataConfig, images: ImageFolder) -> RankedImages:
-    framing = images.framing
-    losers = ImageFolder(str(data.losers), framing.size, crop=framing.crop, flip=framing.flip)
+def _pair_by_name(data: DataConfig, images: ImageFolder) -> PreferencePairs:
+    crop_transform = images.crop_transform
+    losers = ImageFolder(str(data.losers), crop_transform.size, crop=crop_transform.crop, flip=crop_transform.flip)
     places = {PurePosixPath(name).with_suffix(""): index for index, name in enumerate(losers.names)}
     stems = [PurePosixPath(name).with_suffix("") for name in images.names]
     if lone := [name for name, stem in zip(images.names, stems, strict=True) if stem not in places]:
@@ -119,14 +119,14 @@ def _by_name(data: DataConfig, images: ImageFolder) -> RankedImages:
             "put one there under the same name"
         )
     pairs = [(index, places[stem]) for index, stem in enumerate(stems)]
-    return RankedImages(images, losers, pairs, [False] * len(pairs), data.max_bad_share)
+    return PreferencePairs(images, losers, pairs, [False] * len(pairs), data.max_bad_share)
 
 
-def _shares(data: DataConfig, count: int) -> list[float]:
+def _preference_shares(data: DataConfig, count: int) -> list[float]:
     """By which share of its judges the first image of each row was preferred."""
     if data.preferred_column is None:
         return [1.0] * count
-    dataset = cast("Dataset", open_dataset(str(data.images).removeprefix(PREFIX), data.split, streaming=False))
+    dataset = cast("Dataset", open_dataset(str(data.images).removeprefix(HUB_PREFIX), data.split, streaming=False))
     if data.preferred_column not in dataset.column_names:
         raise UserError(
             f"the data set {data.images!r} has no column {data.preferred_column!r}: name one of its own as data.preferred_column"

@@ -18,14 +18,14 @@ from stepdistill.families.checkpoints.single_file import CONFIGS, FAMILY_OF
 
 
 @dataclass(frozen=True)
-class Source:
+class ArchitectureSource:
     """A checkpoint's configs, and in words where they came from."""
 
     info: CheckpointInfo
     origin: str
 
 
-def find_source(model: ModelConfig) -> Source:
+def find_architecture(model: ModelConfig) -> ArchitectureSource:
     """The configs of a folder or file, of the hub's local cache, or those that are packaged for public checkpoints.
 
     Raises:
@@ -33,7 +33,9 @@ def find_source(model: ModelConfig) -> Source:
     """
     path = resolve(model.path)
     if Path(path).expanduser().exists() or not is_hub_id(path):
-        return Source(inspect_checkpoint(path, model.family, model.config_dir), "the checkpoint's own configs")
+        return ArchitectureSource(
+            inspect_checkpoint(path, model.family, model.config_dir), "the checkpoint's own configs"
+        )
     if model.config_dir is not None:
         return _in_folder(path, Path(model.config_dir).expanduser(), model.family, f"configs of {model.config_dir}")
     cached = try_to_load_from_cache(path, "model_index.json")
@@ -60,10 +62,10 @@ def find_source(model: ModelConfig) -> Source:
     return _packaged(path, fitting[0], f"assumed to be built as the packaged configs {fitting[0]!r}, by model.family")
 
 
-def _packaged(source: str, name: str, origin: str) -> Source:
+def _packaged(source: str, name: str, origin: str) -> ArchitectureSource:
     return _in_folder(source, CONFIGS / name, FAMILY_OF[name], origin)
 
 
-def _in_folder(source: str, folder: Path, family: str | None, origin: str) -> Source:
+def _in_folder(source: str, folder: Path, family: str | None, origin: str) -> ArchitectureSource:
     info = inspect_checkpoint(folder, family)
-    return Source(load_family(info.family).inspect(source, folder, None), origin)
+    return ArchitectureSource(load_family(info.family).inspect(source, folder, None), origin)

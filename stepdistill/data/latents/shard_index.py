@@ -14,17 +14,21 @@ from stepdistill.errors import UserError
 
 SCHEMA = 1
 INDEX = "index.json"
-Kind: TypeAlias = Literal["pairs", "samples", "trajectories"]
+CollectionKind: TypeAlias = Literal["pairs", "samples", "trajectories"]
 """`pairs`: the latents are where the sampler takes the noise of that seed; `samples`: mere draws; `trajectories`: states on
 the way there, see `data/trajectories.py`."""
 StoredDtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
-DTYPES: dict[StoredDtype, tuple[torch.dtype, str]] = {
+STORED_DTYPES: dict[StoredDtype, tuple[torch.dtype, str]] = {
     "float16": (torch.float16, "F16"),
     "bfloat16": (torch.bfloat16, "BF16"),
     "float32": (torch.float32, "F32"),
 }
 """Name -> dtype of stored latents, and its name in safetensors."""
-BY_CODE = {"I64": torch.int64, "F64": torch.float64, **{code: dtype for dtype, code in DTYPES.values()}}
+DTYPE_BY_SAFETENSORS_NAME = {
+    "I64": torch.int64,
+    "F64": torch.float64,
+    **{code: dtype for dtype, code in STORED_DTYPES.values()},
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Fingerprint:
 class Index:
     """What `index.json` says: latents of `shape` (C, h, w), None before the first shard, samples in each shard, and dtype."""
 
-    kind: Kind
+    kind: CollectionKind
     fingerprint: Fingerprint
     shape: tuple[int, ...] | None = None
     shards: tuple[int, ...] = ()
@@ -108,7 +112,9 @@ class Index:
             fingerprint = Fingerprint(**{**made, **pairs})
             counts = tuple(shard["count"] for shard in content["shards"])
             index = cls(content["kind"], fingerprint, None if shape is None else tuple(shape), counts, content["dtype"])
-            faithful = index.content() == content and index.kind in get_args(Kind) and index.dtype in DTYPES
+            faithful = (
+                index.content() == content and index.kind in get_args(CollectionKind) and index.dtype in STORED_DTYPES
+            )
         except (ValueError, TypeError, KeyError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{str(path)!r} is no index of collected latents ({reason}): collect them anew") from None
@@ -121,9 +127,9 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def columns(index: Index, count: int) -> dict[str, tuple[str, list[int]]]:
+def shard_columns(index: Index, count: int) -> dict[str, tuple[str, list[int]]]:
     """Tensors of a shard of `count` samples: name -> (dtype by its name in safetensors, shape)."""
-    shape, (_, latents) = list(index.shape or ()), DTYPES[index.dtype]
+    shape, (_, latents) = list(index.shape or ()), STORED_DTYPES[index.dtype]
     head = {"seed": ("I64", [count]), "prompt": ("I64", [count])}
     if index.kind != "trajectories":
         return {**head, "latents": (latents, [count, *shape])}
@@ -132,9 +138,9 @@ def columns(index: Index, count: int) -> dict[str, tuple[str, list[int]]]:
     return {**head, **told, "x_t": (latents, [*states, *shape]), "target": (latents, [*states, *shape])}
 
 
-def fault_of(folder: Path, index: Index, number: int) -> str | None:
+def find_shard_fault(folder: Path, index: Index, number: int) -> str | None:
     """What is wrong with a shard, told from its header and length alone; None where nothing is."""
-    wanted = columns(index, index.shards[number])
+    wanted = shard_columns(index, index.shards[number])
     try:
         with safe_open(folder / shard_name(number), framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
