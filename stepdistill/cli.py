@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from stepdistill.api.command_options import with_options
-from stepdistill.api.evaluation_options import FolderOptions, ModelOptions, flag_of, parse_options
+from stepdistill.api.evaluation_options import FolderOptions, ModelOptions, field_names, flag_of, parse_options
 from stepdistill.errors import UserError
 from stepdistill.runtime.threads import bound_spinning
 
@@ -204,7 +204,7 @@ def evaluate(
     """Measure a model by a named protocol, or a folder of images: writes report.json, report.md and report.html."""
     given = {name: value for name, value in options.items() if value is not None}
     allowed = ModelOptions if images is None else FolderOptions
-    if odd := next((name for name in given if name not in allowed.model_fields), None):
+    if odd := next((name for name in given if name not in field_names(allowed)), None):
         if images is not None:
             raise UserError(f"--images measures a folder, for which {flag_of(odd)} means nothing: leave it out")
         raise UserError(f"{flag_of(odd)} goes with --images DIR: evaluate the images that were drawn in a second call")

@@ -1,31 +1,34 @@
-"""Generates the options of a command from the fields of settings, so that they are written once."""
+"""Generates the options of a command from the fields of dataclasses, so that they are written once."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, get_args, get_origin
+from dataclasses import Field, fields
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from pydantic.fields import FieldInfo
 
-from stepdistill.api.evaluation_options import flag_of
-from stepdistill.config.reading import Settings
+from stepdistill.api.evaluation_options import MeasuringOptions, flag_of
 
 Command = Callable[..., None]
 
 
-def with_options(*sections: type[Settings]) -> Callable[[Command], Command]:
+def with_options(*sections: type[MeasuringOptions]) -> Callable[[Command], Command]:
     """Decorates a command that takes `**options`: adds one option for each field of the sections.
 
-    An option that was not typed arrives as None. The fields check the values, so that each error is one sentence.
+    An option that was not typed arrives as None. `parse_options` checks the values, so that each error is one sentence.
     """
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True)
         parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        fields = {name: field for section in sections for name, field in section.model_fields.items()}
-        parameters += [_parameter(name, field) for name, field in fields.items() if name not in own.parameters]
+        named = {
+            item.name: _parameter(item, get_type_hints(section)[item.name])
+            for section in sections
+            for item in fields(section)
+        }
+        parameters += named.values()
         command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
@@ -33,15 +36,14 @@ def with_options(*sections: type[Settings]) -> Callable[[Command], Command]:
     return decorate
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    kind, choices = _type_of(field.annotation)
-    option = typer.Option(
-        *((f"{flag_of(name)}/--no-{flag_of(name)[2:]}",) if kind is bool else (flag_of(name),)),
-        help=_help(field),
-        metavar="|".join(choices) or None,
+def _parameter(item: Field[Any], annotation: Any) -> inspect.Parameter:
+    kind, choices = _type_of(annotation)
+    flag = flag_of(item.name)
+    made = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag, help=_help(item), metavar="|".join(choices) or None
     )
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, made]
     )
 
 
@@ -56,10 +58,10 @@ def _type_of(annotation: Any) -> tuple[type, list[str]]:
     return (first if first in (int, float, bool) else str), []
 
 
-def _help(field: FieldInfo) -> str:
-    text = field.description or ""
-    if field.default in (None, ()):
+def _help(item: Field[Any]) -> str:
+    text = str(item.metadata["help"])
+    if item.default in (None, ()):
         return text
-    shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    shown = ",".join(item.default) if isinstance(item.default, tuple) else item.default
     shown = {True: "yes", False: "no"}[shown] if isinstance(shown, bool) else shown
     return f"{text} [default: {shown}]"

@@ -7,7 +7,9 @@ The keywords are the fields of `ModelOptions` and `FolderOptions` in `api/evalua
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,7 +42,8 @@ from stepdistill.evaluation.reports.report import Report, ReportSource
 from stepdistill.evaluation.runner import Evaluation, evaluate_samplers, needs_network
 from stepdistill.evaluation.scorers import ClipScorer, RewardScorer
 from stepdistill.exporting.export import check_output_folder
-from stepdistill.files.outputs import check_file, check_place
+from stepdistill.files.locks import locked_folder
+from stepdistill.files.outputs import check_file_is_writable, check_folder_is_writable
 from stepdistill.inference.artifact import (
     SCHEDULERS,
     Artifact,
@@ -86,7 +89,7 @@ def measure_model(model: str, output: str | Path, options: ModelOptions) -> Repo
     origin = _origin(options, [model, "--output", str(output)], model, options.lora or "")
     if options.scheduler is not None and options.scheduler not in SCHEDULERS:
         raise UserError(f"the scheduler {options.scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
-    check_place(Path(output))
+    check_folder_is_writable(Path(output))
     options = as_run_evaluation(model, options)
     protocol = _changed(load_protocol(options.protocol or "prompts"), options)
     prompts = prompt_set(protocol, options.prompts, options.num_images, options.seeds_per_prompt)
@@ -96,7 +99,7 @@ def measure_model(model: str, output: str | Path, options: ModelOptions) -> Repo
         Path(options.reference) if options.reference is not None else None, _scorers(options, device),
         keep_images=options.keep_images, recursive=options.recursive, allow_lossy=options.allow_lossy,
     )  # fmt: skip
-    with TemporaryDirectory() as scratch:
+    with _locked(Path(output)), TemporaryDirectory() as scratch:
         base, adapter, stats = _student_of(model, options.lora, Path(scratch) / "student", device)
         samplers = _samplers(base, adapter, options, protocol, device)
         return evaluate_samplers(samplers, evaluation, Path(output), stats=stats, source=origin)
@@ -107,7 +110,7 @@ def measure_folder(images: str | Path, output: str | Path, options: FolderOption
     origin = _origin(options, ["--images", str(images), "--output", str(output)], "", "")
     check_output_folder(Path(output))
     if options.save_statistics is not None:
-        check_file(Path(options.save_statistics))
+        check_file_is_writable(Path(options.save_statistics))
     reference = Path(options.reference) if options.reference is not None else None
     scored = bool(options.clip or options.rewards or options.lpips)
     default = ("fid",) if reference is not None or not scored else ()
@@ -126,15 +129,11 @@ def measure_folder(images: str | Path, output: str | Path, options: FolderOption
     ) if wants_network else None  # fmt: skip
     source = ImageSource(Path(images), reference, options.prompts, options.recursive, options.allow_lossy)
     saved = Path(options.save_statistics) if options.save_statistics is not None else None
-    return evaluate_folder(
-        source,
-        protocol,
-        extractor,
-        Path(output),
-        scorers=_scorers(options, device),
-        save_statistics=saved,
-        origin=origin,
-    )
+    scorers = _scorers(options, device)
+    with _locked(Path(output)):
+        return evaluate_folder(
+            source, protocol, extractor, Path(output), scorers=scorers, save_statistics=saved, origin=origin
+        )
 
 
 def compare(first: str | Path, second: str | Path, output: str | Path | None = None) -> str:
@@ -149,6 +148,11 @@ def compare(first: str | Path, second: str | Path, output: str | Path | None = N
         UserError: the protocols differ, or a file is no report.
     """
     return compare_reports(Path(first), Path(second), Path(output) if output is not None else None)
+
+
+def _locked(output: Path) -> AbstractContextManager[None]:
+    """Locks the output folder; all processes of one evaluation share the lock of the first."""
+    return locked_folder(output, "evaluation") if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
 def _origin(options: MeasuringOptions, leading: list[str], model: str, lora: str) -> ReportSource:

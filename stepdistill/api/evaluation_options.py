@@ -1,135 +1,99 @@
-"""The options of `stepdistill evaluate`, once: as typed settings, from which the command line's options are generated.
+"""The options of `stepdistill evaluate`, once: typed fields, from which the command line's options are generated.
 
 The Python functions `evaluate` and `evaluate_images` take the same names as keywords.
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from annotated_types import Ge
 
-from stepdistill.config.reading import Settings
 from stepdistill.config.registry import nearest
 from stepdistill.errors import UserError
 
+S = TypeVar("S", bound="MeasuringOptions")
+LISTS = ("metrics", "clip_conventions", "steps")
 
-class MeasuringOptions(Settings):
+
+def option(default: Any, text: str) -> Any:
+    """Makes the field of an option with its default and help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringOptions:
     """Options of every evaluation, of a model or of a folder of images."""
 
-    reference: str | None = Field(None, description="Folder of images, or statistics (.npz), to compare with.")
-    prompts: str | None = Field(
+    reference: str | None = option(None, "Folder of images, or statistics (.npz), to compare with.")
+    prompts: str | None = option(
         None,
-        description="Prompt file, or builtin:NAME. For a folder of images: one prompt per image in the order of the file names; "
+        "Prompt file, or builtin:NAME. For a folder of images: one prompt per image in the order of the file names; "
         "captions beside the images by default.",
     )
-    features: str | None = Field(
+    features: str | None = option(
         None,
-        description="Feature network: inception[:FILE], dinov2:PATH, clip:PATH, judge, random or MODULE:FUNCTION; "
+        "Feature network: inception[:FILE], dinov2:PATH, clip:PATH, judge, random or MODULE:FUNCTION; "
         "the protocol's by default.",
     )
-    resize: Literal["clean", "legacy_pytorch", "legacy_tensorflow"] | None = Field(
-        None, description="How images are resized to the Inception's 299 pixels; the protocol's by default."
+    resize: Literal["clean", "legacy_pytorch", "legacy_tensorflow"] | None = option(
+        None, "How images are resized to the Inception's 299 pixels; the protocol's by default."
     )
-    metrics: tuple[str, ...] | None = Field(
-        None, description="Metrics, as fid,fd_infinity,kid,prdc,cmmd; the protocol's by default."
+    metrics: tuple[str, ...] | None = option(
+        None, "Metrics, as fid,fd_infinity,kid,prdc,cmmd; the protocol's by default."
     )
-    clip: str | None = Field(None, description="CLIP checkpoint for the CLIP score.")
-    clip_conventions: tuple[str, ...] = Field(
-        ("gigagan",), description="Conventions of the CLIP score: hessel, gigagan, torchmetrics or raw."
+    clip: str | None = option(None, "CLIP checkpoint for the CLIP score.")
+    clip_conventions: tuple[str, ...] = option(
+        ("gigagan",), "Conventions of the CLIP score: hessel, gigagan, torchmetrics or raw."
     )
-    rewards: tuple[str, ...] = Field(
+    rewards: tuple[str, ...] = option(
         (),
-        description="Rewards by their names in training configs, as pickscore,hps:FOLDER,'0.1*clip + critic:colour'.",
+        "Rewards by their names in training configs, as pickscore,hps:FOLDER,'0.1*clip + critic:colour'.",
     )
-    lpips: str | None = Field(
-        None, description="Backbone (alex, vgg, squeeze) of the LPIPS between images of one prompt."
-    )
-    recursive: bool = Field(False, description="Search sub-folders of --images and --reference.")
-    allow_lossy: bool = Field(False, description="Take JPEG and WebP files.")
-    device: str | None = Field(None, description="cuda, cpu or mps.")
-    download: bool = Field(False, description="Allow fetching weights that are not on this machine.")
+    lpips: str | None = option(None, "Backbone (alex, vgg, squeeze) of the LPIPS between images of one prompt.")
+    recursive: bool = option(False, "Search sub-folders of --images and --reference.")
+    allow_lossy: bool = option(False, "Take JPEG and WebP files.")
+    device: str | None = option(None, "cuda, cpu or mps.")
+    download: bool = option(False, "Allow fetching weights that are not on this machine.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _paths_are_texts(cls, data: dict[str, Any]) -> dict[str, Any]:
-        texts = ("reference", "prompts", "lora", "save_statistics")
-        return {key: str(value) if key in texts and value is not None else value for key, value in data.items()}
-
-    @field_validator("metrics", "clip_conventions", mode="before")
-    @classmethod
-    def _comma_separated(cls, value: Any) -> Any:
-        """Splits `a,b` as it is typed on the command line."""
-        if isinstance(value, str):
-            value = value.split(",")
-        return (
-            tuple(str(name).strip() for name in value if str(name).strip())
-            if isinstance(value, list | tuple)
-            else value
-        )
-
-    @field_validator("rewards", mode="before")
-    @classmethod
-    def _reward_names(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        from stepdistill.rewards.naming import split_reward_names  # late: it imports torch
-
-        return tuple(split_reward_names(value))
+    def __post_init__(self) -> None:
+        for field_ in fields(self):
+            value = vars(self)[field_.name]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag_of(field_.name)} is {value}: give a finite number")
 
 
+@dataclass(frozen=True, kw_only=True)
 class ModelOptions(MeasuringOptions):
     """Options of `evaluate MODEL`."""
 
-    protocol: str | None = Field(
+    protocol: str | None = option(
         None,
-        description="Protocol name, or a YAML file. By default `prompts`; a run is measured on its own prompts against its teacher.",
+        "Protocol name, or a YAML file. By default `prompts`; a run is measured on its own prompts against its teacher.",
     )
-    lora: str | None = Field(None, description="Exported LoRA or guidance adapter, folder or file.")
-    steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (), description="Step counts, as 1,2,4; the recipe's own, or 50, by default."
-    )
-    guidance: float | None = Field(None, description="Guidance scale w; 1 is off.", allow_inf_nan=False)
-    scheduler: str | None = Field(None, description="ddim, euler, dpm++2m, lcm, tcd or unipc.")
-    teacher_steps: int | None = Field(None, ge=1, description="Draw the base too, at this many steps.")
-    teacher_guidance: float | None = Field(None, description="Guidance scale w of the teacher.", allow_inf_nan=False)
-    num_images: int | None = Field(None, ge=2, description="Fewer images than the protocol's; renames the numbers.")
-    seeds_per_prompt: int = Field(1, ge=1, description="Images per prompt; diversity needs two.")
-    keep_images: bool = Field(True, description="Write the images, from which a stopped evaluation continues.")
-    width: int | None = Field(None, ge=8, description="Width of the images in pixels; the trained size by default.")
-    height: int | None = Field(None, ge=8, description="Height of the images in pixels.")
-    batch_size: int = Field(8, ge=1, description="Images drawn at once.")
-    dtype: str = Field("float32", description="float32, bfloat16 or float16.")
+    lora: str | None = option(None, "Exported LoRA or guidance adapter, folder or file.")
+    steps: tuple[Annotated[int, Ge(1)], ...] = option((), "Step counts, as 1,2,4; the recipe's own, or 50, by default.")
+    guidance: float | None = option(None, "Guidance scale w; 1 is off.")
+    scheduler: str | None = option(None, "ddim, euler, dpm++2m, lcm, tcd or unipc.")
+    teacher_steps: Annotated[int, Ge(1)] | None = option(None, "Draw the base too, at this many steps.")
+    teacher_guidance: float | None = option(None, "Guidance scale w of the teacher.")
+    num_images: Annotated[int, Ge(2)] | None = option(None, "Fewer images than the protocol's; renames the numbers.")
+    seeds_per_prompt: Annotated[int, Ge(1)] = option(1, "Images per prompt; diversity needs two.")
+    keep_images: bool = option(True, "Write the images, from which a stopped evaluation continues.")
+    width: Annotated[int, Ge(8)] | None = option(None, "Width of the images in pixels; the trained size by default.")
+    height: Annotated[int, Ge(8)] | None = option(None, "Height of the images in pixels.")
+    batch_size: Annotated[int, Ge(1)] = option(8, "Images drawn at once.")
+    dtype: str = option("float32", "float32, bfloat16 or float16.")
 
-    @field_validator("steps", mode="before")
-    @classmethod
-    def _step_counts(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        words = [word.strip() for word in value.split(",") if word.strip()]
-        if not all(word.isdigit() and int(word) > 0 for word in words):
-            raise ValueError(f"it is {value!r}, but a list of step counts is wanted; write, say, 1,2,4")
-        return tuple(int(word) for word in words)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _size(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Takes `size=(height, width)`, the keyword of the Python function, as height and width."""
-        data = dict(data)
-        size = data.pop("size", None)
-        if size is not None:
-            data["height"], data["width"] = size
-        return data
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelOptions:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.width is None) != (self.height is None):
-            raise ValueError("--width and --height go together; give both or neither")
-        if self.teacher_guidance is not None and self.teacher_steps is None and self.protocol is not None:
-            raise ValueError("--teacher-guidance needs a teacher that is drawn; give --teacher-steps too")
-        return self
+            raise ValueError("--width and --height go together: give both or neither")
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -137,11 +101,12 @@ class ModelOptions(MeasuringOptions):
         return None if self.height is None or self.width is None else (self.height, self.width)
 
 
+@dataclass(frozen=True, kw_only=True)
 class FolderOptions(MeasuringOptions):
     """Options of `evaluate --images FOLDER`."""
 
-    save_statistics: str | None = Field(
-        None, description="With --images: write the statistics of the images to this .npz, a reference for later."
+    save_statistics: str | None = option(
+        None, "With --images: write the statistics of the images to this .npz, a reference for later."
     )
 
 
@@ -158,9 +123,9 @@ def command_of(options: MeasuringOptions, *leading: str) -> str:
         leading: model or `--images`, and the output.
     """
     words = ["stepdistill", "evaluate", *leading]
-    for name in type(options).model_fields:
-        value: object = vars(options)[name]
-        if value == type(options).model_fields[name].default:
+    for field_ in fields(options):
+        name, value = field_.name, vars(options)[field_.name]
+        if value == field_.default:
             continue
         if isinstance(value, bool):
             words.append(flag_of(name) if value else flag_of(name).replace("--", "--no-", 1))
@@ -170,7 +135,9 @@ def command_of(options: MeasuringOptions, *leading: str) -> str:
     return shlex.join(words)
 
 
-S = TypeVar("S", bound=MeasuringOptions)
+def field_names(section: type[MeasuringOptions]) -> tuple[str, ...]:
+    """Returns the names of a section's options."""
+    return tuple(field_.name for field_ in fields(section))
 
 
 def parse_options(section: type[S], given: Mapping[str, object]) -> S:
@@ -178,22 +145,41 @@ def parse_options(section: type[S], given: Mapping[str, object]) -> S:
 
     Args:
         section: the kind of options.
-        given: options by field name.
+        given: options by field name, as values or as typed on the command line (lists with commas); `size` is (height, width).
 
     Raises:
         UserError: an unknown option, a wrong type or range, or options that contradict each other.
     """
-    if odd := next((name for name in given if name not in section.model_fields and name != "size"), None):
-        raise UserError(f"the evaluation has no option {odd!r}: {nearest(odd, tuple(section.model_fields))}")
+    from pydantic import TypeAdapter, ValidationError  # late, because it takes a while
+
+    values = dict(given)
+    if section is ModelOptions and (size := values.pop("size", None)) is not None:
+        values["height"], values["width"] = size  # type: ignore[misc]
+    if odd := next((name for name in values if name not in field_names(section)), None):
+        raise UserError(f"the evaluation has no option {odd!r}: {nearest(odd, field_names(section))}")
+    values = {name: _from_text(name, value) for name, value in values.items()}
     try:
-        return section.model_validate(dict(given))
+        return TypeAdapter(section).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         said = first["msg"].removeprefix("Value error, ")
-        if not first["loc"]:  # a check of several options together
-            raise UserError(said.replace("; ", ": ", 1)) from None
-        name = str(first["loc"][0])
-        message = (
-            said if first["type"] == "value_error" else f"it is {first['input']!r}, but {said[0].lower()}{said[1:]}"
-        )
-        raise UserError(f"{flag_of(name)} cannot be used: {message}") from None
+        if not first["loc"]:  # a check in __post_init__
+            raise UserError(said) from None
+        flag = flag_of(str(first["loc"][0]))
+        raise UserError(f"{flag} is {first['input']!r}, but {said[0].lower()}{said[1:]}: change it") from None
+
+
+def _from_text(name: str, value: object) -> object:
+    """Returns the value of an option that may be a path, or a list that was typed with commas."""
+    if isinstance(value, Path):
+        return str(value)
+    if name == "rewards" and isinstance(value, str):
+        from stepdistill.rewards.naming import split_reward_names  # late, because it imports torch
+
+        return tuple(split_reward_names(value))
+    if name in LISTS and isinstance(value, str):
+        words = [word.strip() for word in value.split(",") if word.strip()]
+        if name == "steps" and not all(word.isdigit() for word in words):
+            raise UserError(f"--steps is {value!r}, but a list of step counts is wanted: write, say, 1,2,4")
+        return tuple(int(word) if name == "steps" else word for word in words)
+    return tuple(value) if isinstance(value, list) else value

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -39,7 +41,7 @@ def as_run_evaluation(model: str, options: ModelOptions) -> ModelOptions:
     if options.protocol is not None or not (run / "config.yaml").is_file():
         return options
     config = load_config(run / "config.yaml")
-    changes: dict[str, object] = {"protocol": "prompts"}
+    changes: dict[str, Any] = {"protocol": "prompts"}
     prompts = options.prompts or config.data.prompts
     if prompts is None:
         raise UserError(f"the run {model!r} was trained without a prompt list: give --prompts FILE")
@@ -60,7 +62,7 @@ def as_run_evaluation(model: str, options: ModelOptions) -> ModelOptions:
     if options.metrics is None and "metrics" not in changes:
         wanted = load_protocol("prompts").metrics
         changes["metrics"] = wanted if count >= LEAST_IMAGES_OF_FID else APPEARANCE
-    return options.model_copy(update=changes)
+    return replace(options, **changes)
 
 
 def local_base(model: str, *, download: bool) -> str:

@@ -10,7 +10,7 @@ from stepdistill.evaluation.reports.html_report import Picture, html_page
 from stepdistill.evaluation.reports.report import Report, compared, markdown
 from stepdistill.files.atomic import write_atomically
 from stepdistill.files.disk_errors import disk_errors_as_user_errors
-from stepdistill.files.outputs import check_place
+from stepdistill.files.outputs import check_folder_is_writable
 
 NUM_IMAGES = 8
 
@@ -35,7 +35,7 @@ def compare_reports(first: Path, second: Path, output: Path | None) -> str:
     text = markdown(both)
     if output is None:
         return text
-    check_place(output)
+    check_folder_is_writable(output)
     pictures = [
         picture
         for name, folder, report in zip(names, folders, reports, strict=True)
