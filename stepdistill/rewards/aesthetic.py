@@ -24,7 +24,7 @@ class AestheticReward(Reward):
         self.clip, self.head = clip, head
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.head(F.normalize(self.clip.embedded(images), dim=1))[:, 0]  # type: ignore[no-any-return]
+        return self.head(F.normalize(self.clip.image_embeddings(images), dim=1))[:, 0]  # type: ignore[no-any-return]
 
 
 def load(option: str, *, download: bool = True) -> Reward:
