@@ -30,8 +30,8 @@ from stepdistill.data.appearance import sharpness
 from stepdistill.data.prompts import read_prompts
 from stepdistill.diffusion.draws import Draws
 from stepdistill.evaluation.metrics.frechet import frechet_of_features
+from stepdistill.evaluation.metrics.win_rate import win_rate
 from stepdistill.evaluation.networks.judge import Judge
-from stepdistill.evaluation.text import win_rate
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.files.atomic import write_atomically
 from stepdistill.rewards import load_reward

@@ -50,7 +50,7 @@ REWARDS: Mapping[str, str] = {
     "aesthetic": "stepdistill.rewards.aesthetic:load",
     "imagereward": "stepdistill.rewards.imagereward:load",
 }
-"""Name before the colon -> a `Factory` of `rewards/base.py`."""
+"""Name before the colon -> the import string of a `RewardLoader` (`rewards/base.py`)."""
 
 
 def method_names() -> tuple[str, ...]:

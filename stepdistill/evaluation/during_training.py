@@ -39,7 +39,7 @@ from stepdistill.evaluation.protocols import (
     metric_label,
     prompt_set,
 )
-from stepdistill.evaluation.report import LOWER_IS_BETTER
+from stepdistill.evaluation.reports.report import LOWER_IS_BETTER
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.roles.triple import GENERATOR
 from stepdistill.training.evaluation_hook import Seen
