@@ -25,12 +25,12 @@ def with_preset(config: Mapping[str, Any]) -> dict[str, Any]:
     name = config.get("preset")
     if name not in preset_names():
         return dict(config)
-    return _beneath(yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")), config)
+    return _merge_defaults(yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")), config)
 
 
-def _beneath(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_defaults(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**defaults, **own}
     for key in defaults.keys() & own.keys():
         if isinstance(defaults[key], Mapping) and isinstance(own[key], Mapping):
-            merged[key] = _beneath(defaults[key], own[key])
+            merged[key] = _merge_defaults(defaults[key], own[key])
     return merged

@@ -16,7 +16,7 @@ from stepdistill.errors import UserError
 S = TypeVar("S", bound="Settings")
 
 
-def _compiles(pattern: str) -> str:
+def _validate_regex(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
@@ -24,7 +24,7 @@ def _compiles(pattern: str) -> str:
     return pattern
 
 
-RegularExpression = Annotated[str, AfterValidator(_compiles)]
+RegularExpression = Annotated[str, AfterValidator(_validate_regex)]
 
 
 class Settings(BaseModel):
@@ -33,13 +33,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class Switch(Settings):
+class WeightedTermConfig(Settings):
     """Base of a term that a weight turns on: options without one are of a term that stays off, and nobody means that."""
 
     weight: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
-    def _is_weighed(self) -> Switch:
+    def _require_weight(self) -> WeightedTermConfig:
         if self.model_fields_set and "weight" not in self.model_fields_set:
             raise ValueError(
                 "it has no weight, which leaves it off whatever else it says; give it a weight, or 0 on purpose"
@@ -70,7 +70,7 @@ def read_mapping(path: str | Path, overrides: list[str] | None) -> dict[str, Any
     if not isinstance(data, dict):
         raise UserError(f"{str(file)!r} holds no mapping at its top level: start from one of the files in configs/")
     for override in overrides or []:
-        _apply(data, override)
+        _apply_override(data, override)
     return data
 
 
@@ -79,10 +79,10 @@ def parse(section: type[S], data: Any, where: str) -> S:
     try:
         return section.model_validate(data)
     except ValidationError as error:
-        raise UserError(_sentence(section, error, where)) from None
+        raise UserError(_error_message(section, error, where)) from None
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise UserError(
@@ -103,7 +103,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         ) from None
 
 
-def _sentence(section: type[Settings], error: ValidationError, where: str) -> str:
+def _error_message(section: type[Settings], error: ValidationError, where: str) -> str:
     # an unknown key is the likelier mistake, and explains a missing one
     first = next((item for item in error.errors() if item["type"] == "extra_forbidden"), error.errors()[0])
     path = ".".join(str(part) for part in first["loc"])
@@ -126,14 +126,14 @@ def _keys_at(section: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
     for part in loc:
         if isinstance(part, int):  # an element of a list
             continue
-        inner = section_of(section.model_fields[part].annotation) if part in section.model_fields else None
+        inner = nested_section(section.model_fields[part].annotation) if part in section.model_fields else None
         if inner is None:
             return []
         section = inner
     return list(section.model_fields)
 
 
-def section_of(annotation: Any) -> type[Settings] | None:
+def nested_section(annotation: Any) -> type[Settings] | None:
     """The section that an option holds, by itself, or null, or in a list; None for plain values."""
     for kind in (annotation, *get_args(annotation)):
         if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Settings):

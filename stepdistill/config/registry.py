@@ -55,12 +55,12 @@ REWARDS: Mapping[str, str] = {
 
 def method_names() -> tuple[str, ...]:
     """All method names, this package's first."""
-    return tuple(_known("method", METHODS))
+    return tuple(_registered_names("method", METHODS))
 
 
 def family_names() -> tuple[str, ...]:
     """All family names, this package's first."""
-    return tuple(_known("family", FAMILIES))
+    return tuple(_registered_names("family", FAMILIES))
 
 
 def load_method(name: str) -> type[Any]:
@@ -73,23 +73,23 @@ def load_family(name: str) -> Any:
     return _load("family", FAMILIES, name)()
 
 
-def nearest(name: str, known: tuple[str, ...]) -> str:
+def suggestion_for(name: str, known: tuple[str, ...]) -> str:
     """`did you mean 'x'?` and the known names, for the end of a refusal."""
     close = get_close_matches(name, known, n=1, cutoff=0.4)
     listed = ", ".join(repr(item) for item in known)
     return f"did you mean {close[0]!r} (known: {listed})?" if close else f"use one of {listed}"
 
 
-def _known(kind: str, builtin: Mapping[str, str]) -> dict[str, str]:
+def _registered_names(kind: str, builtin: Mapping[str, str]) -> dict[str, str]:
     group = "stepdistill.families" if kind == "family" else "stepdistill.methods"
     # a third party may add names but not take over one that configs and papers refer to
     return dict(builtin) | {point.name: point.value for point in entry_points(group=group) if point.name not in builtin}
 
 
 def _load(kind: str, builtin: Mapping[str, str], name: str) -> type[Any]:
-    known = _known(kind, builtin)
+    known = _registered_names(kind, builtin)
     if name not in known:
-        raise UserError(f"there is no {kind} named {name!r}: {nearest(name, tuple(known))}")
+        raise UserError(f"there is no {kind} named {name!r}: {suggestion_for(name, tuple(known))}")
     module, _, attribute = known[name].partition(":")
     try:
         loaded: type[Any] = vars(import_module(module))[attribute]

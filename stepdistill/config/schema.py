@@ -93,7 +93,7 @@ class OptimizerConfig(Settings):
     clip: float = Field(10.0, ge=0, description="gradient norm; 0 is off")
 
     @model_validator(mode="after")
-    def _falls_over_updates(self) -> OptimizerConfig:
+    def _check_schedule(self) -> OptimizerConfig:
         if self.schedule != "constant" and self.decay_updates == 0:
             raise ValueError(
                 f"the schedule is {self.schedule} and decay_updates is 0, so the rate would never fall; give the updates that its "

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
-from stepdistill.config.registry import nearest
+from stepdistill.config.registry import suggestion_for
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import CAPTION_KEYS, CropTransform, pick_caption
 from stepdistill.errors import UserError
@@ -61,7 +61,7 @@ def open_dataset(name: str, split: str, *, streaming: bool) -> Dataset | Iterabl
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise UserError(
-                f"the data set {HUB_PREFIX + name!r} has no split {split!r}: {nearest(split, tuple(found))}"
+                f"the data set {HUB_PREFIX + name!r} has no split {split!r}: {suggestion_for(split, tuple(found))}"
             )
         found = found[split]
     return found.to_iterable_dataset(num_shards=max(1, min(SAVED_SHARDS, len(found)))) if streaming else found
@@ -90,7 +90,9 @@ def select_undecoded_columns(
         return dataset, caption_column
     for column in (image_column, caption_column):
         if column is not None and column not in features:
-            raise UserError(f"the data set {source!r} has no column {column!r}: {nearest(column, tuple(features))}")
+            raise UserError(
+                f"the data set {source!r} has no column {column!r}: {suggestion_for(column, tuple(features))}"
+            )
     held = features[image_column]
     if isinstance(held, datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
