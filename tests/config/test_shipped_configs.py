@@ -12,13 +12,13 @@ from PIL import Image
 
 import stepdistill
 from stepdistill.assets import FOLDER
+from stepdistill.config.collection import CollectionKind
 from stepdistill.config.reading import read_settings
-from stepdistill.data.latents.shard_index import Kind
 from stepdistill.errors import UserError
 from stepdistill.training.collect import CollectConfig, collect
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-COLLECTIONS: dict[str, Kind] = {
+COLLECTIONS: dict[str, CollectionKind] = {
     **{path.name: "pairs" for path in sorted(CONFIGS.glob("*_pairs.yaml"))},
     **{path.name: "trajectories" for path in sorted(CONFIGS.glob("*_trajectories.yaml"))},
 }

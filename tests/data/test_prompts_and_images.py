@@ -85,14 +85,14 @@ def test_prompt_files_that_are_refused(tmp_path: Path) -> None:
     refused(written("latin.txt", "gr\xfcn".encode("latin-1")), "latin.txt", "not UTF-8 (byte 2)")
     refused(written("list.docx", "x"), ".txt, .jsonl, .csv or .parquet")
     refused(lambda: read_prompts(tmp_path / "latim.txt"), "latim.txt", "did you mean 'latin.txt'")
-    refused(lambda: read_prompts(tmp_path), "no prompt file")
+    refused(lambda: read_prompts(tmp_path), "not a prompt file")
     refused(written("a.csv", "id,prompts\n1,x\n", "promt"), "no column 'promt'", "use 'prompts'", "'id', 'prompts'")
     refused(written("a.csv", "id,title\n1,x\n"), "no column 'prompt', 'text' or 'caption'", "'id', 'title'")
     refused(written("a.csv", "prompt\na red, blue thing\n"), "line 2", "double quotes")
     refused(written("a.csv", 'prompt\n"a" b\n'), "line 2", "malformed CSV")
     refused(written("a.csv", ""), "no prompt")
-    refused(written("a.jsonl", '{"prompt": "x"}\n{"prompt": \n'), "line 2", "no JSON object")
-    refused(written("a.jsonl", '{"prompt": "x"}\n["y"]\n'), "line 2", "no JSON object")
+    refused(written("a.jsonl", '{"prompt": "x"}\n{"prompt": \n'), "line 2", "not a JSON object")
+    refused(written("a.jsonl", '{"prompt": "x"}\n["y"]\n'), "line 2", "not a JSON object")
     refused(written("a.jsonl", '{"prompt": 3}'), "row 1", "type int")
     refused(written("a.jsonl", '{"prompt": "x"}\n{"text": "y"}\n', "prompt"), "line 2", "no column 'prompt'")
 
@@ -116,7 +116,7 @@ def test_parquet(tmp_path: Path) -> None:
     refused(lambda: read_prompts(file, "captoin"), "use 'caption'")
     refused(lambda: read_prompts(file, "id"), "row 1", "type int")
     file.write_bytes(b"PAR1 no")
-    refused(lambda: read_prompts(file), "no readable parquet file")
+    refused(lambda: read_prompts(file), "not a readable parquet file")
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
