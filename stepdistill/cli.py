@@ -10,11 +10,13 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
 from stepdistill import __version__
+from stepdistill.api.command_options import with_options
+from stepdistill.api.evaluation_options import FolderOptions, ModelOptions, field_names, flag_of, parse_options
 from stepdistill.errors import UserError
 from stepdistill.runtime.noise import disable_loading_bars, silence_libraries
 from stepdistill.runtime.threads import bound_spinning
@@ -44,16 +46,33 @@ class Listing(str, Enum):
     protocols = "protocols"
 
 
-class Resize(str, Enum):
-    clean = "clean"
-    legacy_pytorch = "legacy_pytorch"
-    legacy_tensorflow = "legacy_tensorflow"
-
-
 Output = Annotated[Path, typer.Option("--output", help="Folder to write; must be new or empty.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Set a key of the config: section.key=value (repeatable).")
 ]
+
+
+def _existing_model(source: str | None) -> str | None:
+    from stepdistill.assets import resolve
+    from stepdistill.files.sources import check_source_exists
+
+    if source is not None:
+        check_source_exists(resolve(source))
+    return source
+
+
+def _existing_prompts(source: str | None) -> str | None:
+    from stepdistill.data.prompts import check_prompt_source
+
+    if source is not None:
+        check_prompt_source(source)
+    return source
+
+
+def _existing_path(path: Path | None) -> Path | None:
+    if path is not None and not path.expanduser().exists():
+        raise UserError(f"there is no file or folder {str(path)!r}: check the path")
+    return path
 
 
 def _print_version(asked: bool) -> None:
@@ -195,11 +214,18 @@ def collect(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="Diffusers folder, hub id, single file, or builtin:teacher.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Diffusers folder, hub id, single file, or builtin:teacher.", callback=_existing_model),
+    ],
     output: Output,
-    lora: Annotated[Path | None, typer.Option(help="Exported LoRA or guidance adapter, folder or file.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Exported LoRA or guidance adapter, folder or file.", callback=_existing_path)
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Prompt file, or builtin:NAME.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompt file, or builtin:NAME.", callback=_existing_prompts)
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Network calls; the recipe's by default.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale w; 1 is off.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="Has an effect with guidance above 1 only.")] = None,
@@ -225,7 +251,7 @@ def sample(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Output folder of 'stepdistill train'.")],
+    run: Annotated[Path, typer.Argument(help="Output folder of 'stepdistill train'.", callback=_existing_path)],
     output: Output,
     format: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.diffusers_lora,
     half: Annotated[bool, typer.Option(help="Store float16.")] = False,
@@ -242,87 +268,36 @@ def export(
 
 
 @app.command()
+@with_options(ModelOptions, FolderOptions)
 def evaluate(
     output: Output,
-    model: Annotated[str | None, typer.Argument(help="Model as for 'sample', or the folder of a run.")] = None,
-    lora: Annotated[Path | None, typer.Option(help="Exported LoRA or guidance adapter, folder or file.")] = None,
-    protocol: Annotated[str, typer.Option(help="Protocol name, or a YAML file.")] = "prompts",
-    steps: Annotated[str | None, typer.Option(help="Step counts, as 1,2,4; the recipe's own by default.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale w; 1 is off.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, euler, dpm++2m, lcm, tcd or unipc.")] = None,
-    teacher_steps: Annotated[int | None, typer.Option(min=1, help="Draw the base too, at this many steps.")] = None,
-    teacher_guidance: Annotated[float | None, typer.Option(help="Guidance scale w of the teacher.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Prompt file, or builtin:NAME.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Folder of images, or statistics (.npz).")] = None,
-    num_images: Annotated[
-        int | None, typer.Option(min=2, help="Fewer than the protocol's; renames the numbers.")
+    model: Annotated[
+        str | None, typer.Argument(help="Model as for 'sample', or the folder of a run.", callback=_existing_model)
     ] = None,
-    seeds_per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt; diversity needs two.")] = 1,
-    images: Annotated[Path | None, typer.Option(help="Measure this folder (or .npz) instead of a model.")] = None,
-    features: Annotated[str | None, typer.Option(help="NAME[:WEIGHTS] of the feature network.")] = None,
-    resize: Annotated[Resize | None, typer.Option(help="How images reach the Inception's 299 pixels.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="fid,fd_infinity,kid,prdc,cmmd,...")] = None,
-    clip: Annotated[str | None, typer.Option(help="CLIP checkpoint for the CLIP score.")] = None,
-    clip_convention: Annotated[
-        str, typer.Option(help="hessel, gigagan, torchmetrics or raw; several with commas.")
-    ] = "gigagan",
-    rewards: Annotated[str | None, typer.Option(help="pickscore,hps,imagereward,aesthetic:CLIP,HEAD")] = None,
-    lpips: Annotated[str | None, typer.Option(help="Pairwise LPIPS under alex, vgg or squeeze.")] = None,
-    recursive: Annotated[bool, typer.Option(help="Search sub-folders of --images and --reference.")] = False,
-    allow_lossy: Annotated[bool, typer.Option(help="Take JPEG and WebP files.")] = False,
-    save_statistics: Annotated[
-        Path | None, typer.Option(help="With --images: write their statistics to this .npz.")
+    images: Annotated[
+        Path | None, typer.Option(help="Measure this folder (or .npz) instead of a model.", callback=_existing_path)
     ] = None,
-    keep_images: Annotated[bool, typer.Option(help="Write the images; a stopped evaluation goes on from them.")] = True,
-    width: Annotated[int | None, typer.Option(min=8)] = None,
-    height: Annotated[int | None, typer.Option(min=8)] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cuda, cpu or mps.")] = None,
-    download: Annotated[bool, typer.Option(help="Allow fetching weights that are not on this machine.")] = False,
+    **options: Any,
 ) -> None:
-    """Measure a model by a named protocol, or two image folders against each other: report.json, .md and .html."""
-    from stepdistill.api import evaluating
-    from stepdistill.evaluation.report import markdown
-
-    chosen = [name.strip() for name in (metrics or "").split(",") if name.strip()]
-    if images is not None:
-        idle = {
-            "--lora": lora, "--steps": steps, "--guidance": guidance, "--scheduler": scheduler, "--prompts": prompts,
-            "--teacher-steps": teacher_steps, "--teacher-guidance": teacher_guidance, "--num-images": num_images,
-            "--clip": clip, "--rewards": rewards, "--lpips": lpips, "--width": width, "--height": height,
-            "--protocol": None if protocol == "prompts" else protocol,
-        }  # fmt: skip
-        if odd := next((flag for flag, value in idle.items() if value is not None), None):
-            raise UserError(f"--images measures a folder, for which {odd} means nothing: leave it out")
-        if model is not None or reference is None:
-            raise UserError(
-                "--images measures a folder against --reference and takes no model: give both, and nothing to draw"
-            )
-        report = evaluating.evaluate_images(
-            images, reference, output, features=features or "inception", resize=(resize or Resize.clean).value,
-            metrics=chosen or ["fid"], recursive=recursive, allow_lossy=allow_lossy, save_statistics=save_statistics,
-            device=device, download=download,
-        )  # fmt: skip
-    elif save_statistics is not None:
-        raise UserError(
-            "--save-statistics goes with --images DIR: evaluate the images that were drawn in a second call"
-        )
-    elif model is None:
+    """Measure a model by a named protocol, or a folder of images: writes report.json, report.md and report.html."""
+    given = {name: value for name, value in options.items() if value is not None}
+    allowed = ModelOptions if images is None else FolderOptions
+    if odd := next((name for name in given if name not in field_names(allowed)), None):
+        if images is not None:
+            raise UserError(f"--images measures a folder, for which {flag_of(odd)} means nothing: leave it out")
+        raise UserError(f"{flag_of(odd)} goes with --images DIR: evaluate the images that were drawn in a second call")
+    if images is not None and model is not None:
+        raise UserError(f"--images measures a folder and the model {model!r} was given too: leave one of them out")
+    if images is None and model is None:
         raise UserError("there is nothing to measure: give a model or a run, or --images DIR")
-    elif (width is None) != (height is None):
-        raise UserError("--width and --height go together: give both or neither")
+    checked = parse_options(allowed, given)
+    from stepdistill.api import evaluating
+    from stepdistill.evaluation.reports.report import markdown
+
+    if images is not None:
+        report = evaluating.measure_folder(images, output, cast("FolderOptions", checked))
     else:
-        report = evaluating.evaluate(
-            model, output, protocol=protocol, lora=lora, steps=_counts(steps), guidance=guidance, scheduler=scheduler,
-            teacher_steps=teacher_steps, teacher_guidance=teacher_guidance, prompts=prompts, reference=reference,
-            num_images=num_images, seeds_per_prompt=seeds_per_prompt, features=features,
-            resize=resize.value if resize else None, metrics=chosen, clip=clip,
-            clip_conventions=clip_convention.split(","), rewards=_specs(rewards), lpips=lpips,
-            size=(height, width) if height is not None and width is not None else None,
-            keep_images=keep_images, recursive=recursive, allow_lossy=allow_lossy, batch_size=batch_size,
-            dtype=dtype, device=device, download=download,
-        )  # fmt: skip
+        report = evaluating.measure_model(str(model), output, cast("ModelOptions", checked))
     typer.echo(markdown(report) + f"\nreport.json, report.md and report.html in {output}")
 
 
@@ -330,11 +305,14 @@ def evaluate(
 def compare(
     first: Annotated[Path, typer.Argument(help="report.json of an evaluation, or its folder.")],
     second: Annotated[Path, typer.Argument(help="The other one.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Also write comparison.md and comparison.html, with both evaluations' images.")
+    ] = None,
 ) -> None:
-    """Two reports in one table; refused where their protocols differ."""
+    """Put two reports into one table; an error if their protocols differ."""
     from stepdistill.api import evaluating
 
-    typer.echo(evaluating.compare(first, second))
+    typer.echo(evaluating.compare(first, second, output))
 
 
 @app.command("list")
@@ -365,24 +343,6 @@ def options(
 
     section = RunConfig if method is None else load_method(method).Config
     typer.echo("\n".join(option_lines(section)))
-
-
-def _counts(text: str | None) -> list[int]:
-    words = [word.strip() for word in (text or "").split(",") if word.strip()]
-    if not all(word.isdigit() and int(word) > 0 for word in words):
-        raise UserError(f"--steps is {text!r}, but a list of step counts is wanted: write, say, 1,2,4")
-    return [int(word) for word in words]
-
-
-def _specs(text: str | None) -> list[str]:
-    """Splits reward names at commas, except for the comma within `aesthetic:CLIP,HEAD`."""
-    found: list[str] = []
-    for word in (text or "").split(","):
-        if found and found[-1].startswith("aesthetic:") and "," not in found[-1]:
-            found[-1] += f",{word}"
-        elif word.strip():
-            found.append(word.strip())
-    return found
 
 
 def main() -> None:

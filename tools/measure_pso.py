@@ -30,8 +30,8 @@ from stepdistill.data.appearance import sharpness
 from stepdistill.data.prompts import read_prompts
 from stepdistill.diffusion.draws import Draws
 from stepdistill.evaluation.metrics.frechet import frechet_of_features
+from stepdistill.evaluation.metrics.win_rate import win_rate
 from stepdistill.evaluation.networks.judge import Judge
-from stepdistill.evaluation.text import win_rate
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.files.atomic import write_atomically
 from stepdistill.rewards import load_reward
@@ -71,7 +71,7 @@ class Measured:
 @torch.no_grad()
 def drawn(session: Session, prompts: Sequence[str], repeats: int, purpose: str) -> Pixels:
     """Samples (P, R, H, W, 3) of a run's student; the same noise whatever the run."""
-    shape, size = session.plan.setting.latent_shape, ImageSize.plain(*session.plan.setting.size)
+    shape, size = session.plan.problem.latent_shape, ImageSize.plain(*session.plan.problem.size)
     rows = [(prompt, k * repeats + r) for k, prompt in enumerate(prompts) for r in range(repeats)]
     found = []
     for start in range(0, len(rows), BATCH):

@@ -32,8 +32,8 @@ from stepdistill.data import fashion
 from stepdistill.data.appearance import sharpness
 from stepdistill.data.prompts import read_prompts
 from stepdistill.evaluation.metrics.frechet import frechet_of_features
+from stepdistill.evaluation.metrics.win_rate import win_rate
 from stepdistill.evaluation.networks.judge import Judge
-from stepdistill.evaluation.text import win_rate
 from stepdistill.training.monitoring.grids import save_images
 from stepdistill.training.run import open_run, train
 from stepdistill.training.session import Session

@@ -1,35 +1,48 @@
 """`stepdistill evaluate` and `compare` as functions: models, LoRAs, runs and folders of images, by a named protocol.
 
 report = stepdistill.evaluate("builtin:teacher", "out", protocol="fashion", lora="lora", teacher_steps=50, teacher_guidance=2)
+
+The keywords are the fields of `ModelOptions` and `FolderOptions` in `api/evaluation_options.py`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stepdistill.api.evaluation_options import FolderOptions, MeasuringOptions, ModelOptions, command_of, parse_options
+from stepdistill.api.run_evaluation import as_run_evaluation, local_base
 from stepdistill.api.training import dtype_of, export, natural_format
-from stepdistill.assets import resolve
 from stepdistill.config.schema import load_config
 from stepdistill.errors import UserError
+from stepdistill.evaluation.folders import ImageSource, check_needs, evaluate_folder
 from stepdistill.evaluation.generation import Sampler, format_arguments
 from stepdistill.evaluation.image_scores import ImageScorers
-from stepdistill.evaluation.images import Quantize
 from stepdistill.evaluation.metrics.lpips import Lpips
-from stepdistill.evaluation.networks.features import load_extractor, weights_hash
-from stepdistill.evaluation.networks.resize import ResizeMode
-from stepdistill.evaluation.protocols import PromptConfig, Protocol, expand_metric_names, load_protocol, prompt_set
-from stepdistill.evaluation.report import Report
-from stepdistill.evaluation.report import compare as compare_reports
-from stepdistill.evaluation.runner import evaluate_folders, evaluate_samplers
-from stepdistill.evaluation.text import ClipScorer, load_reward
+from stepdistill.evaluation.networks.features import FeatureExtractor, load_extractor, weights_hash
+from stepdistill.evaluation.protocols import (
+    PromptConfig,
+    Protocol,
+    expand_metric_names,
+    load_protocol,
+    prompt_set,
+)
+from stepdistill.evaluation.reports.comparison import compare_reports
+from stepdistill.evaluation.reports.report import Report, ReportSource
+from stepdistill.evaluation.runner import Evaluation, evaluate_samplers, needs_network
+from stepdistill.evaluation.scorers import ClipScorer, RewardScorer
 from stepdistill.exporting.export import check_output_folder
+from stepdistill.files.locks import locked_folder
 from stepdistill.files.outputs import check_file_is_writable, check_folder_is_writable
 from stepdistill.inference.artifact import (
     SCHEDULERS,
@@ -42,104 +55,164 @@ from stepdistill.inference.artifact import (
 from stepdistill.training.session import place_of
 
 
-def evaluate(
-    model: str,
-    output: str | Path,
-    *,
-    protocol: str = "prompts",
-    lora: str | Path | None = None,
-    steps: Sequence[int] = (),
-    guidance: float | None = None,
-    scheduler: str | None = None,
-    teacher_steps: int | None = None,
-    teacher_guidance: float | None = None,
-    prompts: str | None = None,
-    reference: str | Path | None = None,
-    num_images: int | None = None,
-    seeds_per_prompt: int = 1,
-    features: str | None = None,
-    resize: ResizeMode | None = None,
-    metrics: Sequence[str] = (),
-    clip: str | None = None,
-    clip_conventions: Sequence[str] = ("gigagan",),
-    rewards: Sequence[str] = (),
-    lpips: str | None = None,
-    size: tuple[int, int] | None = None,
-    keep_images: bool = True,
-    recursive: bool = False,
-    allow_lossy: bool = False,
-    batch_size: int = 8,
-    dtype: str = "float32",
-    device: str | None = None,
-    download: bool = False,
-) -> Report:
-    """Measure a model, a LoRA or a run at several step counts, on the same prompts and seeds, by a named protocol.
+def evaluate(model: str, output: str | Path, **options: Any) -> Report:
+    """Measures a model, a LoRA or a run at several step counts, at the same prompts and seeds, by a named protocol.
 
     Args:
         model: as for `sample`, or the folder of a run, whose student is measured.
-        protocol: a shipped name (`stepdistill list protocols`), or a YAML file.
-        steps: step counts to draw at; the recipe's own, or 50, by default.
-        teacher_steps, teacher_guidance: draw the base without the LoRA too, with DDIM at this scale w.
-        features, resize, metrics: instead of the protocol's, which makes it another protocol.
-        lpips: backbone (alex, vgg, squeeze) of the pairwise LPIPS of one prompt's images.
-        recursive, allow_lossy: of the reference's folder.
-        keep_images: write the images, which a stopped evaluation goes on from; False keeps them in memory only.
-        download: allow fetching weights that are not on this machine.
+        output: folder of images and report; an evaluation that was stopped continues from it.
+        options: the fields of `ModelOptions`, as in `steps=[1, 2, 4], teacher_steps=50`; also `size=(height, width)`.
 
     Raises:
-        UserError: missing prompts, reference or weights, or an output folder that holds something else.
+        UserError: an unknown option, missing prompts, reference or weights, an output folder that holds something else.
     """
+    return measure_model(model, output, parse_options(ModelOptions, options))
+
+
+def evaluate_images(images: str | Path, reference: str | Path | None, output: str | Path, **options: Any) -> Report:
+    """Measures a folder of images without a model: against a reference, by CLIP scores and rewards, or both.
+
+    Args:
+        images: folder, or statistics (.npz).
+        reference: folder or statistics to compare with; None if the metrics need none.
+        output: folder of the report; must be new or empty.
+        options: the fields of `FolderOptions`, as in `metrics=["fid", "kid"], rewards=["pickscore"]`.
+
+    Raises:
+        UserError: an unknown option, no images, missing prompts or weights, an output folder that is not empty.
+    """
+    return measure_folder(images, output, parse_options(FolderOptions, {"reference": reference, **options}))
+
+
+def measure_model(model: str, output: str | Path, options: ModelOptions) -> Report:
+    """Does the work of `evaluate`, with checked options."""
+    origin = _origin(options, [model, "--output", str(output)], model, options.lora or "")
+    if options.scheduler is not None and options.scheduler not in SCHEDULERS:
+        raise UserError(f"the scheduler {options.scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
     check_folder_is_writable(Path(output))
-    if teacher_guidance is not None and teacher_steps is None:
-        raise UserError("--teacher-guidance is the scale of a teacher that is not drawn: give --teacher-steps too")
-    if scheduler is not None and scheduler not in SCHEDULERS:
-        raise UserError(f"the scheduler {scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
-    plan = _changed(load_protocol(protocol), features, resize, metrics)
-    wanted = prompt_set(plan, prompts, num_images, seeds_per_prompt)
-    place = place_of(device)
-    extractor = load_extractor(plan.features, resize=plan.resize, device=place, download=download)
-    scores = ImageScorers(
-        ClipScorer(clip, place, download=download) if clip is not None else None,
-        [name.strip() for name in clip_conventions],
-        [load_reward(spec, place, download=download) for spec in rewards],
-        Lpips(lpips, place, download=download) if lpips is not None else None,
+    options = as_run_evaluation(model, options)
+    protocol = _changed(load_protocol(options.protocol or "prompts"), options)
+    prompts = prompt_set(protocol, options.prompts, options.num_images, options.seeds_per_prompt)
+    device = place_of(options.device)
+    evaluation = Evaluation(
+        options.protocol or "prompts", protocol, prompts, _extractor(protocol, device, options.download),
+        Path(options.reference) if options.reference is not None else None, _scorers(options, device),
+        keep_images=options.keep_images, recursive=options.recursive, allow_lossy=options.allow_lossy,
+    )  # fmt: skip
+    with _locked(Path(output)), TemporaryDirectory() as scratch:
+        base, adapter, stats = _student_of(model, options.lora, Path(scratch) / "student", device)
+        samplers = _samplers(base, adapter, options, protocol, device)
+        return evaluate_samplers(samplers, evaluation, Path(output), stats=stats, source=origin)
+
+
+def measure_folder(images: str | Path, output: str | Path, options: FolderOptions) -> Report:
+    """Does the work of `evaluate_images`, with checked options."""
+    origin = _origin(options, ["--images", str(images), "--output", str(output)], "", "")
+    check_output_folder(Path(output))
+    if options.save_statistics is not None:
+        check_file_is_writable(Path(options.save_statistics))
+    reference = Path(options.reference) if options.reference is not None else None
+    scored = bool(options.clip or options.rewards or options.lpips)
+    default = ("fid",) if reference is not None or not scored else ()
+    protocol = Protocol(
+        description="a folder of images",
+        prompts=PromptConfig(),
+        features=options.features or "inception",
+        resize=options.resize or "clean",
+        metrics=tuple(expand_metric_names(default if options.metrics is None else options.metrics)),
     )
-    with TemporaryDirectory() as scratch:
-        base, adapter, stats = _student_of(model, lora, Path(scratch) / "student", place)
-        artifact = load_artifact(resolve(base), adapter, dtype_of(dtype), place)
-        recipe = artifact.recipe
-        chosen = Settings(plan.quantize, batch_size, size, dtype)
-        own_w = guidance if guidance is not None else (recipe.w if recipe else 7.5)
-        own_steps = list(steps) or [recipe.num_inference_steps if recipe else 50]
-        label = "student" if recipe is not None else "model"
-        student = Candidate(artifact, _network_hash(artifact))
-        samplers = [_sampler(f"{label}-{n}", student, n, own_w, scheduler, chosen) for n in own_steps]
-        if teacher_steps is not None:
-            teacher = student
-            if recipe is not None:
-                origin = Artifact(load_base(resolve(recipe.base), recipe, dtype_of(dtype), place), None)
-                teacher = Candidate(origin, _network_hash(origin))
-            w = teacher_guidance if teacher_guidance is not None else (recipe.baked_guidance if recipe else own_w)
-            samplers.insert(0, _sampler("teacher", teacher, teacher_steps, w, "ddim", chosen))
-        return evaluate_samplers(
-            samplers, protocol, plan, wanted, extractor, reference, Path(output), metrics=plan.metrics, beside=scores,
-            keep_images=keep_images, recursive=recursive, allow_lossy=allow_lossy, stats=stats,
-        )  # fmt: skip
+    check_needs(protocol.metrics, reference)
+    device = place_of(options.device)
+    wants_network = needs_network(protocol.metrics) or options.save_statistics is not None
+    extractor = load_extractor(
+        protocol.features, resize=protocol.resize, device=device, download=options.download
+    ) if wants_network else None  # fmt: skip
+    source = ImageSource(Path(images), reference, options.prompts, options.recursive, options.allow_lossy)
+    saved = Path(options.save_statistics) if options.save_statistics is not None else None
+    scorers = _scorers(options, device)
+    with _locked(Path(output)):
+        return evaluate_folder(
+            source, protocol, extractor, Path(output), scorers=scorers, save_statistics=saved, origin=origin
+        )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all samplers of one evaluation share."""
+def compare(first: str | Path, second: str | Path, output: str | Path | None = None) -> str:
+    """Puts two reports into one table.
 
-    quantize: Quantize
-    batch_size: int
-    size: tuple[int, int] | None
-    dtype: str
+    Args:
+        first: report.json of an evaluation, or its folder.
+        second: the other one.
+        output: folder for comparison.md and comparison.html, with the images of both evaluations; None writes nothing.
+
+    Raises:
+        UserError: the protocols differ, or a file is no report.
+    """
+    return compare_reports(Path(first), Path(second), Path(output) if output is not None else None)
+
+
+def _locked(output: Path) -> AbstractContextManager[None]:
+    """Locks the output folder; all processes of one evaluation share the lock of the first."""
+    return locked_folder(output, "evaluation") if os.environ.get("RANK", "0") == "0" else nullcontext()
+
+
+def _origin(options: MeasuringOptions, leading: list[str], model: str, lora: str) -> ReportSource:
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return ReportSource(command_of(options, *leading), date, model, lora)
+
+
+def _extractor(protocol: Protocol, device: torch.device, download: bool) -> FeatureExtractor | None:
+    if not needs_network(protocol.metrics):
+        return None
+    return load_extractor(protocol.features, resize=protocol.resize, device=device, download=download)
+
+
+def _scorers(options: MeasuringOptions, device: torch.device) -> ImageScorers:
+    download = options.download
+    return ImageScorers(
+        ClipScorer(options.clip, device, download=download) if options.clip is not None else None,
+        options.clip_conventions,
+        [RewardScorer(name, device, download=download) for name in options.rewards],
+        Lpips(options.lpips, device, download=download) if options.lpips is not None else None,
+    )
+
+
+def _samplers(
+    base: str, adapter: Path | None, options: ModelOptions, protocol: Protocol, device: torch.device
+) -> list[Sampler]:
+    """Loads the networks and makes one sampler per row, the teacher's first."""
+    artifact = load_artifact(local_base(base, download=options.download), adapter, dtype_of(options.dtype), device)
+    recipe = artifact.recipe
+    own_w = options.guidance if options.guidance is not None else (recipe.w if recipe else 7.5)
+    own_steps = list(options.steps) or [recipe.num_inference_steps if recipe else 50]
+    label = "student" if recipe is not None else "model"
+    student = Candidate(artifact, _network_hash(artifact))
+    samplers = [_sampler(f"{label}-{n}", student, n, own_w, options.scheduler, options, protocol) for n in own_steps]
+    if options.teacher_steps is not None:
+        teacher = student
+        if recipe is not None:
+            source = local_base(recipe.base, download=options.download)
+            origin = Artifact(load_base(source, recipe, dtype_of(options.dtype), device), None)
+            teacher = Candidate(origin, _network_hash(origin))
+        w = options.teacher_guidance
+        if w is None:
+            w = recipe.baked_guidance if recipe else own_w
+        samplers.insert(0, _sampler("teacher", teacher, options.teacher_steps, w, "ddim", options, protocol))
+    return samplers
+
+
+def _changed(protocol: Protocol, options: ModelOptions) -> Protocol:
+    """Returns the protocol with the user's features, resizing and metrics."""
+    changes: dict[str, object] = {
+        "features": options.features or protocol.features,
+        "resize": options.resize or protocol.resize,
+        "metrics": protocol.metrics if options.metrics is None else tuple(expand_metric_names(options.metrics)),
+    }
+    return protocol.model_copy(update=changes)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What was loaded, and the hash of its networks, adapters included."""
+    """A loaded model, and the hash of its networks including adapters."""
 
     artifact: Artifact
     weights: str
@@ -148,8 +221,8 @@ class Candidate:
 def _network_hash(artifact: Artifact) -> str:
     pipeline = artifact.pipeline
     others = artifact.experts.networks if artifact.experts is not None else ()
-    beside = () if artifact.adapter is None else (artifact.adapter,)
-    networks = (pipeline.unet if "unet" in pipeline.components else pipeline.transformer, *others, *beside)
+    adapters = () if artifact.adapter is None else (artifact.adapter,)
+    networks = (pipeline.unet if "unet" in pipeline.components else pipeline.transformer, *others, *adapters)
     return "+".join(weights_hash(network)[:16] for network in networks)
 
 
@@ -159,85 +232,34 @@ def _sampler(
     steps: int,
     w: float,
     scheduler: str | None,
-    shared: Settings,
+    options: ModelOptions,
+    protocol: Protocol,
 ) -> Sampler:
-    """A pipeline at one setting; its description tells every other setting and every other network from it."""
+    """Makes the sampler of a pipeline; its description distinguishes it from every other setting and network."""
     artifact, recipe = candidate.artifact, candidate.artifact.recipe
 
     def drawn(texts: Sequence[str], seeds: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         return draw(
             artifact.pipeline, texts, seeds, recipe=recipe, experts=artifact.experts, adapter=artifact.adapter,
-            steps=steps, guidance=w, size=shared.size, scheduler=scheduler, batch_size=shared.batch_size, quantize=shared.quantize,
+            steps=steps, guidance=w, size=options.size, scheduler=scheduler, batch_size=options.batch_size,
+            quantize=protocol.quantize,
         )  # fmt: skip
 
     solver = scheduler or (recipe.scheduler_class if recipe is not None else "ddim")
-    told = format_arguments(
-        {"network": candidate.weights, "solver": solver, "steps": steps, "w": f"{w:g}", "dtype": shared.dtype, "size": shared.size}
+    described = format_arguments(
+        {
+            "network": candidate.weights, "solver": solver, "steps": steps, "w": f"{w:g}", "dtype": options.dtype,
+            "size": options.size,
+        }
     )  # fmt: skip
     calls = 2 if w > 1 and supports_negative_prompt(artifact.pipeline) and artifact.adapter is None else 1
-    return Sampler(name, steps, steps * calls, w, told, drawn)
-
-
-def evaluate_images(
-    images: str | Path,
-    reference: str | Path,
-    output: str | Path,
-    *,
-    features: str = "inception",
-    resize: ResizeMode = "clean",
-    metrics: Sequence[str] = ("fid",),
-    recursive: bool = False,
-    allow_lossy: bool = False,
-    save_statistics: str | Path | None = None,
-    device: str | None = None,
-    download: bool = False,
-) -> Report:
-    """Measure two image folders, or statistics files, against each other; no model.
-
-    Args:
-        save_statistics: write what was measured of `images` to this .npz, a reference for later, here or in clean-fid.
-
-    Raises:
-        UserError: no images, wrong weights, an output folder that holds something.
-    """
-    check_output_folder(Path(output))
-    if save_statistics is not None:
-        check_file_is_writable(Path(save_statistics))
-    plan = Protocol(
-        description="two sets of images",
-        prompts=PromptConfig(),
-        features=features,
-        resize=resize,
-        metrics=tuple(expand_metric_names(metrics)),
-    )
-    extractor = load_extractor(features, resize=resize, device=place_of(device), download=download)
-    return evaluate_folders(
-        images, reference, plan, extractor, Path(output), recursive=recursive, allow_lossy=allow_lossy,
-        save_statistics=Path(save_statistics) if save_statistics is not None else None,
-    )  # fmt: skip
-
-
-def compare(first: str | Path, second: str | Path) -> str:
-    """Two reports in one table. Raises UserError where their protocols differ."""
-    names = [path.name if path.is_dir() else path.parent.name for path in (Path(first), Path(second))]
-    if names[0] == names[1] or not all(names):
-        names = [str(first), str(second)]
-    return compare_reports(Report.read(first), Report.read(second), (names[0], names[1]))
-
-
-def _changed(plan: Protocol, features: str | None, resize: ResizeMode | None, metrics: Sequence[str]) -> Protocol:
-    changes: dict[str, object] = {
-        "features": features or plan.features,
-        "resize": resize or plan.resize,
-        "metrics": tuple(expand_metric_names(metrics)) or plan.metrics,
-    }
-    return plan.model_copy(update=changes)
+    return Sampler(name, steps, steps * calls, w, described, drawn)
 
 
 def _student_of(
     model: str, lora: str | Path | None, scratch: Path, place: torch.device
 ) -> tuple[str, Path | None, Path | None]:
-    """(base, LoRA folder, stats.jsonl) of what is to be measured; a run's student is exported, proof and all, first."""
+    """Returns (base, LoRA folder, stats.jsonl) of what is measured; the student of a run is exported, with its proof, first."""
     run = Path(model)
     if not (run / "config.yaml").is_file():
         return model, Path(lora) if lora is not None else None, None

@@ -55,7 +55,7 @@ REWARDS: Mapping[str, str] = {
     "aesthetic": "stepdistill.rewards.aesthetic:load",
     "imagereward": "stepdistill.rewards.imagereward:load",
 }
-"""Maps the name before the colon to a `Factory` of `rewards/base.py`."""
+"""Maps the name before the colon to the import string of a `RewardLoader` (`rewards/base.py`)."""
 
 
 def method_names() -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""Drawing the images of an evaluation: shared out over processes, kept as PNG by global index, never drawn twice."""
+"""Draws the images of an evaluation, distributed over processes and kept as PNG named by global index; none is drawn twice."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ GenerateFunction = Callable[[Sequence[str], Sequence[int]], Iterator[NDArray[np.
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model at one setting. The row named "teacher" is what others are compared with."""
+    """A model with its sampling arguments. The others are compared with the one that is named "teacher"."""
 
     name: str
     steps: int
@@ -44,10 +44,10 @@ class GeneratedImages:
     """A sampler's images, of which this process drew its share.
 
     Attributes:
-        total: images of all processes.
-        paths: all files by global index, or None where the images stay in memory.
-        own: this process's share in memory, in the order of its indices.
-        seconds_per_image: wall time of drawing; None where all files were there already.
+        total: number of images of all processes.
+        paths: all files by global index; None if the images stay in memory.
+        local_images: this process's share if the images stay in memory, in the order of its indices.
+        seconds_per_image: wall time of drawing; None if all files existed already.
     """
 
     total: int
@@ -56,7 +56,7 @@ class GeneratedImages:
     seconds_per_image: float | None
 
     def iter_local_images(self) -> Iterator[ImageArray]:
-        """This process's images, one by one."""
+        """Iterates over this process's images."""
         if self.paths is None:
             return iter(self.local_images)
         state = PartialState()
@@ -65,7 +65,7 @@ class GeneratedImages:
         )
 
     def images_at(self, indices: Sequence[int]) -> list[ImageArray]:
-        """The images of these global indices. A collective where the images are in memory."""
+        """Returns the images of these global indices. If the images are in memory, this is a collective."""
         if self.paths is not None:
             return list(read_images([self.paths[i] for i in indices]))
         state = PartialState()
@@ -79,9 +79,9 @@ class GeneratedImages:
 
 
 def generate_missing_images(sampler: Sampler, prompts: PromptSet, folder: Path | None) -> GeneratedImages:
-    """Draw this process's share: into `folder`, where images that are there already are kept, or into memory (None).
+    """Draws this process's share into `folder`, where existing images are kept, or into memory if it is None.
 
-    A file appears whole or not at all, so that a run that was killed goes on with the images it lacks.
+    A file is written completely or not at all, so that an evaluation that was killed continues with the missing images.
     """
     state = PartialState()
     mine = list(indices_of_rank(len(prompts), state.process_index, state.num_processes))
@@ -100,9 +100,9 @@ def generate_missing_images(sampler: Sampler, prompts: PromptSet, folder: Path |
                 if paths is None:
                     local_images.append(image)
                 else:
-                    temporary = paths[index].with_suffix(".tmp")
-                    Image.fromarray(image).save(temporary, format="PNG")
-                    os.replace(temporary, paths[index])
+                    content = io.BytesIO()
+                    Image.fromarray(image).save(content, format="PNG")
+                    write_atomically(paths[index], content.getvalue())
             bar.update(len(batch))
     spent = (time.perf_counter() - began, len(mine))
     state.wait_for_everyone()
@@ -112,9 +112,9 @@ def generate_missing_images(sampler: Sampler, prompts: PromptSet, folder: Path |
 
 
 def claim_output_folder(output: Path, marker: dict[str, object], samplers: Sequence[tuple[str, str]]) -> None:
-    """Mark a folder as this evaluation's, or refuse one that holds something else.
+    """Marks a folder as this evaluation's; raises UserError if it holds something else.
 
-    What earlier calls drew stays on record: a name may never come to mean another model.
+    The samplers of earlier calls stay recorded, so that a row's name never refers to two different models.
     """
     check_folder_is_writable(output)
     state = PartialState()
@@ -125,7 +125,9 @@ def claim_output_folder(output: Path, marker: dict[str, object], samplers: Seque
             before = json.loads(file.read_text())
             drawn: dict[str, str] = dict(before.pop("samplers"))
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{str(file)!r} is not this program's, or was cut short: choose another --output") from None
+            raise UserError(
+                f"{str(file)!r} was not written by this program, or was cut short: choose another --output"
+            ) from None
         changed = next((key for key in marker if before.get(key) != marker[key]), None)
         if changed is not None or any(known.get(name, text) != text for name, text in drawn.items()):
             raise UserError(
@@ -142,5 +144,5 @@ def claim_output_folder(output: Path, marker: dict[str, object], samplers: Seque
 
 
 def format_arguments(values: dict[str, object]) -> str:
-    """Arguments of a sampler as one line, for reports and for telling one model from another."""
+    """Formats the arguments of a sampler as one line, for reports and to distinguish models."""
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)

@@ -1,6 +1,6 @@
-"""Scores that read the pictures themselves beside their prompts: attribute accuracy, CLIP scores, rewards, LPIPS.
+"""Scores that are computed from images and prompts, not from features: attribute accuracy, CLIP scores, rewards, LPIPS.
 
-Every process scores its own share, a few pictures at a time; the values come together in global order.
+Every process scores its own share of the images in small batches; the values are gathered in global order.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from stepdistill.evaluation.images import ImageArray, PixelChain, indices_of_ran
 from stepdistill.evaluation.metrics.lpips import Lpips
 from stepdistill.evaluation.networks.judge import Judge
 from stepdistill.evaluation.protocols import Metric, PromptSet
-from stepdistill.evaluation.text import (
+from stepdistill.evaluation.scorers import (
     CLIP_SCORE_CONVENTIONS,
     ClipScorer,
-    Reward,
+    RewardScorer,
     ScoreArray,
-    UnavailableReward,
     clip_score,
     convention_mean,
 )
@@ -38,15 +37,15 @@ Score = Callable[[Sequence[ImageArray], Sequence[str]], ScoreArray]
 
 @dataclass(frozen=True)
 class ImageScorers:
-    """What is measured on pictures and prompts beside the features.
+    """The scorers of an evaluation.
 
     Raises:
-        UserError: a CLIP convention that is not known.
+        UserError: an unknown CLIP convention, or two rewards of one name.
     """
 
     clip: ClipScorer | None = None
     conventions: Sequence[str] = ()
-    rewards: Sequence[Reward | UnavailableReward] = ()
+    rewards: Sequence[RewardScorer] = ()
     lpips: Lpips | None = None
 
     def __post_init__(self) -> None:
@@ -55,17 +54,25 @@ class ImageScorers:
                 raise UserError(
                     f"the CLIP convention {convention!r} is not known: use one of {', '.join(CLIP_SCORE_CONVENTIONS)}"
                 )
+        names = [reward.name for reward in self.rewards]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise UserError(f"the reward {twice[0]!r} is given twice: leave one out, or give its folder another name")
+
+    @property
+    def need_prompts(self) -> bool:
+        """Whether any scorer reads the prompts."""
+        return self.clip is not None or bool(self.rewards) or self.lpips is not None
 
     def record(self) -> str:
-        """The networks that these scores come from, for the protocol record."""
+        """Describes the scorers' networks for the protocol record."""
         clip = [f"clip {self.clip.weights[:12]} {','.join(self.conventions)}"] if self.clip is not None else []
-        rewards = [reward.name for reward in self.rewards if not isinstance(reward, UnavailableReward)]
+        rewards = [f"{reward.name} {reward.weights[:12]}" for reward in self.rewards]
         return "; ".join([*clip, *rewards, *([self.lpips.name] if self.lpips is not None else [])])
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """Means by name, values an image by name where they are paired with the teacher's, and what failed."""
+    """Means by name, one value per image by name (for win rates against the teacher), and what failed."""
 
     means: dict[str, float] = field(default_factory=dict)
     values: dict[str, ScoreArray] = field(default_factory=dict)
@@ -75,9 +82,9 @@ class ImageScores:
 def score_images(
     drawn: GeneratedImages, prompts: PromptSet, metrics: Sequence[Metric], scores: ImageScorers, chain: PixelChain
 ) -> ImageScores:
-    """All of them for one sampler's images, after the protocol's pixel chain. A collective.
+    """Computes all scores of one sampler's images, after the protocol's pixel chain. This is a collective.
 
-    A reward that fails is reported, with its reason, in place of its number.
+    A reward that fails is reported with its reason instead of a number, because drawing may have taken hours.
     """
     wanted: dict[str, Score] = {}
     if "prompt_accuracy" in metrics:
@@ -86,8 +93,8 @@ def score_images(
     conventions = {f"clip[{scores.clip.name},{c}]": c for c in scores.conventions} if scores.clip is not None else {}
     for name, convention in conventions.items():
         wanted[name] = partial(_clip, scores.clip, convention)
-    rewards = {reward.name: reward for reward in scores.rewards if not isinstance(reward, UnavailableReward)}
-    wanted |= {name: reward.score for name, reward in rewards.items()}
+    rewards = {reward.name: reward.score for reward in scores.rewards}
+    wanted |= rewards
     own, failed = _own_values(drawn, prompts, wanted, chain, frozenset(rewards))
     shares = gather_object([(own, failed)])
     notes = {name: reason for _, bad in shares for name, reason in bad.items()}
@@ -110,7 +117,7 @@ def score_images(
 def _own_values(
     drawn: GeneratedImages, prompts: PromptSet, wanted: dict[str, Score], chain: PixelChain, may_fail: frozenset[str]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """This process's values by score, and the reasons of those that failed."""
+    """Returns this process's values by score, and the reasons of those that failed."""
     values: dict[str, list[float]] = {name: [] for name in wanted}
     failed: dict[str, str] = {}
     if not wanted:
@@ -129,7 +136,7 @@ def _own_values(
             except Exception as error:
                 if name not in may_fail:
                     raise
-                # third-party reward packages fail in every way there is, after hours of drawing
+                # a user's reward may raise anything, and the images may have taken hours
                 failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return values, failed
 

@@ -1,4 +1,4 @@
-"""One pass over images, on any number of processes: feature statistics, and features where a metric needs them."""
+"""Measures sets of images on any number of processes: feature statistics, feature vectors if a metric needs them, metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
 from stepdistill.assets import FOLDER
-from stepdistill.data import appearance as looks
+from stepdistill.data import appearance
 from stepdistill.errors import UserError
 from stepdistill.evaluation.images import ImageArray, PixelChain, indices_of_rank, list_images, read_images
 from stepdistill.evaluation.metrics import diversity
@@ -47,58 +47,81 @@ METRICS_NEEDING_FEATURES: frozenset[Metric] = frozenset(
         "prompt_accuracy",
     }
 )
-"""Metrics that need every feature vector; the others run on statistics alone, whose size does not grow."""
+"""Metrics that need every feature vector. The others need mean and covariance only, whose size does not grow with the images."""
+METRICS_WITHOUT_NETWORK: frozenset[Metric] = frozenset({"prompt_accuracy", "saturation", "brightness", "sharpness"})
+"""Metrics that need neither a feature network nor a reference."""
 PRDC_METRICS: frozenset[Metric] = frozenset({"precision", "recall", "density", "coverage"})
 _APPEARANCE_FUNCTIONS = {
-    "saturation": looks.saturation,
-    "brightness": looks.brightness,
-    "sharpness": looks.sharpness,
+    "saturation": appearance.saturation,
+    "brightness": appearance.brightness,
+    "sharpness": appearance.sharpness,
 }
 
 
 @dataclass
 class ImageSetFeatures:
-    """What is known of a set of images.
+    """What was measured of a set of images.
 
     Attributes:
-        statistics: mean and covariance of the features.
-        features: (N, D) in the order of the images; None on the streaming path.
-        drift: sums over images of saturation, brightness and squared sharpness.
-        identity: tells one reference set from another: hash of the statistics file, or of names and sizes in a folder.
+        statistics: mean and covariance of the features; None if no feature network was used.
+        features: (N, D) in the order of the images; None if only statistics were kept.
+        appearance_sums: sums over images of saturation, brightness and squared sharpness.
+        content_hash: identifies a reference set: hash of the statistics file, or of the names and sizes in a folder.
+        images: number of images, used if there are no statistics.
     """
 
-    statistics: FeatureStatistics
+    statistics: FeatureStatistics | None
     features: NDArray[np.float32] | None = None
     appearance_sums: dict[str, float] = field(default_factory=dict)
     content_hash: str = ""
+    images: int = 0
 
     @property
     def count(self) -> int:
-        return self.statistics.count
+        """Number of images; 0 for statistics files that do not say it."""
+        return self.images if self.statistics is None else self.statistics.count
 
 
 def measure_images(
-    images: Iterable[ImageArray], extractor: FeatureExtractor, *, keep_features: bool, appearance_sums: bool = True
+    images: Iterable[ImageArray],
+    extractor: FeatureExtractor | None,
+    *,
+    keep_features: bool,
+    appearance_sums: bool = True,
 ) -> ImageSetFeatures:
-    """One process's pass. Memory does not grow with the number of images unless `keep`.
+    """Measures this process's images in one pass; memory does not grow with their number unless `keep_features`.
+
+    Args:
+        images: uint8 (H, W, 3).
+        extractor: the feature network; None measures appearance only.
+        keep_features: keep all feature vectors, not only their statistics.
+        appearance_sums: measure saturation, brightness and sharpness.
 
     Raises:
         UserError: no image at all.
     """
     sums = dict.fromkeys(_APPEARANCE_FUNCTIONS, 0.0)
 
-    def watched() -> Iterable[ImageArray]:
+    count = 0
+
+    def with_appearance() -> Iterable[ImageArray]:
+        nonlocal count
         for image in images:
+            count += 1
             if appearance_sums:
                 for name, function in _APPEARANCE_FUNCTIONS.items():
                     value = function(image[None])
                     sums[name] += value * value if name == "sharpness" else value
             yield image
 
+    if extractor is None:
+        for _ in with_appearance():
+            pass
+        return ImageSetFeatures(None, None, sums, images=count)
     kept: list[NDArray[np.float32]] = []
 
     def features() -> Iterable[NDArray[np.float32]]:
-        for part in extractor.stream(watched()):
+        for part in extractor.stream(with_appearance()):
             if keep_features:
                 kept.append(part)
             yield part
@@ -112,9 +135,9 @@ def measure_images(
 
 
 def measure_files(
-    paths: Sequence[Path], extractor: FeatureExtractor, *, keep_features: bool, chain: PixelChain | None = None
+    paths: Sequence[Path], extractor: FeatureExtractor | None, *, keep_features: bool, chain: PixelChain | None = None
 ) -> ImageSetFeatures:
-    """The files of a set, shared out over all processes without duplicates; every process gets the whole answer.
+    """Measures image files, distributed over all processes without duplicates; every process gets the whole result.
 
     Raises:
         UserError: fewer images than two or than processes, or a corrupt one.
@@ -128,25 +151,28 @@ def measure_files(
 
 
 def merge(own: ImageSetFeatures, total: int) -> ImageSetFeatures:
-    """All processes' shards as one, features back in global order. A collective: every process must call it.
+    """Combines all processes' shards, with features in global order. This is a collective: every process must call it.
 
     Raises:
         RuntimeError: the shards do not add up to `total`.
     """
     state = PartialState()
     parts: list[ImageSetFeatures] = gather_object([own])
-    statistics = FeatureStatistics(len(own.statistics.mean))
-    for part in parts:
-        statistics.merge(part.statistics)
-    if statistics.count != total:
-        raise RuntimeError(f"{statistics.count} images were measured and {total} were shared out")
+    if (measured := sum(part.count for part in parts)) != total:
+        raise RuntimeError(f"{measured} images were measured and {total} were distributed")
+    statistics = None
+    if own.statistics is not None:
+        statistics = FeatureStatistics(len(own.statistics.mean))
+        for part in parts:
+            if part.statistics is not None:
+                statistics.merge(part.statistics)
     features = None
     if own.features is not None:
         features = np.empty((total, own.features.shape[1]), dtype=np.float32)
         for rank, part in enumerate(parts):
             features[indices_of_rank(total, rank, state.num_processes)] = part.features
     appearance_sums = {name: sum(part.appearance_sums[name] for part in parts) for name in own.appearance_sums}
-    return ImageSetFeatures(statistics, features, appearance_sums)
+    return ImageSetFeatures(statistics, features, appearance_sums, images=total)
 
 
 def read_reference(
@@ -158,10 +184,18 @@ def read_reference(
     recursive: bool = False,
     lossy: bool = False,
 ) -> ImageSetFeatures:
-    """A reference set: a folder of images, or statistics in an .npz of ours, clean-fid's or pytorch-fid's.
+    """Measures a folder of images, or reads statistics from an .npz of this program, clean-fid or pytorch-fid.
+
+    Args:
+        source: the folder or file.
+        extractor: the feature network.
+        keep_features: keep all feature vectors, for metrics that need them.
+        chain: crop and size of the images.
+        recursive: search sub-folders too.
+        lossy: allow JPEG and WebP.
 
     Raises:
-        UserError: statistics of another network than the one that measures, or features that they do not hold.
+        UserError: statistics that were made with another network, or a folder that cannot be measured.
     """
     path = Path(source)
     if path.suffix in (".npz", ".npy"):
@@ -175,7 +209,10 @@ def read_reference(
                     f"{now[:24]!r}: measure the reference again, or choose its network"
                 )
         if not set(here) <= set(record) and path.parent != FOLDER:
-            logger.warning("%s does not say how it was made: network, resize and crop are taken on trust", path)
+            logger.warning(
+                "%s does not record how it was made: make sure that network, resizing and crop are the same as here",
+                path,
+            )
         return ImageSetFeatures(stored.statistics, stored.features if keep_features else None, {}, file_hash(path))
     paths = list_images(path, recursive=recursive, allow_lossy=lossy)
     listing = "\n".join(f"{file.relative_to(path).as_posix()} {file.stat().st_size}" for file in paths)
@@ -184,7 +221,7 @@ def read_reference(
 
 
 def feature_provenance(extractor: FeatureExtractor, chain: PixelChain | None) -> dict[str, str]:
-    """What a statistics file says of its making, and a reader checks."""
+    """Returns how features are made (network, preprocessing, crop), which statistics files record and readers check."""
     pixels = str(chain or PixelChain())
     return {"weights": extractor.record.weights, "preprocessing": extractor.record.preprocessing, "chain": pixels}
 
@@ -194,7 +231,7 @@ def feature_provenance(extractor: FeatureExtractor, chain: PixelChain | None) ->
 
 @dataclass(frozen=True)
 class MetricValues:
-    """Metrics by name, and the noise floor of the Fréchet distance, None where the reference has no count."""
+    """Metrics by name, and the noise floor of the Fréchet distance (None if the reference's number of images is unknown)."""
 
     metrics: dict[str, float]
     noise_floor: float | None = None
@@ -202,19 +239,26 @@ class MetricValues:
 
 def compute_metrics(
     measured: ImageSetFeatures,
-    reference: ImageSetFeatures,
+    reference: ImageSetFeatures | None,
     metrics: Sequence[Metric],
     rng: np.random.Generator,
     prompts: Sequence[str] = (),
 ) -> MetricValues:
-    """The asked metrics of a set against a reference. `prompt_accuracy` is not among them: it needs the images.
+    """Computes metrics of a set of images against a reference, except `prompt_accuracy`, which needs the images themselves.
+
+    Args:
+        measured: the set.
+        reference: what it is compared with; None if no metric needs it (`METRICS_WITHOUT_NETWORK`).
+        metrics: what to compute.
+        rng: for bootstrap and subsets.
+        prompts: of the images in order, for `diversity`.
 
     Raises:
-        UserError: as `check_metrics`, or features of another size, or numbers that no distance can have.
+        UserError: as `check_metrics`; features of another size; features from which no distance can be computed.
     """
     check_metrics(metrics, reference, measured.count)
-    mine, theirs = measured.statistics, reference.statistics
-    if len(mine.mean) != len(theirs.mean):
+    mine, theirs = measured.statistics, None if reference is None else reference.statistics
+    if mine is not None and theirs is not None and len(mine.mean) != len(theirs.mean):
         raise UserError(
             f"the images have {len(mine.mean)} features and the reference {len(theirs.mean)}: measure both with one network"
         )
@@ -225,10 +269,15 @@ def compute_metrics(
 
 
 def check_metrics(metrics: Sequence[Metric], reference: ImageSetFeatures | None, images: int) -> None:
-    """What is known to fail before anything is drawn; `reference` is None where the teacher will be it.
+    """Checks the number of images and the reference before anything is drawn.
+
+    Args:
+        metrics: what will be computed.
+        reference: None if there is none, or if the teacher's images will be the reference.
+        images: number of images that will be measured.
 
     Raises:
-        UserError: too few images, or a metric that needs feature vectors where the reference has statistics only.
+        UserError: too few images, or a metric that needs feature vectors of a reference that has statistics only.
     """
     least = 20 if "fd_infinity" in metrics else 6 if PRDC_METRICS & set(metrics) else 2
     if images < least:
@@ -245,57 +294,67 @@ def check_metrics(metrics: Sequence[Metric], reference: ImageSetFeatures | None,
 
 def _compute(
     measured: ImageSetFeatures,
-    reference: ImageSetFeatures,
+    reference: ImageSetFeatures | None,
     metrics: Sequence[Metric],
     rng: np.random.Generator,
     prompts: Sequence[str],
 ) -> MetricValues:
-    mine, theirs = measured.statistics, reference.statistics
+    mine, theirs = measured.statistics, None if reference is None else reference.statistics
     found: dict[str, float] = {}
-    features = measured.features
-    if "fid" in metrics:
-        small = features is not None and reference.features is not None and reference.count == len(reference.features)
-        if small and min(mine.count, theirs.count) <= len(mine.mean):
-            found["fid"] = frechet_of_features(features, reference.features)  # type: ignore[arg-type]
-        else:
-            found["fid"] = frechet_between(mine, theirs)
-    if features is not None:
-        found |= _with_features(features, reference, metrics, rng, prompts)
+    floor = None
+    if "fid" in metrics and mine is not None and theirs is not None:
+        found["fid"] = _frechet(mine, theirs, measured.features, None if reference is None else reference.features)
+        if theirs.count > 0:
+            floor = noise_floor(theirs.covariance, mine.count, theirs.count)
+    if measured.features is not None and reference is not None and theirs is not None:
+        found |= _with_features(measured.features, reference.features, theirs, metrics, rng, prompts)
     for name in ("saturation", "brightness", "sharpness"):
         if name in metrics and name in measured.appearance_sums:
             mean = measured.appearance_sums[name] / measured.count
             found[name] = float(np.sqrt(mean)) if name == "sharpness" else mean
-    floor = None
-    if "fid" in metrics and theirs.count > 0:
-        floor = noise_floor(theirs.covariance, mine.count, theirs.count)
     return MetricValues(found, floor)
+
+
+def _frechet(
+    mine: FeatureStatistics,
+    theirs: FeatureStatistics,
+    features: NDArray[np.float32] | None,
+    other: NDArray[np.float32] | None,
+) -> float:
+    """Computes the Fréchet distance: from the features themselves if there are few, which is faster and more accurate."""
+    few = min(mine.count, theirs.count) <= len(mine.mean)
+    if few and features is not None and other is not None and theirs.count == len(other):
+        return frechet_of_features(features, other)
+    return frechet_between(mine, theirs)
 
 
 def _with_features(
     features: NDArray[np.float32],
-    reference: ImageSetFeatures,
+    other: NDArray[np.float32] | None,
+    reference: FeatureStatistics,
     metrics: Sequence[Metric],
     rng: np.random.Generator,
     prompts: Sequence[str],
 ) -> dict[str, float]:
     found: dict[str, float] = {}
-    other = reference.features
     if "fd_infinity" in metrics:
-        extrapolated = frechet_infinity(features, reference.statistics, rng)
+        extrapolated = frechet_infinity(features, reference, rng)
         if extrapolated.value is not None:
             found["fd_infinity"] = extrapolated.value
     if "fid_error" in metrics and len(features) > 3:
-        found["fid_error"] = frechet_standard_error(features, reference.statistics, rng)
+        found["fid_error"] = frechet_standard_error(features, reference, rng)
     if "kid" in metrics and other is not None:
         kid = kernels.kernel_inception_distance(features, other, rng)
         found |= {"kid": 1000.0 * kid.mean, "kid_std": 1000.0 * kid.std}
     wanted = PRDC_METRICS & set(metrics)
     if wanted and other is not None:
-        count = min(len(features), len(other))  # equal numbers on both sides, chosen at random: folders are sorted
+        count = min(
+            len(features), len(other)
+        )  # equally many on both sides, chosen at random because folders are sorted by name
         a, b = (x[rng.permutation(len(x))[:count]] for x in (features, other))
         found |= {name: value for name, value in vars(compute_prdc(a, b)).items() if name in wanted}
     if "cmmd" in metrics and other is not None:
         found["cmmd"] = kernels.cmmd(features, other)
     if "diversity" in metrics and (groups := diversity.prompt_groups(prompts)):
-        found["diversity"] = diversity.pairwise_diversity(features[np.array(groups)], reference.statistics.mean)
+        found["diversity"] = diversity.pairwise_diversity(features[np.array(groups)], reference.mean)
     return found

@@ -10,11 +10,15 @@ from pathlib import Path
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary file beside `path`, sync, rename: `path` is the old file or the new, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room, and a folder with leftovers is not empty
+        raise
     if os.name == "posix":
         # the rename itself lives in the folder
         handle = os.open(path.parent, os.O_RDONLY)

@@ -180,14 +180,14 @@ def _loaded(kind: Kind, name: str) -> nn.Module:
         ) from None
 
 
-def config_of(name: str) -> Any:
-    """The config of a transformers folder or hub id.
+def config_of(name: str, *, download: bool = True) -> Any:
+    """The config of a transformers folder or hub id; only folders and the hub's cache are read if `download` is False.
 
     Raises:
         UserError: there is none.
     """
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=not download)
     except (OSError, ValueError) as error:
         raise UserError(
             f"the model {name!r} is no transformers folder here and could not be had from the hub or its cache "

@@ -1,4 +1,4 @@
-"""Rewards for tests and demos: what the embedded teacher's critic sees in an image, and plain measures of pixels."""
+"""Rewards for tests and demos: class probabilities of the embedded critic, and plain pixel statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class AttributeReward(Reward):
-    """Probability of the garment, or the colour, that the prompt names; 1 where it names none."""
+    """The critic's probability of the garment or colour that the prompt names; 1 if the prompt names none."""
 
     def __init__(self, critic: Critic, colour: bool) -> None:
         super().__init__()
@@ -29,13 +29,13 @@ class AttributeReward(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         seen = self.critic(2 * images.to(self.critic.stem.weight.dtype) - 1)
         logits = seen.colour if self.colour else seen.garment
-        index = torch.tensor([_asked(prompt, self.colour) for prompt in prompts], device=logits.device)
+        index = torch.tensor([_attribute_index(prompt, self.colour) for prompt in prompts], device=logits.device)
         chosen = logits.softmax(1).gather(1, index.clamp_min(0)[:, None])[:, 0]
         return torch.where(index >= 0, chosen, torch.ones_like(chosen))
 
 
-def _asked(prompt: str, colour: bool) -> int:
-    """Index of the colour or garment that a prompt names; -1 for none."""
+def _attribute_index(prompt: str, colour: bool) -> int:
+    """Returns the index of the colour or garment that a prompt names, or -1 if it names none."""
     try:
         said = parse_caption(prompt)
     except ValueError:
@@ -46,7 +46,7 @@ def _asked(prompt: str, colour: bool) -> int:
 
 
 class PixelReward(Reward):
-    """A measure of pixels alone."""
+    """A statistic of the pixels; the prompts are ignored."""
 
     def __init__(self, measure: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -75,8 +75,8 @@ def _luma(images: Tensor) -> Tensor:
 MEASURES: Mapping[str, Callable[[Tensor], Tensor]] = {"brightness": brightness, "sharpness": sharpness}
 
 
-def load(option: str) -> Reward:
-    """`garment`, `colour`, `brightness` or `sharpness`."""
+def load(option: str, *, download: bool = True) -> Reward:
+    """Loads the reward `garment`, `colour`, `brightness` or `sharpness`; nothing is ever downloaded."""
     known = ("garment", "colour", *MEASURES)
     if option not in known:
         raise UserError(f"the reward 'critic' has no option {option!r}: {nearest(option, known)}")

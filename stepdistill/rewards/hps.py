@@ -1,6 +1,7 @@
-"""HPS v2.1 (Wu et al. 2023, arXiv 2306.09341): a CLIP ViT-H/14 of preferences; its cosine.
+"""HPS v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine of a CLIP ViT-H/14 that was fine-tuned on human preferences.
 
-It looks at whole images: the longer side is fitted, and black fills the square.
+The published preprocessing keeps the whole image: the longer side is resized to the input size and the rest is padded with black.
+HPS tables show 100 times this cosine.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from stepdistill.rewards.base import Reward
 from stepdistill.rewards.clip import load_clip
 
 
-def load(option: str) -> Reward:
-    """`option` is a transformers folder or hub id of the weights as a `CLIPModel`; the published ones are an OpenCLIP pickle."""
+def load(option: str, *, download: bool = True) -> Reward:
+    """Loads the reward from a transformers folder or hub id that holds the weights as a `CLIPModel`.
+
+    The authors publish an OpenCLIP pickle only, so there is no default.
+    """
     if not option:
         raise UserError(
             "the reward 'hps' names no weights, and HPS v2.1 is published as an OpenCLIP pickle: give hps:FOLDER with them as a "
             "CLIPModel of transformers and its tokenizer"
         )
-    return load_clip("hps", option, padded=True)
+    return load_clip("hps", option, "padded", download=download)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
+from stepdistill.config.paths import with_absolute_paths
 from stepdistill.config.schema import ModelConfig, RunConfig, load_config
 from stepdistill.errors import UserError
 from stepdistill.files.locks import locked_folder
@@ -31,6 +32,8 @@ from stepdistill.training.setup import prepare
 from stepdistill.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+HELD_BY_FINGERPRINT = ("path", "family", "config_dir")
+"""Keys of `model` that say where the base lies; whether it is the same is told by the fingerprint of its weights."""
 EXACT_ONLY = ("dtype", "attention", "compile", "channels_last")
 """Keys of `model` that a resume may change, at the price of exactness."""
 HARMLESS = frozenset(
@@ -126,7 +129,7 @@ def _train(
         return Outcome(folder, True, trainer.counters.iteration, processes.main)
     if processes.main:
         try:
-            write_config(folder, config)
+            write_config(folder, with_absolute_paths(config))
         except OSError as error:
             raise UserError(
                 f"the output folder {str(folder)!r} cannot be written ({error}): choose another --output"
@@ -237,9 +240,9 @@ def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
         )
     if not (folder / CONFIG).is_file():
         raise UserError(f"the output folder {str(folder)!r} holds no run to resume: choose the folder of one")
-    before = load_config(folder / CONFIG)
+    before, config = with_absolute_paths(load_config(folder / CONFIG)), with_absolute_paths(config)
     old, new = (_flat(run.model_dump(mode="json", include={"model", "method", "roles"})) for run in (before, config))
-    for key in sorted({*old, *new} - {f"model.{name}" for name in EXACT_ONLY}):
+    for key in sorted({*old, *new} - {f"model.{name}" for name in (*EXACT_ONLY, *HELD_BY_FINGERPRINT)}):
         if old.get(key) != new.get(key):
             raise UserError(
                 f"the run in {str(folder)!r} has {key} = {old.get(key)!r} and the config says {new.get(key)!r}: "

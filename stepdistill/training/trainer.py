@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from stepdistill.config.paths import with_absolute_paths
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import UserError
 from stepdistill.methods.base import STUDENT, Batch, Progress, Stage, Terms
@@ -292,7 +293,7 @@ class Trainer:
             facts = Facts(self.session.plan.config.method_name, self.base, counters, self.environment)
             try:
                 if not (self.folder / CONFIG).is_file():  # somebody deleted the folder: make it a run again
-                    write_config(self.folder, self.session.plan.config)
+                    write_config(self.folder, with_absolute_paths(self.session.plan.config))
                 checkpoints.write(self.folder / CHECKPOINTS, facts, groups, self.config.keep)
             except NonFiniteError as error:
                 broken = str(error)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import stepdistill
 from stepdistill.cli import main
 from stepdistill.errors import UserError
 from stepdistill.evaluation.protocols import load_protocol, metric_label, prompt_set, protocol_names
-from stepdistill.evaluation.report import Report
+from stepdistill.evaluation.reports.report import Report
 from stepdistill.training.run_folder import checkpoints
 
 
@@ -30,7 +31,7 @@ def evaluate(output: Path, **changes: object) -> Report:
     return stepdistill.evaluate("builtin:teacher", output, **(arguments | changes))
 
 
-def test_rows_records_and_pages(tmp_path: Path) -> None:
+def test_evaluate_writes_rows_record_and_page(tmp_path: Path) -> None:
     report = evaluate(tmp_path / "out", teacher_steps=3, teacher_guidance=2.0)
     assert [(row.name, row.steps, row.network_calls, row.guidance) for row in report.rows] == [
         ("teacher", 3, 6, 2.0), ("model-1", 1, 2, 1.5), ("model-2", 2, 4, 1.5),
@@ -43,11 +44,20 @@ def test_rows_records_and_pages(tmp_path: Path) -> None:
     assert Report.read(tmp_path / "out") == report
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("data:image/png;base64,") >= 1 + 3 * 8  # the curves, and a row of pictures for each sampler
-    assert not re.search(r"(src|href)=['\"](?!data:)", page)  # nothing to fetch
+    assert not re.search(r"src=['\"](?!data:)", page)  # the page loads nothing
+    links = re.findall(r"href='([^']*)'", page)
+    assert len(links) == 3 * 8
+    assert all((tmp_path / "out" / link).is_file() for link in links)
+    assert page.index("<h2>Images") < page.index("<h2>Metrics over steps")
+    assert written["units"] == {"kid": "x 1000", "kid_std": "x 1000"}
+    assert "| kid@24 x 1000 |" in (tmp_path / "out/report.md").read_text()
+    assert written["source"]["model"] == "builtin:teacher"
+    assert "--steps 1,2 --guidance 1.5" in written["source"]["command"]
+    assert re.match(r"\d{4}-\d\d-\d\dT", written["source"]["date"])
     assert "| teacher | 3 | 6 | 2 |" in (tmp_path / "out/report.md").read_text()
 
 
-def test_a_stopped_evaluation_goes_on_and_another_model_is_kept_out(tmp_path: Path) -> None:
+def test_a_stopped_evaluation_continues_and_another_model_is_an_error(tmp_path: Path) -> None:
     first = evaluate(tmp_path / "out")
     gone = tmp_path / "out/images/model-2/00007.png"
     before = gone.read_bytes()
@@ -68,13 +78,13 @@ def test_a_stopped_evaluation_goes_on_and_another_model_is_kept_out(tmp_path: Pa
         evaluate(tmp_path / "other")
 
 
-def test_images_may_stay_in_memory(tmp_path: Path) -> None:
+def test_images_in_memory_give_the_same_metrics(tmp_path: Path) -> None:
     kept, passing = evaluate(tmp_path / "a"), evaluate(tmp_path / "b", keep_images=False)
     assert [row.metrics for row in passing.rows] == [row.metrics for row in kept.rows]
     assert not (tmp_path / "b/images").exists()
 
 
-def test_a_name_never_comes_to_mean_another_model(tmp_path: Path) -> None:
+def test_a_row_name_never_refers_to_two_models(tmp_path: Path) -> None:
     """Three calls into one folder: what the first drew is remembered by the third; a teacher's steps count too."""
     evaluate(tmp_path / "out", steps=[1], num_images=12)
     evaluate(tmp_path / "out", steps=[2], num_images=12, teacher_steps=2)
@@ -170,7 +180,7 @@ def test_a_full_networks_teacher_is_its_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.ci
-def test_training_is_watched_and_the_best_checkpoint_survives(tmp_path: Path) -> None:
+def test_evaluation_during_training_keeps_the_best_checkpoint(tmp_path: Path) -> None:
     """Raw and averaged weights by one protocol; pruning spares the best; a resumed run knows it; nothing else changes."""
     short = [
         "training.max_steps=4", "training.batch_size=2", "training.grid_prompts=1", "training.threads=1", "training.keep=1",
@@ -237,7 +247,7 @@ def test_training_is_watched_and_the_best_checkpoint_survives(tmp_path: Path) ->
         ([], "nothing to measure"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(
+def test_bad_input_is_one_sentence_and_writes_nothing(
     words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a red bag\na blue coat\n")
@@ -257,28 +267,26 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failing_reward_is_reported_beside_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        name = "broken[v1]"
-
-        def score(self, images: object, prompts: object) -> None:
-            raise ImportError("cannot import name 'apply_chunking_to_forward'")
-
-    class Red:
-        name = "red"
-
-        def score(self, images: list[np.ndarray], prompts: object) -> np.ndarray:
-            return np.array([float(image[..., 0].mean()) for image in images])
-
-    made = {"hps": Broken(), "imagereward": Red()}
-    monkeypatch.setattr("stepdistill.api.evaluating.load_reward", lambda spec, *_, **__: made[spec])
-    report = evaluate(tmp_path / "out", steps=[1], num_images=36, rewards=["hps", "imagereward"], teacher_steps=2)
-    assert any("broken[v1]: not available (ImportError: cannot import name" in note for note in report.notes)
-    assert report.row("model-1").metrics["red@36"] > 0
-    assert set(report.wins["red"]) == {"model-1"}
+def red(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    return pixels[:, 0].mean((1, 2))
 
 
-def test_fewer_images_rename_the_number() -> None:
+def broken(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    raise RuntimeError("out of memory")
+
+
+def test_a_reward_that_fails_while_scoring_is_noted_and_the_others_are_measured(tmp_path: Path) -> None:
+    rewards = f"{__name__}:broken,{__name__}:red,0.5*critic:colour + critic:brightness"
+    report = evaluate(tmp_path / "out", steps=[1], num_images=36, rewards=rewards, teacher_steps=2)
+    assert any(f"{__name__}:broken: not available (RuntimeError: out of memory" in note for note in report.notes)
+    assert report.row("model-1").metrics[f"{__name__}:red@36"] > 0
+    assert "0.5*critic:colour + critic:brightness@36" in report.row("model-1").metrics
+    assert set(report.wins[f"{__name__}:red"]) == {"model-1"}
+    with pytest.raises(UserError, match="given twice"):
+        evaluate(tmp_path / "twice", rewards=["critic:colour", "critic:colour"])
+
+
+def test_fewer_images_change_the_metrics_name() -> None:
     """Reports of 'FID on COCO' with 259 images: the count belongs to the name."""
     assert metric_label("fid", 30_000, 30_000) == "fid"
     assert metric_label("fid", 259, 30_000) == "fid@259"
@@ -286,7 +294,7 @@ def test_fewer_images_rename_the_number() -> None:
 
 
 @pytest.mark.parametrize("name", protocol_names())
-def test_every_protocol_loads_and_says_what_it_lacks(name: str, tmp_path: Path) -> None:
+def test_every_protocol_loads_and_names_what_it_needs(name: str, tmp_path: Path) -> None:
     protocol = load_protocol(name)
     assert protocol.description
     if protocol.prompts.builtin is not None:
@@ -306,7 +314,7 @@ def test_every_protocol_loads_and_says_what_it_lacks(name: str, tmp_path: Path) 
     assert chosen.seeds == (1_000_000, 1_000_001)
 
 
-def test_a_protocol_and_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_protocol_and_feature_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CONTRIBUTING.md says: a YAML file, and a function in a module."""
     (tmp_path / "corners.py").write_text(
         "import torch\n"

@@ -39,7 +39,7 @@ from stepdistill.evaluation.metrics.statistics import FeatureStatistics
 from stepdistill.evaluation.networks import inception
 from stepdistill.evaluation.networks.features import FeatureExtractor, FeatureRecord, cache_folder, load_extractor
 from stepdistill.evaluation.networks.inception import find_inception
-from stepdistill.evaluation.report import ReportRow, table
+from stepdistill.evaluation.reports.report import ReportRow, table
 
 
 def pictures(count: int, seed: int = 0, tint: int = 0) -> Iterator[ImageArray]:
@@ -440,5 +440,5 @@ def test_two_folders_of_mixed_sizes_are_measured(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).stat().st_size > 300
     with pytest.raises(UserError, match="did you mean 'precision'"):
         stepdistill.evaluate_images(a, b, tmp_path / "other", features="random", metrics=["precison"])
-    with pytest.raises(UserError, match="need prompts"):
+    with pytest.raises(UserError, match=r"have no caption .*give --prompts FILE"):
         stepdistill.evaluate_images(a, b, tmp_path / "other", features="random", metrics=["diversity"])

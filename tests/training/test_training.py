@@ -23,7 +23,7 @@ from stepdistill.files.locks import locked_folder
 from stepdistill.methods.base import Terms
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR
 from stepdistill.training.optimizers import RoleOptimizer, rate
-from stepdistill.training.run import open_run, train
+from stepdistill.training.run import open_run, run_config, train
 from stepdistill.training.run_folder import checkpoints
 from stepdistill.training.run_folder.environment import Environment
 from stepdistill.training.trainer import RoleUpdates, Trainer
@@ -305,3 +305,34 @@ def test_the_lock_of_a_dead_process_is_free(config: Callable[..., RunConfig], tm
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
     assert train(config(1), tmp_path / "run").finished
+
+
+def test_a_run_resumes_from_a_base_that_was_moved(
+    config: Callable[..., RunConfig], tmp_path: Path, copied: Callable[..., Path]
+) -> None:
+    """Which base it is, is told by its weights and not by its path."""
+    base = copied("analytic")
+    make = lambda steps, path: config(steps).model_copy(  # noqa: E731
+        update={"model": config(steps).model.model_copy(update={"path": str(path)})}
+    )
+    train(make(2, base), tmp_path / "run")
+    moved = base.rename(tmp_path / "moved")
+    assert train(make(4, moved), tmp_path / "run", resume="latest").finished
+
+
+def test_the_config_of_a_run_does_not_depend_on_the_folder_it_was_started_in(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config(2)
+    base, prompts = Path(whole.model.path), Path(str(whole.data.prompts))
+    monkeypatch.chdir(base.parent)
+    relative = whole.model_copy(
+        update={
+            "model": whole.model.model_copy(update={"path": base.name}),
+            "data": whole.data.model_copy(update={"prompts": os.path.relpath(prompts)}),
+        }
+    )
+    train(relative, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    written = run_config(tmp_path / "run")
+    assert (Path(written.model.path), Path(str(written.data.prompts)).resolve()) == (base, prompts.resolve())

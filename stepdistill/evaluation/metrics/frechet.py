@@ -145,4 +145,5 @@ def _symmetric(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 def _square_root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     """The symmetric square root of a positive semi-definite matrix."""
     values, vectors = np.linalg.eigh(_symmetric(covariance))
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    root: NDArray[np.float64] = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    return root

@@ -71,7 +71,8 @@ def _polynomial_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     count, dimension = x.shape
 
     def kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        return (a @ b.T / dimension + 1.0) ** 3
+        values: NDArray[np.float64] = (a @ b.T / dimension + 1.0) ** 3
+        return values
 
     xx, yy = kernel(x, x), kernel(y, y)
     within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (count * (count - 1))

@@ -63,7 +63,8 @@ def pairwise_distances(first: NDArray[np.floating], second: NDArray[np.floating]
     # Cancellation must not put a point away from its twin: what is below rounding is 0.
     scale = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None, :]
     squared[squared < 1e-14 * scale] = 0.0
-    return np.sqrt(squared)
+    distances: NDArray[np.float64] = np.sqrt(squared)
+    return distances
 
 
 def _radii(x: NDArray[np.floating], *ks: int) -> tuple[NDArray[np.float64], ...]:

@@ -1,7 +1,8 @@
-"""Mean and covariance of features, gathered batch by batch in float64."""
+"""Mean and covariance of features, accumulated batch by batch in float64."""
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 import zlib
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepdistill.errors import UserError
+from stepdistill.files.atomic import write_atomically
 
 
 class FeatureStatistics:
@@ -33,9 +35,9 @@ class FeatureStatistics:
 
     @classmethod
     def from_batches(cls, parts: Iterable[NDArray[np.floating]], rows: int = 512) -> FeatureStatistics | None:
-        """The statistics of a stream of (n, D), taken in by the `rows`: a D x D update for every few images is what costs.
+        """Computes the statistics of a stream of (n, D), or None if it is empty.
 
-        None where nothing came.
+        Features are added `rows` at a time, because each update costs a D x D product.
         """
         statistics: FeatureStatistics | None = None
         waiting: list[NDArray[np.floating]] = []
@@ -61,7 +63,7 @@ class FeatureStatistics:
         return self._scatter / (self.count - 1)
 
     def update(self, features: NDArray[np.floating]) -> None:
-        """Takes in ``features`` (N, D)."""
+        """Adds ``features`` (N, D)."""
         self._require_count()
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features of shape {features.shape} came in; (N, {len(self.mean)}) are wanted")
@@ -72,7 +74,7 @@ class FeatureStatistics:
         self._combine(len(x), mean, x - mean)
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Takes in all that ``other`` has seen."""
+        """Adds everything that ``other`` has accumulated."""
         self._require_count()
         other._require_count()
         if other.count > 0:
@@ -84,22 +86,35 @@ class FeatureStatistics:
             raise ValueError("statistics without a count, from another library's file, cannot be added to")
 
     def _combine(self, count: int, mean: NDArray[np.float64], centred: NDArray[np.float64]) -> None:
-        """Take in `count` vectors of this mean; `centred` are those whose scatter is not counted yet."""
+        """Adds `count` vectors of this mean; `centred` are those whose scatter is not counted yet."""
         total, shift = self.count + count, mean - self.mean
-        # the shift between the means joins the rows, so that one product adds everything: D x D memory is what costs
+        # the shift between the means is one more row, so that a single D x D product adds everything
         rows = np.vstack([centred, shift * np.sqrt(self.count * count / total)])
         self._scatter += rows.T @ rows
         self.mean = self.mean + shift * (count / total)
         self.count = total
 
     def save(self, path: str | Path, record: dict[str, str] | None = None, **extra: NDArray[np.generic]) -> None:
-        """Writes an npz with `mu`, `sigma` (as clean-fid and pytorch-fid read), `count`, `record` and further arrays."""
+        """Writes an npz with `mu`, `sigma` (as clean-fid and pytorch-fid read), `count`, `record` and further arrays.
+
+        The file is written completely or not at all; `.npz` is appended to a name without it, as numpy does.
+        """
         text = np.array(json.dumps(record or {}, sort_keys=True))
-        np.savez_compressed(path, mu=self.mean, sigma=self.covariance, count=np.int64(self.count), record=text, **extra)  # type: ignore[arg-type]
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            mu=self.mean,
+            sigma=self.covariance,
+            count=np.int64(self.count),
+            record=text,
+            **extra,  # type: ignore[arg-type]
+        )
+        name = str(path)
+        write_atomically(Path(name if name.endswith(".npz") else name + ".npz"), buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
-        """What :meth:`save`, clean-fid or pytorch-fid wrote; theirs say no count, which is then 0.
+        """Reads what :meth:`save`, clean-fid or pytorch-fid wrote. The other two record no count, which is then 0.
 
         Raises:
             UserError: missing, not an npz, without `mu` and `sigma`, or of shapes that do not fit.
@@ -112,8 +127,8 @@ class StatisticsFile:
     """A statistics file.
 
     Attributes:
-        record: what it says about where it came from; empty for other libraries' files.
-        features: (N, D) where it holds some.
+        record: how the features were made; empty for other libraries' files.
+        features: (N, D), or None if the file has none.
     """
 
     statistics: FeatureStatistics
@@ -122,7 +137,7 @@ class StatisticsFile:
 
 
 def load_statistics_file(path: str | Path) -> StatisticsFile:
-    """All that a statistics file holds. Raises as `FeatureStatistics.load`."""
+    """Reads everything in a statistics file. Raises as `FeatureStatistics.load`."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there are no statistics {str(path)!r}: check the path")
@@ -152,7 +167,7 @@ def load_statistics_file(path: str | Path) -> StatisticsFile:
         raise UserError(f"{str(path)!r} has an unreadable record or count ({error}): measure it again") from None
     statistics = FeatureStatistics(len(mean))
     statistics.count, statistics.mean = count, mean
-    # without a count the covariance is held as that of two vectors; such statistics cannot be merged
+    # without a count the covariance is stored as if of two vectors; such statistics cannot be merged
     statistics._scatter = covariance * (max(count, 2) - 1)
     statistics._count_unknown = count == 0
     features = arrays["features"].astype(np.float32) if "features" in arrays else None

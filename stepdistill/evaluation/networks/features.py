@@ -252,7 +252,8 @@ def pooled_embedding(answer: object) -> torch.Tensor:
     if isinstance(answer, torch.Tensor):
         return answer
     if isinstance(answer, BaseModelOutputWithPooling) and answer.pooler_output is not None:
-        return answer.pooler_output
+        pooled: torch.Tensor = answer.pooler_output
+        return pooled
     raise TypeError(f"a CLIP model answered with a {type(answer).__name__}; a tensor or a pooled output is wanted")
 
 

@@ -82,13 +82,13 @@ class Judge(nn.Module):
     @torch.no_grad()
     def features(self, images: NDArray[np.uint8] | torch.Tensor, batch_size: int = 250) -> NDArray[np.float32]:
         """Features (N, 64) of ``images``: uint8 (N, 32, 32, 3), or float (N, 3, 32, 32) in [-1, 1]."""
-        parts = [self.trunk(batch) for batch in _as_input(images).split(batch_size)]
+        parts = [self.trunk(batch) for batch in torch.split(_as_input(images), batch_size)]
         return torch.cat(parts).cpu().numpy()
 
     @torch.no_grad()
     def predict(self, images: NDArray[np.uint8] | torch.Tensor, batch_size: int = 250) -> Predictions:
         """The attributes seen in ``images``, given as for :meth:`features`."""
-        outputs = [self(batch) for batch in _as_input(images).split(batch_size)]
+        outputs = [self(batch) for batch in torch.split(_as_input(images), batch_size)]
         return Predictions(
             torch.cat([output.garment.argmax(1) for output in outputs]).cpu().numpy(),
             torch.cat([output.colour.argmax(1) for output in outputs]).cpu().numpy(),

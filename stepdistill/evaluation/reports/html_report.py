@@ -1,4 +1,4 @@
-"""The report as one HTML file without outside parts: table, curves, side-by-side pictures, the run's training curves."""
+"""The report as one HTML file that loads nothing else; its pictures link to the full images beside it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from PIL import Image
 
 from stepdistill.evaluation.images import ImageArray
-from stepdistill.evaluation.report import Report, columns, table, win_rate_sentences
+from stepdistill.evaluation.reports.report import Report, column_title, columns, report_lines, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,28 +23,43 @@ if TYPE_CHECKING:
 STYLE = """body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 60em; color: #222 }
 table { border-collapse: collapse } td, th { padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } img { max-width: 100%; image-rendering: pixelated }
+.wide { overflow-x: auto } .pictures td { vertical-align: bottom; text-align: left; font-size: 12px }
 details { margin-top: 2em } code { word-break: break-all }"""
-THUMBNAIL_SIZE = 128
+THUMBNAIL_SIZE = 256
 PLOTTED_SIGNALS = ("loss", "score_gap", "latent_std")
 
 
-def html_page(report: Report, images: Mapping[str, Sequence[ImageArray]], stats: Path | None = None) -> str:
-    """The page.
+@dataclass(frozen=True)
+class Picture:
+    """An image on the page.
+
+    Attributes:
+        row: name of the row that it belongs to.
+        caption: its prompt, or its file name.
+        image: uint8 (H, W, 3).
+        link: relative path of the full image; None if it was not written.
+    """
+
+    row: str
+    caption: str
+    image: ImageArray
+    link: str | None = None
+
+
+def html_page(report: Report, pictures: Sequence[Picture], stats: Path | None = None) -> str:
+    """Makes the page: table, pictures, curves over steps if there are several step counts, training curves, protocol record.
 
     Args:
         report: what to show.
-        images: a few of each row by name, at the same prompts; rows are shown above one another.
-        stats: `stats.jsonl` of the training run, where there is one.
+        pictures: a few of each row, at the same prompts; rows are shown above one another.
+        stats: `stats.jsonl` of the training run, if there is one.
     """
     parts = [f"<h1>{html.escape(report.record.protocol)}</h1>", _table(table(report.rows))]
-    if report.noise_floor is not None:
-        parts.append(f"<p>Noise floor of the Fréchet distance at these counts: {report.noise_floor:.4g}.</p>")
-    parts += [f"<p>{html.escape(line)}</p>" for line in (*win_rate_sentences(report), *report.notes)]
-    if len(report.rows) > 1 and columns(report.rows):
-        parts += ["<h2>Against steps and network calls</h2>", _curves(report)]
-    pictures = _grid({row.name: images[row.name] for row in report.rows if row.name in images})
+    parts += [f"<p>{html.escape(line)}</p>" for line in report_lines(report)]
     if pictures:
-        parts += ["<h2>Same prompts, same seeds</h2>", pictures]
+        parts += ["<h2>Images at the same prompts and seeds</h2>", _grid(pictures)]
+    if len({row.steps for row in report.rows if not row.name.startswith("teacher")}) > 1 and columns(report.rows):
+        parts += ["<h2>Metrics over steps and network calls</h2>", _curves(report)]
     if stats is not None and stats.is_file():
         parts += ["<h2>Training</h2>", _training(stats)]
     lines = [
@@ -74,14 +90,15 @@ def _curves(report: Report) -> str:
     for line, name in enumerate(names):
         for column, axis_name in enumerate(("steps", "network_calls")):
             axis = axes[line][column]
-            points = sorted((vars(row)[axis_name], row.metrics[name]) for row in others if name in row.metrics)
+            values = [(row, row.steps if axis_name == "steps" else row.network_calls) for row in others]
+            points = sorted((x, row.metrics[name]) for row, x in values if x is not None and name in row.metrics)
             axis.plot([x for x, _ in points], [y for _, y in points], "o-")
             for teacher in teachers:
                 if name in teacher.metrics:
                     axis.axhline(teacher.metrics[name], color="grey", linestyle=":")
             axis.set_xscale("log")
             axis.set_xlabel(axis_name.replace("_", " "))
-            axis.set_ylabel(name)
+            axis.set_ylabel(column_title(name))
     return _image(figure)
 
 
@@ -103,7 +120,7 @@ def _training(stats: Path) -> str:
 
 
 def _parsed(text: str) -> dict[str, float | None]:
-    """One line of `stats.jsonl`, null where a value was no number; a run that is still writing may have left half of its last one."""
+    """Parses a log record of `stats.jsonl`; a running training may have written only half of the last one."""
     try:
         return dict(json.loads(text))
     except ValueError:
@@ -116,19 +133,29 @@ def _image(figure: Figure) -> str:
     return _embed(buffer.getvalue())
 
 
-def _grid(images: dict[str, Sequence[ImageArray]]) -> str:
-    """Rows of pictures, one row for each sampler, the same columns."""
-    rows = []
-    for name, pictures in images.items():
-        shown = []
-        for pixels in pictures:
-            picture = Image.fromarray(pixels)
-            picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-            buffer = io.BytesIO()
-            picture.save(buffer, format="PNG")
-            shown.append(f"<td>{_embed(buffer.getvalue(), THUMBNAIL_SIZE)}</td>")
-        rows.append(f"<tr><td>{html.escape(name)}</td>{''.join(shown)}</tr>")
-    return f"<table>{''.join(rows)}</table>" if rows else ""
+def _grid(pictures: Sequence[Picture]) -> str:
+    """Makes a table with one row of pictures per row of the report; the captions are above the first of each column."""
+    rows: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        rows.setdefault(picture.row, []).append(picture)
+    lines, above = [], None
+    for name, shown in rows.items():
+        captions = [picture.caption for picture in shown]
+        if captions != above:
+            lines.append("<tr><td></td>" + "".join(f"<td>{html.escape(text)}</td>" for text in captions) + "</tr>")
+            above = captions
+        cells = "".join(f"<td>{_thumbnail(picture)}</td>" for picture in shown)
+        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    return f"<div class='wide'><table class='pictures'>{''.join(lines)}</table></div>"
+
+
+def _thumbnail(picture: Picture) -> str:
+    small = Image.fromarray(picture.image)
+    small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG")
+    shown = _embed(buffer.getvalue(), THUMBNAIL_SIZE)
+    return shown if picture.link is None else f"<a href='{html.escape(quote(picture.link))}'>{shown}</a>"
 
 
 def _embed(png: bytes, width: int | None = None) -> str:

@@ -1,17 +1,20 @@
-"""CLIP scores in their conventions, rewards that may be absent, win rates."""
+"""CLIP scores in their conventions, rewards on training's scale, LPIPS, win rates."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLIP_LENGTH as LENGTH
+from safetensors.torch import save_file
+from support.reward_models import write_blip
 
 from stepdistill.errors import UserError
 from stepdistill.evaluation.metrics.lpips import Lpips
+from stepdistill.evaluation.metrics.win_rate import win_rate
 from stepdistill.evaluation.networks.features import (
     CLIP_MEAN,
     CLIP_STD,
@@ -19,15 +22,9 @@ from stepdistill.evaluation.networks.features import (
     pooled_embedding,
     resize_and_normalize,
 )
-from stepdistill.evaluation.text import (
-    Aesthetic,
-    ClipScorer,
-    PickScore,
-    UnavailableReward,
-    clip_score,
-    load_reward,
-    win_rate,
-)
+from stepdistill.evaluation.scorers import ClipScorer, RewardScorer, clip_score
+from stepdistill.rewards import load_reward, report_name, split_reward_names
+from stepdistill.rewards.linear_head import linear_stack
 
 
 def images(count: int, size: tuple[int, int] = (40, 40)) -> list[np.ndarray]:
@@ -38,7 +35,7 @@ def images(count: int, size: tuple[int, int] = (40, 40)) -> list[np.ndarray]:
 PROMPTS = ["a red bag", "a blue dress on a white background", "a photo of a coat"]
 
 
-def test_the_conventions_are_one_cosine_and_their_names_say_which(clip: Path) -> None:
+def test_clip_score_conventions_scale_one_cosine_and_are_named(clip: Path) -> None:
     """clipscore 17: the same score is 0.31, 31 or 0.78."""
     scorer = ClipScorer(str(clip))
     raw, prefixed = (
@@ -57,7 +54,7 @@ def test_the_conventions_are_one_cosine_and_their_names_say_which(clip: Path) ->
         clip_score(scorer, images(3), PROMPTS, "openai")
 
 
-def test_cosines_equal_the_models_own_forward(clip: Path) -> None:
+def test_cosines_equal_the_models_forward(clip: Path) -> None:
     """torchmetrics 3407: transformers 5 answers with an object, whose pooled output is the embedding before the norm."""
     scorer = ClipScorer(str(clip))
     pixels = torch.stack([resize_and_normalize(image, 32, CLIP_MEAN, CLIP_STD) for image in images(3)])
@@ -69,7 +66,7 @@ def test_cosines_equal_the_models_own_forward(clip: Path) -> None:
         pooled_embedding({})
 
 
-def test_long_prompts_keep_their_end_and_are_counted(clip: Path) -> None:
+def test_long_prompts_keep_their_end_token_and_are_counted(clip: Path) -> None:
     """torchmetrics 2000, 2883: a crash, then a wrong token read where the end was cut off (17 in place of 26)."""
     scorer = ClipScorer(str(clip))
     picture = images(1)
@@ -103,36 +100,67 @@ def test_clip_features_are_unit_vectors(clip: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, atol=1e-5)
 
 
-def test_rewards_on_their_own_scales(clip: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    pick = PickScore(str(clip))
-    scale = float(pick._scorer.model.logit_scale.exp())
-    expected = scale * ClipScorer(str(clip)).cosine_similarities(images(3), PROMPTS)[0]
-    np.testing.assert_allclose(pick.score(images(3), PROMPTS), expected)
-    widths, state = (24, 1024, 128, 64, 16, 1), {}
-    for i, index in enumerate((0, 2, 4, 6, 7)):
-        state[f"layers.{index}.weight"] = torch.zeros(widths[i + 1], widths[i])
-        state[f"layers.{index}.bias"] = torch.full((widths[i + 1],), 5.5)
-    save_file(state, tmp_path / "head.safetensors")
-    aesthetic = Aesthetic(str(clip), str(tmp_path / "head.safetensors"))
-    np.testing.assert_allclose(aesthetic.score(images(2), PROMPTS[:2]), 5.5)
+@pytest.fixture
+def blip(tmp_path: Path) -> Path:
+    return write_blip(tmp_path / "blip")[0]
 
 
-def test_an_absent_reward_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ImageReward 118: packages that import what newer transformers no longer has."""
-    monkeypatch.setitem(sys.modules, "hpsv2", None)
-    monkeypatch.setitem(sys.modules, "ImageReward", None)
-    assert load_reward("hps").reason == "its package fetches the weights: allow --download"
-    for spec in ("hps", "imagereward", "pickscore:/absent", "aesthetic:/absent,/absent"):
-        found = load_reward(spec, download=spec in ("hps", "imagereward"))
-        assert isinstance(found, UnavailableReward)
-        assert found.reason
-    with pytest.raises(UserError, match="'pickscor' is not known"):
-        load_reward("pickscor")
+def red(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    return pixels[:, 0].mean((1, 2))
 
 
-def test_lpips_says_its_range_and_is_absent_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pickscore:CLIP", "hps:CLIP", "clip:CLIP", "imagereward:BLIP", "aesthetic:CLIP,HEAD", "critic:garment", "critic:colour",
+        "critic:brightness", "critic:sharpness", "HERE:red", "0.5*pickscore:CLIP + critic:colour + -2*aesthetic:CLIP,HEAD",
+    ],
+)  # fmt: skip
+def test_evaluation_and_training_give_equal_rewards(name: str, clip: Path, blip: Path, tmp_path: Path) -> None:
+    """Every reward that a training config may name; images of one size and of several."""
+    save_file(
+        {f"layers.{key}": value for key, value in linear_stack(24).state_dict().items()}, tmp_path / "head.safetensors"
+    )
+    for word, place in {"CLIP": clip, "BLIP": blip, "HEAD": tmp_path / "head.safetensors", "HERE": __name__}.items():
+        name = name.replace(word, str(place))
+    rows = images(3)
+    training = load_reward(name)(torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 255, PROMPTS).detach().double()
+    scorer = RewardScorer(name)
+    np.testing.assert_array_equal(scorer.score(rows, PROMPTS), training.numpy())
+    mixed = [*rows, *images(1, (52, 44))]
+    np.testing.assert_allclose(scorer.score(mixed, [*PROMPTS, PROMPTS[0]])[:3], training.numpy(), atol=1e-5)
+    assert str(tmp_path) not in scorer.name  # reports of two machines name the reward alike
+
+
+def test_a_list_of_rewards_is_split_at_commas_but_not_inside_an_aesthetic_reward() -> None:
+    assert split_reward_names("pickscore, 0.5*aesthetic:CLIP,HEAD + clip,aesthetic:,HEAD,critic:colour") == [
+        "pickscore", "0.5*aesthetic:CLIP,HEAD + clip", "aesthetic:,HEAD", "critic:colour",
+    ]  # fmt: skip
+    assert report_name("0.50*hps:/models/hps-v2 + critic:colour") == "0.5*hps:hps-v2 + critic:colour"
+
+
+def test_a_reward_that_cannot_be_loaded_is_an_error_before_anything_is_drawn() -> None:
+    for name in ("pickscore:/absent", "aesthetic:/absent,/absent", "hps", "imagereward", "pickscor"):
+        with pytest.raises(UserError):
+            RewardScorer(name)
+
+
+def nan_reward(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    return torch.full((len(pixels),), torch.nan)
+
+
+def one_number(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    return pixels.mean()
+
+
+def test_a_reward_must_return_one_finite_number_per_image() -> None:
+    with pytest.raises(UserError, match="NaN or infinity"):
+        RewardScorer(f"{__name__}:nan_reward").score(images(2), PROMPTS[:2])
+    with pytest.raises(UserError, match="one number per image"):
+        RewardScorer(f"{__name__}:one_number").score(images(2), PROMPTS[:2])
+
+
+def test_lpips_needs_its_range_and_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nerfstudio 1424: LPIPS fed [0, 1] where [-1, 1] is wanted is another number."""
     from torchvision.models import squeezenet1_1
 
