@@ -27,7 +27,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-class Kind(str, Enum):
+class CollectionKind(str, Enum):
     pairs = "pairs"
     samples = "samples"
     trajectories = "trajectories"
@@ -40,7 +40,7 @@ class Format(str, Enum):
     pipeline = "pipeline"
 
 
-class Listing(str, Enum):
+class ListKind(str, Enum):
     methods = "methods"
     families = "families"
     protocols = "protocols"
@@ -128,11 +128,11 @@ def train(
         return
     disable_loading_bars()
     outcome = api.distill(run_config, output, resume)
-    api.leave_processes()
+    api.destroy_process_group()
     if not outcome.main_process:
         return
     if outcome.finished:
-        form = api.natural_format(run_config)
+        form = api.default_export_format(run_config)
         typer.echo(
             f"done: export it with\n  stepdistill export {outcome.folder} --format {form} --output {outcome.folder}/export"
         )
@@ -194,7 +194,7 @@ def plan(
 
 @app.command()
 def collect(
-    kind: Annotated[Kind, typer.Argument(help="What to collect.")],
+    kind: Annotated[CollectionKind, typer.Argument(help="What to collect.")],
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     output: Output,
     overrides: Overrides = None,
@@ -208,7 +208,7 @@ def collect(
 
     disable_loading_bars()
     count = api.collect(kind.value, collect_config, output, resume)
-    api.leave_processes()
+    api.destroy_process_group()
     typer.echo(f"{count} {kind.value} in {output}")
 
 
@@ -316,16 +316,16 @@ def compare(
 
 
 @app.command("list")
-def listing(what: Annotated[Listing, typer.Argument(help="What to list.")]) -> None:
+def listing(what: Annotated[ListKind, typer.Argument(help="What to list.")]) -> None:
     """List the names that configs may use."""
     from stepdistill.config.registry import family_names, method_names
 
-    if what is Listing.protocols:
+    if what is ListKind.protocols:
         from stepdistill.evaluation.protocols import protocol_names
 
         typer.echo("\n".join(protocol_names()))
         return
-    names = {Listing.methods: method_names, Listing.families: family_names}
+    names = {ListKind.methods: method_names, ListKind.families: family_names}
     for name in names[what]():
         typer.echo(name)
 

@@ -80,7 +80,7 @@ class ClassSource:
         for one in family:
             for statement in one.definition.body if one.definition is not None else ():
                 if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                    found[statement.target.id] = _section(one.module, statement.annotation)
+                    found[statement.target.id] = _cache_section(one.module, statement.annotation)
         return found
 
     def mentions(self, text: str) -> bool:
@@ -132,7 +132,7 @@ def _resolve(module: str, expression: ast.expr) -> ClassSource | None:
     return None
 
 
-def _section(module: str, annotation: ast.expr) -> ClassSource | None:
+def _cache_section(module: str, annotation: ast.expr) -> ClassSource | None:
     """Returns the settings class in an annotation such as `RewardConfig | None` or `list[Stage]`."""
     candidates: Sequence[ast.AST] = list(ast.walk(annotation))
     for node in candidates:

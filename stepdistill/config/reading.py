@@ -38,7 +38,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
-class Switch(Settings):
+class WeightedTermConfig(Settings):
     """Base class of a loss term that its `weight` turns on.
 
     Setting options of a term without its `weight` is an error, because the term would silently stay off.
@@ -47,7 +47,7 @@ class Switch(Settings):
     weight: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
-    def _has_weight(self) -> Switch:
+    def _has_weight(self) -> WeightedTermConfig:
         if self.model_fields_set and "weight" not in self.model_fields_set:
             raise ValueError(
                 "it has no weight, which leaves it off whatever its other options are; give it a weight, or 0 to turn it off"
@@ -77,7 +77,7 @@ def read_mapping(path: str | Path, overrides: list[str] | None) -> dict[str, Any
             "the files in configs/"
         )
     for override in overrides or []:
-        _apply(data, override)
+        _apply_override(data, override)
     return data
 
 
@@ -86,10 +86,10 @@ def parse(section: type[S], data: Any, where: str) -> S:
     try:
         return section.model_validate(data)
     except ValidationError as error:
-        raise UserError(_sentence(section, error, where)) from None
+        raise UserError(_error_message(section, error, where)) from None
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not all(key.split(".")):
         raise UserError(
@@ -111,7 +111,7 @@ def unknown_key_message(where: str, path: Sequence[int | str], known: Sequence[s
     return f"{where} has the unknown key {'.'.join(map(str, path))!r}: {hint}"
 
 
-def _sentence(section: type[Settings], error: ValidationError, where: str) -> str:
+def _error_message(section: type[Settings], error: ValidationError, where: str) -> str:
     # an unknown key comes first: a misspelt key also makes pydantic report the required one as missing
     first = next((item for item in error.errors() if item["type"] == "extra_forbidden"), error.errors()[0])
     path = ".".join(str(part) for part in first["loc"])
@@ -132,14 +132,14 @@ def _keys_at(section: type[Settings], loc: Sequence[int | str]) -> list[str]:
     for part in loc:
         if isinstance(part, int):  # an element of a list
             continue
-        inner = section_of(section.model_fields[part].annotation) if part in section.model_fields else None
+        inner = nested_section(section.model_fields[part].annotation) if part in section.model_fields else None
         if inner is None:
             return []
         section = inner
     return list(section.model_fields)
 
 
-def section_of(annotation: Any) -> type[Settings] | None:
+def nested_section(annotation: Any) -> type[Settings] | None:
     """Returns the section class of an option: its type, or the one in its union or list; None for plain values."""
     for kind in (annotation, *get_args(annotation)):
         if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Settings):

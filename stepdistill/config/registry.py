@@ -60,12 +60,12 @@ REWARDS: Mapping[str, str] = {
 
 def method_names() -> tuple[str, ...]:
     """Returns the names of all methods, those of this package first."""
-    return tuple(_known("method", METHODS))
+    return tuple(_registered_names("method", METHODS))
 
 
 def family_names() -> tuple[str, ...]:
     """Returns the names of all families, those of this package first."""
-    return tuple(_known("family", FAMILIES))
+    return tuple(_registered_names("family", FAMILIES))
 
 
 def load_method(name: str) -> type[Any]:
@@ -88,14 +88,14 @@ def load_family(name: str) -> Any:
     return _load("family", FAMILIES, name)()
 
 
-def nearest(name: str, known: tuple[str, ...]) -> str:
+def suggestion_for(name: str, known: tuple[str, ...]) -> str:
     """Returns `did you mean 'x'?` and the known names, for the end of an error message."""
     close = get_close_matches(name, known, n=1, cutoff=0.4)
     listed = ", ".join(repr(item) for item in known)
     return f"did you mean {close[0]!r} (known: {listed})?" if close else f"use one of {listed}"
 
 
-def _known(kind: str, builtin: Mapping[str, str]) -> dict[str, str]:
+def _registered_names(kind: str, builtin: Mapping[str, str]) -> dict[str, str]:
     group = "stepdistill.families" if kind == "family" else "stepdistill.methods"
     # another package may add names, but not replace one that configs and papers refer to
     return dict(builtin) | {point.name: point.value for point in entry_points(group=group) if point.name not in builtin}
@@ -103,9 +103,9 @@ def _known(kind: str, builtin: Mapping[str, str]) -> dict[str, str]:
 
 def _target(kind: str, builtin: Mapping[str, str], name: str) -> str:
     """Returns MODULE:CLASS of a registered name."""
-    known = builtin if name in builtin else _known(kind, builtin)
+    known = builtin if name in builtin else _registered_names(kind, builtin)
     if name not in known:
-        raise UserError(f"there is no {kind} named {name!r}: {nearest(name, tuple(known))}")
+        raise UserError(f"there is no {kind} named {name!r}: {suggestion_for(name, tuple(known))}")
     return known[name]
 
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from stepdistill.config.declared import ClassSource, check_option_names, config_source
-from stepdistill.config.reading import Settings, section_of
+from stepdistill.config.reading import Settings, nested_section
 from stepdistill.config.registry import METHODS, load_method
 from stepdistill.errors import UserError
 
@@ -19,7 +19,7 @@ def _compare(source: ClassSource, section: type[BaseModel]) -> None:
     assert fields is not None
     assert set(fields) == set(section.model_fields)
     for name, field in section.model_fields.items():
-        inside: type[Settings] | None = section_of(field.annotation)
+        inside: type[Settings] | None = nested_section(field.annotation)
         below = fields[name]
         assert (below is None) == (inside is None), name
         if below is not None and inside is not None:

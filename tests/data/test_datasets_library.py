@@ -25,7 +25,7 @@ from stepdistill.data.images.source import CropTransform, decode
 from stepdistill.data.images.stream import SHUFFLE_BLOCK, ImageStream, ShardGroup
 from stepdistill.data.prompts import read_prompts
 from stepdistill.diffusion.draws import generator
-from stepdistill.training.description import describe
+from stepdistill.training.description import describe_run
 from stepdistill.training.run import open_run, train
 from stepdistill.training.setup import prepare
 
@@ -326,10 +326,12 @@ def test_a_spawned_process_reads_the_same(parquet: Path, streaming: bool) -> Non
 
 def test_a_dry_run_and_an_export_know_of_streams(parquet: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
     config = run_config(tiny("sd"), 1, 1, images=f"hf:{parquet}", streaming=True)
-    assert any(line.endswith("prompts from builtin:general, a stream of images") for line in describe(prepare(config)))
+    assert any(
+        line.endswith("prompts from builtin:general, a stream of images") for line in describe_run(prepare(config))
+    )
     train(config, tmp_path / "run")
     shutil.rmtree(parquet)
-    assert open_run(tmp_path / "run")[0].plan.images is None
+    assert open_run(tmp_path / "run")[0].setup.images is None
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -21,7 +21,7 @@ from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.run import train
 from stepdistill.training.session import EMA, Session, open_session
-from stepdistill.training.setup import prepare, without_data
+from stepdistill.training.setup import prepare, prepare_without_data
 from stepdistill.training.trainer import Trainer
 
 GAN = {"name": "dmd2", "guidance": 2.0, "ratio": 2, "steps": 2, "gan": {"weight": 1e-2}}
@@ -259,7 +259,7 @@ def test_the_peak_is_what_a_gpu_allocates() -> None:
         },
         "test",
     )
-    ready = without_data(run, find_architecture(run.model).info)
+    ready = prepare_without_data(run, find_architecture(run.model).info)
     call_statistics, session = count_network_calls(ready), build_on_meta(ready)
     expected = max(phase.transient for phase in trace(build_on_meta(ready), call_statistics).phases)
     triple = session.triple

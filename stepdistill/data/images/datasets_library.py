@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
-from stepdistill.config.registry import nearest
+from stepdistill.config.registry import suggestion_for
 from stepdistill.data.hub import open_image_cell
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import CAPTION_KEYS, CropTransform, pick_caption
@@ -39,7 +39,9 @@ def select_undecoded_columns(
         return dataset, caption_column
     for column in (image_column, caption_column):
         if column is not None and column not in features:
-            raise UserError(f"the data set {source!r} has no column {column!r}: {nearest(column, tuple(features))}")
+            raise UserError(
+                f"the data set {source!r} has no column {column!r}: {suggestion_for(column, tuple(features))}"
+            )
     held = features[image_column]
     if isinstance(held, datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))

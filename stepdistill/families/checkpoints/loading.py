@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from stepdistill.config.registry import family_names, load_family, nearest
+from stepdistill.config.registry import family_names, load_family, suggestion_for
 from stepdistill.errors import UserError
 from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part
 from stepdistill.families.checkpoints.files import (
@@ -145,7 +145,7 @@ def _family_of(folder: Path) -> Family:
             return family
     raise UserError(
         f"{str(folder / 'model_index.json')!r} names the pipeline {name!r}, which no family reads, so change the checkpoint or "
-        f"set the family: {nearest(name, tuple(known))}"
+        f"set the family: {suggestion_for(name, tuple(known))}"
     )
 
 

@@ -18,7 +18,7 @@ from stepdistill.errors import UserError
 from stepdistill.files.atomic import write_atomically
 from stepdistill.training.distributed import Processes
 
-KEPT = "kept"
+STORE_FOLDER = "kept"
 
 
 class RunTensorStore:
@@ -31,7 +31,7 @@ class RunTensorStore:
         """See `methods.base.Shelf`."""
         whole = self.processes.whole(tensors)
         digest, failure = torch.zeros(32, dtype=torch.uint8), ""
-        if self.processes.main:
+        if self.processes.is_main_process:
             content = save({key: value.contiguous() for key, value in whole.items()})
             digest = _digest(content)
             try:
@@ -42,7 +42,7 @@ class RunTensorStore:
         if self.processes.any(bool(failure)):
             raise UserError(
                 f"what the method must keep could not be written to {str(self._path(name))!r} "
-                f"({failure or 'on the main process'}): make room and resume with --resume latest"
+                f"({failure or 'on the is_main_process process'}): make room and resume with --resume latest"
             )
         return self.processes.gather(digest)[0].cpu()
 
