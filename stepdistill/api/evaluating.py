@@ -253,7 +253,20 @@ def _sampler(
         }
     )  # fmt: skip
     calls = 2 if w > 1 and supports_negative_prompt(artifact.pipeline) and artifact.adapter is None else 1
-    return Sampler(name, steps, steps * calls, w, described, drawn)
+    return Sampler(name, steps, steps * calls, w, described, drawn, _image_size(artifact, options))
+
+
+def _image_size(artifact: Artifact, options: ModelOptions) -> tuple[int, int] | None:
+    """Returns (height, width) of the images before they are drawn: asked for, trained, or the pipeline's default."""
+    recipe, pipeline = artifact.recipe, artifact.pipeline
+    if options.size is not None:
+        return options.size
+    if recipe is not None and all(recipe.resolution):
+        return recipe.resolution[0], recipe.resolution[1]
+    if "unet" not in pipeline.components:
+        return None
+    side = pipeline.unet.config.sample_size
+    return (side * pipeline.vae_scale_factor,) * 2 if isinstance(side, int) else None
 
 
 def _student_of(

@@ -41,6 +41,7 @@ from stepdistill.evaluation.scorers import ScoreArray
 from stepdistill.files.disk_errors import disk_errors_as_user_errors
 
 NUM_REPORT_IMAGES = 8
+JUDGE_SIZE = (32, 32)
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def evaluate_samplers(
     }
     _check_reference(evaluation, samplers)
     _check_set(prompts, metrics, extractor)
+    _check_sizes(evaluation, samplers)
     fixed = _read_fixed_reference(evaluation)
     check_metrics(metrics, fixed, len(prompts))
     drawn: dict[str, GeneratedImages] = {}
@@ -206,6 +208,20 @@ def _check_set(prompts: PromptSet, metrics: Sequence[Metric], extractor: Feature
                 raise UserError(
                     f"prompt_accuracy reads captions of the embedded teacher only ({error}): leave it out"
                 ) from None
+
+
+def _check_sizes(evaluation: Evaluation, samplers: Sequence[Sampler]) -> None:
+    """Checks before anything is drawn that the networks can read the images. Raises UserError."""
+    for sampler in samplers:
+        if sampler.size is None:
+            continue
+        height, width = evaluation.protocol.chain.chain()(np.zeros((*sampler.size, 3), np.uint8)).shape[:2]
+        if evaluation.extractor is not None:
+            evaluation.extractor.check_size(height, width)
+        if "prompt_accuracy" in evaluation.protocol.metrics and (height, width) != JUDGE_SIZE:
+            raise UserError(
+                f"prompt_accuracy reads {JUDGE_SIZE[1]} x {JUDGE_SIZE[0]} images and {sampler.name} draws {width} x {height}: leave it out"
+            )
 
 
 def _read_fixed_reference(evaluation: Evaluation) -> ImageSetFeatures | None:
