@@ -55,7 +55,7 @@ from torch.utils._pytree import tree_map_only
 from stepdistill.config.registry import load_family
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods.base import Progress
-from stepdistill.methods.gan import HEAD
+from stepdistill.methods.gan import DISCRIMINATOR_HEAD
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, RoleLayout
 
 COPIES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -139,7 +139,7 @@ def measure(case: Case, baseline: int) -> Report:
         "baseline": baseline,
         "base": size(p for key, p in run.triple.base.named_parameters() if ".lora_" not in key),
         "roles": sum(size(run.triple.network_parameters(role).values()) for role in ROLES),
-        "heads": size(run.triple.head(FAKE_SCORE, HEAD).parameters()),
+        "heads": size(run.triple.head(FAKE_SCORE, DISCRIMINATOR_HEAD).parameters()),
         "optimizers": sum(size(run.optimizers[role].state_dict().values()) for role in ROLES),
     }
     settled, phases, gradients = resident("VmRSS"), {"build": resident("VmHWM")}, {"build": 0}

@@ -141,10 +141,10 @@ def assemble(
     latent = (network.config.in_channels, resolution // 8, resolution // 8)
     channels = network.config.block_out_channels
     side = latent[1] // 2 ** (len(channels) - 1)
-    setting = Problem(schedule, latent, channels[-1], (side, side), (resolution, resolution), model)
+    problem = Problem(schedule, latent, channels[-1], (side, side), (resolution, resolution), model)
     method_class = load_method(method)
     config = method_class.Config.model_validate(dict(options))
-    made = method_class(config, setting)
+    made = method_class(config, problem)
     roles = method_class.roles(config)
     triple = Triple(
         network,

@@ -71,7 +71,7 @@ class Measured:
 @torch.no_grad()
 def drawn(session: Session, prompts: Sequence[str], repeats: int, purpose: str) -> Pixels:
     """Samples (P, R, H, W, 3) of a run's student; the same noise whatever the run."""
-    shape, size = session.plan.setting.latent_shape, ImageSize.plain(*session.plan.setting.size)
+    shape, size = session.plan.problem.latent_shape, ImageSize.plain(*session.plan.problem.size)
     rows = [(prompt, k * repeats + r) for k, prompt in enumerate(prompts) for r in range(repeats)]
     found = []
     for start in range(0, len(rows), BATCH):

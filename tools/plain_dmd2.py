@@ -67,7 +67,7 @@ class PlainDMD2:
         self.head, self.scheduler = head, scheduler
         self.ratio, self.guidance = ratio, guidance
         self.gan_weight, self.critic_weight = gan_weight, critic_weight
-        self.ladder = [999 - i * (1000 // steps) for i in range(steps)]
+        self.timesteps = [999 - i * (1000 // steps) for i in range(steps)]
         self.critic_parameters = [*self.fake_score.parameters(), *head.parameters()]
         self.generator_optimizer = torch.optim.AdamW(self.generator.parameters(), lr=lr, weight_decay=0.01)
         self.critic_optimizer = torch.optim.AdamW(self.critic_parameters, lr=lr, weight_decay=0.01)
@@ -96,14 +96,14 @@ class PlainDMD2:
     def rollout(self, cond: Tensor, shape: Sequence[int], draws: Draws, *, graph: bool) -> Tensor:
         """The student's sample at a random step of its own walk (backward simulation, section 4.5)."""
         draws = draws.for_role("rollout")
-        leave = int(draws.batch_uniform("exit") * len(self.ladder))
+        leave = int(draws.batch_uniform("exit") * len(self.timesteps))
         x = draws.normal("noise", shape)
         for index in range(leave):
             with torch.no_grad():
-                x0 = self.x0(self.generator, x, self.times(self.ladder[index], cond), cond)
-            x = self.noised(x0, draws.normal(f"fresh{index}", shape), self.times(self.ladder[index + 1], cond))
+                x0 = self.x0(self.generator, x, self.times(self.timesteps[index], cond), cond)
+            x = self.noised(x0, draws.normal(f"fresh{index}", shape), self.times(self.timesteps[index + 1], cond))
         with torch.set_grad_enabled(graph):
-            return self.x0(self.generator, x, self.times(self.ladder[leave], cond), cond)
+            return self.x0(self.generator, x, self.times(self.timesteps[leave], cond), cond)
 
     def train_generator(self, x: Tensor, cond: Tensor, null: Tensor, draws: Draws) -> Tensor:
         """Distribution matching (section 3) plus the generator's side of the GAN (section 4.3)."""

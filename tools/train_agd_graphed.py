@@ -29,7 +29,7 @@ from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.methods.base import Batch, Progress, Terms
-from stepdistill.methods.guidance.regression import GuidedStates
+from stepdistill.methods.guidance.guidance_distillation import GuidedRollout
 from stepdistill.roles.triple import GENERATOR
 from stepdistill.training.distributed import Processes
 from stepdistill.training.iteration import compute_loss
@@ -73,7 +73,7 @@ class Gradient:
         # (nothing is drawn in an update on collected states, and x0 is for losses that this method has not)
         draws, progress = Draws(0, 0, GENERATOR, (), self.session.device), Progress(updates={GENERATOR: 0})
         x_t = states.x_t[rows]
-        rollout = GuidedStates(
+        rollout = GuidedRollout(
             batch=Batch(cond, cond),
             x_t=x_t[None],
             t=states.t[rows][None],
@@ -111,7 +111,7 @@ def _conditionings(session: Session, states: TrajectoryStates) -> tuple[Conditio
     plan, prompts = session.plan, session.plan.prompts
     texts = list(dict.fromkeys(prompts[index] for index in range(len(prompts))))
     places = {text: row for row, text in enumerate(texts)}
-    sizes = [ImageSize.plain(*plan.setting.size)] * len(texts)
+    sizes = [ImageSize.plain(*plan.problem.size)] * len(texts)
     with torch.no_grad():
         parts = [
             session.encoder.text(texts[start : start + ENCODED], sizes[start : start + ENCODED])

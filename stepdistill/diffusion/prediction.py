@@ -69,7 +69,9 @@ def from_x0_eps(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, predictio
     return a * x0 + b * eps
 
 
-def convert(out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: Prediction, target: Prediction) -> Tensor:
+def convert_prediction(
+    out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: Prediction, target: Prediction
+) -> Tensor:
     """Re-express a prediction made at x_t in another type."""
     x0 = to_x0(out, x_t, alpha, sigma, source)
     eps = to_eps(out, x_t, alpha, sigma, source)

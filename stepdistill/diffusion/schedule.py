@@ -46,7 +46,7 @@ class DynamicShift:
     max_tokens: int = 4096
     exponential: bool = True
 
-    def at(self, tokens: int) -> float:
+    def static_shift(self, tokens: int) -> float:
         """The static shift equal to the dynamic one for `tokens` image tokens."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         mu = self.base_shift + slope * (tokens - self.base_tokens)
@@ -71,7 +71,7 @@ class NoiseSchedule:
     shift: float = 1.0
     dynamic_shift: DynamicShift | None = None
     train_steps: int = 1000
-    by_angle: bool = False
+    fraction_is_angle: bool = False
 
     # ---------------------------------------------------------------- construction
 
@@ -114,7 +114,7 @@ class NoiseSchedule:
         steps = int(config.get("num_train_timesteps", 1000))
         if name == "SCMScheduler":
             # its pipeline shows the network x_t of flow matching and makes TrigFlow's prediction of the answer
-            return replace(cls.flow(train_steps=steps), by_angle=True)
+            return replace(cls.flow(train_steps=steps), fraction_is_angle=True)
         prediction_type = config.get("prediction_type", "epsilon")
         if "FlowMatch" in name or config.get("use_flow_sigmas") or prediction_type == "flow_prediction":
             dynamic = None
@@ -136,7 +136,7 @@ class NoiseSchedule:
         """The schedule with its dynamic shift resolved for `tokens` image tokens; itself where the shift is static."""
         if self.dynamic_shift is None:
             return self
-        return replace(self, shift=self.dynamic_shift.at(tokens), dynamic_shift=None)
+        return replace(self, shift=self.dynamic_shift.static_shift(tokens), dynamic_shift=None)
 
     # ---------------------------------------------------------------- facts
 
@@ -172,7 +172,7 @@ class NoiseSchedule:
         if self.is_flow:
             return torch.atan2(t, 1 - t)
         table = self._table(t.device)
-        position = _within(t + 1, 0.0, float(len(table) - 1))
+        position = _clamp_keeping_gradient(t + 1, 0.0, float(len(table) - 1))
         low = position.floor().clamp(max=len(table) - 2)
         a, b = table[low.long()], table[low.long() + 1]
         return a + (b - a) * (position - low)
@@ -183,7 +183,7 @@ class NoiseSchedule:
         if self.is_flow:
             return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))
         table = self._table(angle.device)
-        angle = _within(angle, 0.0, float(table[-1]))
+        angle = _clamp_keeping_gradient(angle, 0.0, float(table[-1]))
         high = torch.searchsorted(table, angle.contiguous(), right=True).clamp(1, len(table) - 1)
         a, b = table[high - 1], table[high]
         return (high - 1) + (angle - a) / (b - a) - 1
@@ -224,10 +224,10 @@ class NoiseSchedule:
 
     # ---------------------------------------------------------------- the fraction axis
 
-    def time_at(self, fraction: Time) -> Tensor:
+    def time_at_fraction(self, fraction: Time) -> Tensor:
         """Native time of a fraction in [0, 1] of the *unshifted* axis: VP floor(p N) capped at N - 1, flow shift(p)."""
         p = float64(fraction)
-        if self.by_angle:
+        if self.fraction_is_angle:
             return self.time_at_angle(p * (math.pi / 2))
         if self.is_flow:
             return self.shift * p / (1 + (self.shift - 1) * p)
@@ -237,7 +237,7 @@ class NoiseSchedule:
     def fraction_at(self, t: Time) -> Tensor:
         """The fraction whose time is t (left edge of its bin for VP)."""
         t = float64(t)
-        if self.by_angle:
+        if self.fraction_is_angle:
             return self.angle(t) / (math.pi / 2)
         return t / (self.shift - (self.shift - 1) * t) if self.is_flow else t / self.train_steps
 
@@ -254,7 +254,7 @@ def full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _within(values: Tensor, low: float, high: float) -> Tensor:
+def _clamp_keeping_gradient(values: Tensor, low: float, high: float) -> Tensor:
     """Clamped, with the derivative of the inside at both ends: where a schedule ends, its time still moves."""
     return torch.where(values < low, low, torch.where(values > high, high, values))
 

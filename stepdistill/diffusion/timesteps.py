@@ -44,7 +44,7 @@ class NoiseLevels:
         if schedule.is_flow:
             # a flow model is not defined at sigma = 0 exactly, where eps cannot be recovered from x_t
             p = p.clamp(1e-3, 1.0)
-        return schedule.time_at(p)
+        return schedule.time_at_fraction(p)
 
 
 def student_timesteps(schedule: NoiseSchedule, steps: int) -> tuple[float, ...]:
@@ -57,7 +57,7 @@ def student_timesteps(schedule: NoiseSchedule, steps: int) -> tuple[float, ...]:
         raise UserError(f"a ladder of {steps} steps was asked for: use a number between 1 and {schedule.train_steps}")
     if schedule.is_flow:
         fractions = 1 - torch.arange(steps, dtype=torch.float64) / steps
-        return tuple(schedule.time_at(fractions).tolist())
+        return tuple(schedule.time_at_fraction(fractions).tolist())
     stride = schedule.train_steps // steps
     return tuple(float(schedule.train_steps - 1 - i * stride) for i in range(steps))
 
@@ -84,7 +84,7 @@ def uniform_grid(schedule: NoiseSchedule, points: int) -> Tensor:
     """
     index = torch.arange(points + 1, dtype=torch.float64)
     if schedule.is_flow:
-        return schedule.time_at(index / points)
+        return schedule.time_at_fraction(index / points)
     grid = ((index * schedule.train_steps / points).round() - 1).clamp_min(0)
     if bool((grid.diff() <= 0).any()):
         raise UserError(
@@ -93,7 +93,7 @@ def uniform_grid(schedule: NoiseSchedule, points: int) -> Tensor:
     return grid
 
 
-def edges(points: int, count: int) -> Tensor:
+def segment_edges(points: int, count: int) -> Tensor:
     """Indices of the lower ends of `count` equal parts of a grid of `points` steps, rising from 0: floor(i points / count).
 
     Raises:
@@ -104,13 +104,13 @@ def edges(points: int, count: int) -> Tensor:
     return torch.arange(count) * points // count
 
 
-def part_of(start: Tensor, edge: Tensor) -> Tensor:
+def segment_of(start: Tensor, edge: Tensor) -> Tensor:
     """Number of the part that a leap from index `start` lies in; a start on an edge belongs to the part below it."""
     edge = edge.to(start.device)
     return torch.bucketize(start - 1, edge, right=True) - 1
 
 
-def spread(grid: Tensor, steps: int) -> list[float]:
+def evenly_spaced_timesteps(grid: Tensor, steps: int) -> list[float]:
     """`steps` points of a grid, the noisiest first, evenly by index as LCMScheduler and TCDScheduler choose them.
 
     Raises:

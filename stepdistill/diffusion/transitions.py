@@ -25,7 +25,7 @@ class Gaussian:
     std: Tensor
 
     @property
-    def deterministic(self) -> bool:
+    def is_deterministic(self) -> bool:
         return bool((self.std == 0).all())
 
     def sample(self, noise: Tensor) -> Tensor:

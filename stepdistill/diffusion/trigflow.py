@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.prediction import Prediction, convert
+from stepdistill.diffusion.prediction import Prediction, convert_prediction
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast, float64, full
 
 
@@ -63,9 +63,9 @@ class TrigFlow:
         alpha, sigma = (
             broadcast(scale * level, x_t) for level in (torch.cos(float64(angle)), torch.sin(float64(angle)))
         )
-        return convert(full(raw), full(x_t), alpha, sigma, self.schedule.prediction, Prediction.TRIGFLOW)
+        return convert_prediction(full(raw), full(x_t), alpha, sigma, self.schedule.prediction, Prediction.TRIGFLOW)
 
-    def velocity_to(self, x0: Tensor, x: Tensor, angle: Time) -> Tensor:
+    def velocity_from_x0(self, x0: Tensor, x: Tensor, angle: Time) -> Tensor:
         """F of an estimate of the clean sample: (cos(T) X_T / sigma_d - x0) / sin(T)."""
         cos, sin = _cos_sin(angle, x)
         return (cos * full(x) / self.sigma_data - full(x0)) / sin

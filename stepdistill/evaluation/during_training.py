@@ -159,8 +159,8 @@ class StudentEvaluation:
             rows = mine or range(1)
             draws = Draws(0, 0, "evaluation", [self.prompts.seeds[i] for i in rows], session.device, session.dtype)
             texts = [self.prompts.prompts[i] for i in rows]
-            cond = session.encoder.text(texts, [ImageSize.plain(*plan.setting.size)] * len(rows))
-            noise = draws.normal("noise", plan.setting.latent_shape)
+            cond = session.encoder.text(texts, [ImageSize.plain(*plan.problem.size)] * len(rows))
+            noise = draws.normal("noise", plan.problem.latent_shape)
             latents = student_latents(session, role, cond, noise, draws)[: len(mine)]
             for latent in latents:
                 decoded = plan.family.decode(session.checkpoint, latent[None]).float()

@@ -140,10 +140,10 @@ class Recipe:
             arguments["sigmas"] = list(self.sigmas)
         return {**arguments, **self.call}
 
-    def ladder(self, schedule: NoiseSchedule) -> tuple[float, ...]:
+    def native_timesteps(self, schedule: NoiseSchedule) -> tuple[float, ...]:
         """The native times of our own sampler for this recipe."""
         if self.sigmas:
-            return tuple(schedule.time_at(torch.tensor(self.sigmas, dtype=torch.float64)).tolist())
+            return tuple(schedule.time_at_fraction(torch.tensor(self.sigmas, dtype=torch.float64)).tolist())
         if self.angles:
             return tuple(schedule.time_at_angle(torch.tensor(self.angles, dtype=torch.float64)).tolist())
         return tuple(float(t) for t in self.timesteps or self.spaced)

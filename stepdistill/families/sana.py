@@ -85,7 +85,7 @@ class Sana(TransformerFamily):
                 f"{str(folder)!r} is a {pipeline} whose transformer has guidance_embeds {sprint}, and that input is "
                 "Sana-Sprint's alone: give model_index.json and transformer of one checkpoint"
             )
-        if sprint != info.schedule.by_angle:
+        if sprint != info.schedule.fraction_is_angle:
             raise UserError(
                 f"the scheduler in {str(folder)!r} is a {info.scheduler_config.get('_class_name')}, and {TRIGFLOW_SCHEDULER} is "
                 f"Sana-Sprint's{'' if sprint else ' alone'}: restore the scheduler config of the original checkpoint"
@@ -183,7 +183,7 @@ class Sana(TransformerFamily):
                 f"Sana-Sprint's pipeline re-noises after every step, and the student is to be sampled by {recipe.scheduler_class}: let "
                 "it re-noise (method.transition: renoise, method.eta: 1 for tcd), or distil a Sana checkpoint"
             )
-        times = recipe.ladder(info.schedule)
+        times = recipe.native_timesteps(info.schedule)
         if times[0] < info.schedule.terminal_time:
             raise UserError(
                 f"Sana-Sprint's pipeline starts from noise alone, and the student's ladder starts at {times[0]:g}: let it start at "

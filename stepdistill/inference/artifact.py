@@ -277,7 +277,7 @@ def _sampling_arguments(
         logger.warning("overriding the recipe's %s: the model was trained for its own recipe", ", ".join(overridden))
     if recipe is not None and not {"steps", "scheduler"} & set(overridden):
         arguments = recipe.apply(pipeline)
-    elif (schedule := NoiseSchedule.from_config(pipeline.scheduler.config)).by_angle:
+    elif (schedule := NoiseSchedule.from_config(pipeline.scheduler.config)).fraction_is_angle:
         arguments = _angle_arguments(pipeline, recipe, steps, scheduler)
     elif recipe is not None and scheduler is None:
         # another number of steps by the same kind of sampler; its ladder starts at the noisiest time, like the recipe's

@@ -211,17 +211,17 @@ class Method(ABC, Generic[ConfigT]):
     modes: ClassVar[tuple[Mode, ...]] = ("lora", "full")
     """How its generator may be held."""
 
-    def __init__(self, config: ConfigT, setting: Problem) -> None:
+    def __init__(self, config: ConfigT, problem: Problem) -> None:
         self.config = config
-        self.setting = setting
+        self.problem = problem
 
     @property
     def schedule(self) -> NoiseSchedule:
-        return self.setting.schedule
+        return self.problem.schedule
 
     def latent_shape(self, batch: Batch) -> tuple[int, ...]:
         """(C, h, w) of the samples that are rolled out for a batch."""
-        return batch.latent_shape or self.setting.latent_shape
+        return batch.latent_shape or self.problem.latent_shape
 
     @property
     def beside(self) -> str | None:
@@ -283,7 +283,7 @@ class Method(ABC, Generic[ConfigT]):
         decode: for losses on images; None where the family has none.
         """
 
-    def attach_storage(self, shelf: TensorStore) -> None:
+    def attach_storage(self, store: TensorStore) -> None:
         """Called once before the first iteration of training, or of its resumption."""
 
     @abstractmethod

@@ -13,11 +13,11 @@ from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.frozen.vision import CRITIC, VISION, VisionEncoder
 from stepdistill.methods.base import Batch, Decode, Needs, Problem
-from stepdistill.methods.parts import LevelConfig
+from stepdistill.methods.parts import NoiseLevelConfig
 from stepdistill.roles.heads import GanLoss, discriminator_loss, generator_loss, seeded_head, seeded_maps_head
 from stepdistill.roles.triple import FAKE_SCORE, Triple
 
-HEAD = "discriminator"
+DISCRIMINATOR_HEAD = "discriminator"
 
 
 class GanConfig(Switch):
@@ -39,7 +39,7 @@ class GanConfig(Switch):
         "images", description="what is real: data.images, or the teacher's own samples in data.pairs"
     )
     loss: GanLoss = "logistic"
-    levels: LevelConfig = LevelConfig(low=0.0, high=1.0)
+    levels: NoiseLevelConfig = NoiseLevelConfig(low=0.0, high=1.0)
     width: int | None = Field(
         None, gt=0, description="channels of the head; the features' own by default, 64 for vision features"
     )
@@ -53,32 +53,36 @@ class GanConfig(Switch):
         )
 
 
-def attach_gan(triple: Triple, gan: GanConfig, setting: Problem, decode: Decode | None) -> None:
+def attach_gan(triple: Triple, gan: GanConfig, problem: Problem, decode: Decode | None) -> None:
     """Give the fake score's optimizer a head for these features.
 
     Raises:
         UserError: vision features of a family without images.
     """
     if gan.features != "vision":
-        attach_discriminator(triple, setting, gan.width)
+        attach_discriminator(triple, problem, gan.width)
     elif decode is None:
         raise UserError(
             "method.gan.features is 'vision' and the checkpoint has no autoencoder to decode with: set it to real_score"
         )
     else:
         seed = derive_seed(triple.seed, "head")
-        triple.attach_head(FAKE_SCORE, HEAD, seeded_maps_head(_encoder(triple).channels, seed, gan.width or 64))
+        triple.attach_head(
+            FAKE_SCORE, DISCRIMINATOR_HEAD, seeded_maps_head(_encoder(triple).channels, seed, gan.width or 64)
+        )
 
 
-def attach_discriminator(triple: Triple, setting: Problem, width: int | None) -> None:
+def attach_discriminator(triple: Triple, problem: Problem, width: int | None) -> None:
     """A head on mid-block features of one network, owned by the fake score's optimizer."""
     seed = derive_seed(triple.seed, "head")
-    triple.attach_head(FAKE_SCORE, HEAD, seeded_head(setting.feature_channels, setting.feature_size, seed, width))
+    triple.attach_head(
+        FAKE_SCORE, DISCRIMINATOR_HEAD, seeded_head(problem.feature_channels, problem.feature_size, seed, width)
+    )
 
 
-def discriminate(triple: Triple, features: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+def discriminator_logits(triple: Triple, features: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     """The head's logits (B,) of samples that are noised already, on the features of the role `features`."""
-    return triple.head(FAKE_SCORE, HEAD)(triple.denoiser(features).features(x_t, t, cond))  # type: ignore[no-any-return]
+    return triple.head(FAKE_SCORE, DISCRIMINATOR_HEAD)(triple.denoiser(features).features(x_t, t, cond))  # type: ignore[no-any-return]
 
 
 def gan_logits(
@@ -99,10 +103,10 @@ def logits_at(
     if gan.features == "vision":
         if decode is None:
             raise ValueError("vision features were asked for without a decoder")
-        return triple.head(FAKE_SCORE, HEAD)(_encoder(triple)(decode(x)))  # type: ignore[no-any-return]
+        return triple.head(FAKE_SCORE, DISCRIMINATOR_HEAD)(_encoder(triple)(decode(x)))  # type: ignore[no-any-return]
     if t is None:
         raise ValueError("features of latents were asked for without their times")
-    return discriminate(triple, gan.features, x_t, t, cond)
+    return discriminator_logits(triple, gan.features, x_t, t, cond)
 
 
 def gan_generator_loss(

@@ -23,11 +23,11 @@ from stepdistill.roles.sampler import advance
 from stepdistill.roles.triple import Triple
 
 DmWeight = Literal["code", "paper", "exact_kl"]
-Exits = Literal["batch", "sample"]
+RolloutEnd = Literal["batch", "sample"]
 Distance = Literal["l2", "huber", "pseudo_huber"]
 
 
-class LevelConfig(Settings):
+class NoiseLevelConfig(Settings):
     """Noise levels on the fraction axis before the flow shift."""
 
     low: float = Field(0.02, ge=0, lt=1)
@@ -43,7 +43,7 @@ class LevelConfig(Settings):
 # ---------------------------------------------------------------- distribution matching
 
 
-def matching_gradient(
+def distribution_matching_gradient(
     x: Tensor,
     real_x0: Tensor,
     fake_x0: Tensor,
@@ -62,35 +62,35 @@ def matching_gradient(
     gap = fake_x0 - real_x0
     if weight == "exact_kl":
         return ((alpha / sigma).square() * gap).detach()
-    direction = gap / normaliser(x, real_x0, floor)
+    direction = gap / dmd_normalizer(x, real_x0, floor)
     return (direction * alpha if weight == "paper" else direction).detach()
 
 
-def normaliser(x: Tensor, real_x0: Tensor, floor: float = 1e-6) -> Tensor:
+def dmd_normalizer(x: Tensor, real_x0: Tensor, floor: float = 1e-6) -> Tensor:
     """mean|x - mu_real| over each sample's own elements, (B, 1, ...), at least `floor`."""
     norm = (x - real_x0).abs().flatten(1).mean(1).clamp_min(floor)
     return norm.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def times_below(schedule: NoiseSchedule, uniform: Tensor, low: float, high: Tensor) -> Tensor:
+def draw_times_below(schedule: NoiseSchedule, uniform: Tensor, low: float, high: Tensor) -> Tensor:
     """Native times drawn evenly between fraction `low` and each sample's own fraction `high`, (B,), before the shift."""
     if schedule.is_flow:
         p = low + (high.double().clamp_min(low) - low) * uniform.double()
-        return schedule.time_at(p.clamp(1e-3, 1.0))
+        return schedule.time_at_fraction(p.clamp(1e-3, 1.0))
     # whole timesteps, both ends included
     steps = schedule.train_steps
     first, last = round(low * steps), (high.double() * steps).round().clamp_max(steps - 1)
     return first + (uniform.double() * (last.clamp_min(first) - first + 1)).floor()
 
 
-def matching_direction(
+def distribution_matching_direction(
     x: Tensor,
     cond: Conditioning,
     null: Conditioning,
     triple: Triple,
     draws: Draws,
     *,
-    levels: LevelConfig,
+    levels: NoiseLevelConfig,
     guidance: float,
     weight: DmWeight,
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -110,7 +110,7 @@ def matching_direction(
         real = (target or triple.real_score).guided(x_t, t, cond, null, guidance)
         fake = triple.fake_score.x0(x_t, t, cond)
     alpha, sigma = triple.schedule.levels(t, real)
-    direction = matching_gradient(x.detach(), real, fake, alpha, sigma, weight)
+    direction = distribution_matching_gradient(x.detach(), real, fake, alpha, sigma, weight)
     if weigh is not None:
         direction = direction * broadcast(weigh(x_t, t), direction)
     return direction, {"dm": 0.5 * direction.square().mean(), "score_gap": score_gap(x, real, fake)}
@@ -123,7 +123,7 @@ def score_gap(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
     return (gap.norm(dim=1) / own.norm(dim=1).clamp_min(1e-6)).mean()
 
 
-def ramped(guidance: float, done: int, ramp: int) -> float:
+def ramped_guidance(guidance: float, done: int, ramp: int) -> float:
     """w of the update that follows `done` others, w - 1 growing evenly from 0 to its all over `ramp` of them; 0 is none."""
     share = min(1.0, (done + 1) / ramp) if ramp else 1.0
     return 1 + share * (guidance - 1)
@@ -141,7 +141,7 @@ def sample_statistics(rollout: Rollout) -> dict[str, Tensor]:
     return {**latent_statistics(rollout.x0), **({} if real is None else latent_statistics(real, "real"))}
 
 
-def surrogate(x: Tensor, direction: Tensor) -> Tensor:
+def surrogate_loss(x: Tensor, direction: Tensor) -> Tensor:
     """0.5 mean (x - sg(x - d))^2: a scalar whose gradient with respect to x is d / numel. Its value does not fall."""
     return 0.5 * (x - (x - direction).detach()).square().mean()
 
@@ -194,14 +194,14 @@ def fake_score_loss(
 def roll_out(
     generator: Denoiser,
     batch: Batch,
-    ladder: Sequence[float],
+    timesteps: Sequence[float],
     transition: Transition,
     shape: Sequence[int],
     draws: Draws,
     *,
     graph: bool,
-    exits: Exits = "batch",
-    odds: Sequence[float] | None = None,
+    exits: RolloutEnd = "batch",
+    end_step_weights: Sequence[float] | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward simulation (DMD2, section 4.5): (x_t, t, x0 at t). Steps before the exit run without graph.
@@ -212,52 +212,54 @@ def roll_out(
     same on every process all the same, since a sharded network needs everyone at each of them.
     """
     draws = draws.for_role("rollout")
-    weights = torch.tensor(odds if odds is not None else [1.0] * len(ladder), dtype=torch.float64)
+    weights = torch.tensor(
+        end_step_weights if end_step_weights is not None else [1.0] * len(timesteps), dtype=torch.float64
+    )
     bounds = (weights.cumsum(0) / weights.sum())[:-1]
     if exits == "batch":
         calls = int(torch.bucketize(draws.batch_uniform("exit"), bounds, right=True))
-        exit_step = torch.full((len(batch),), calls)
+        end_step = torch.full((len(batch),), calls)
     else:
-        calls = len(ladder) - 1
-        exit_step = torch.bucketize(draws.uniform("exit").cpu(), bounds, right=True)
+        calls = len(timesteps) - 1
+        end_step = torch.bucketize(draws.uniform("exit").cpu(), bounds, right=True)
     x_t = draws.normal("noise", shape) if start is None else start
-    exit_step = exit_step.to(x_t.device)
+    end_step = end_step.to(x_t.device)
     for index in range(calls):
-        walking = torch.nonzero(exit_step > index)[:, 0]
-        rows = walking if len(walking) else exit_step.new_zeros(1)
+        walking = torch.nonzero(end_step > index)[:, 0]
+        rows = walking if len(walking) else end_step.new_zeros(1)
         cond = batch.cond[rows]
         with torch.no_grad():
             step = advance(
                 lambda x, t, cond=cond: generator.x0(x, t, cond),  # type: ignore[misc]
                 generator.schedule,
                 x_t[rows],
-                ladder[index],
-                ladder[index + 1],
+                timesteps[index],
+                timesteps[index + 1],
                 transition,
                 lambda index=index, rows=rows: draws.normal(f"fresh{index}", shape)[rows],  # type: ignore[misc]
             )
         if len(walking):
             x_t = x_t.index_copy(0, rows, step.x_s)
-    t = torch.tensor(ladder, dtype=torch.float64, device=x_t.device)[exit_step]
+    t = torch.tensor(timesteps, dtype=torch.float64, device=x_t.device)[end_step]
     with torch.set_grad_enabled(graph):
         return x_t, t, generator.x0(x_t, t, batch.cond)
 
 
-def walk_on(
+def finish_rollout(
     generator: Denoiser,
     rollout: Rollout,
-    ladder: Sequence[float],
+    timesteps: Sequence[float],
     transition: Transition,
     draws: Draws,
-    exits: Exits = "batch",
+    exits: RolloutEnd = "batch",
 ) -> Tensor:
     """From where a rollout was left to the clean end of the whole ladder, (B, C, h, w), without graph.
 
     Every process makes the same calls, as in `roll_out`.
     """
     x_t, x0, shape = rollout.x_t, rollout.x0.detach(), rollout.x0.shape[1:]
-    top = float(rollout.t[0]) if exits == "batch" else ladder[0]
-    for index, (t, s) in enumerate(pairwise(ladder)):
+    top = float(rollout.t[0]) if exits == "batch" else timesteps[0]
+    for index, (t, s) in enumerate(pairwise(timesteps)):
         if t > top:
             continue
         walking = torch.nonzero(rollout.t >= t)[:, 0]
@@ -273,14 +275,14 @@ def walk_on(
 
 
 def noised_images(
-    generator: Denoiser, batch: Batch, ladder: Sequence[float], draws: Draws, *, graph: bool
+    generator: Denoiser, batch: Batch, timesteps: Sequence[float], draws: Draws, *, graph: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Without simulation: real images noised to a step drawn per sample. The first step still sees pure noise."""
     if batch.images is None or batch.image_cond is None:
         raise ValueError("a batch without images reached a rollout on images")
     draws = draws.for_role("rollout")
-    index = (draws.uniform("exit") * len(ladder)).long()
-    t = torch.tensor(ladder, dtype=torch.float64, device=batch.images.device)[index]
+    index = (draws.uniform("exit") * len(timesteps)).long()
+    t = torch.tensor(timesteps, dtype=torch.float64, device=batch.images.device)[index]
     eps = draws.normal("noise", batch.images.shape[1:])
     first = (index == 0).reshape(-1, *(1,) * (batch.images.ndim - 1))
     x_t = torch.where(first, eps, generator.schedule.add_noise(batch.images, eps, t))

@@ -82,7 +82,7 @@ class Planner:
             model=config.model.path,
             family=source.info.family,
             method=config.method_name,
-            size=simplified_setup.setting.size,
+            size=simplified_setup.problem.size,
             dtype=config.model.dtype,
             device=config.training.device or "cuda",
             source=source.origin,
@@ -167,7 +167,7 @@ def _disk(plan: RunSetup, sizes: Sizes, config: RunConfig) -> Disk:
     saved = sum(sizes.roles.values()) + sizes.heads + sizes.ema + sum(sizes.optimizers.values())
     return Disk(
         prompt=prompt,
-        image=image_bytes(plan, plan.setting.size) if plan.needs.images else 0,
+        image=image_bytes(plan, plan.problem.size) if plan.needs.images else 0,
         text_cache=None if prompts is None else prompts * prompt,
         checkpoint=saved,
     )

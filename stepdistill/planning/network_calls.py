@@ -19,7 +19,7 @@ from stepdistill.families.conditioning import Conditioning
 from stepdistill.frozen.vision import VISION, VisionEncoder
 from stepdistill.methods.base import Batch, Method, Progress, Terms
 from stepdistill.planning.meter import Flops
-from stepdistill.rewards.base import HELD_OUT, REWARD, OwnReward
+from stepdistill.rewards.base import HELD_OUT, REWARD, FunctionReward
 from stepdistill.roles.sampler import GuidedState
 from stepdistill.roles.triple import REAL_SCORE, RoleLayout, Triple
 from stepdistill.training.inputs.batches import sample_numbers
@@ -159,7 +159,7 @@ def count_network_calls(plan: RunSetup) -> CallStatistics:
 
     Every lot is drawn as process 0 of the run itself will draw it, so that the counts of these iterations are its own.
     """
-    method, training = plan.method_class(plan.method_config, plan.setting), plan.config.training
+    method, training = plan.method_class(plan.method_config, plan.problem), plan.config.training
     count = min(training.max_steps, MAX_SCHEDULED_ITERATIONS)
     due: dict[tuple[str, ...], list[int]] = {}
     for progress in iterate_progress(method, count):
@@ -241,14 +241,14 @@ def _choose_iterations_to_trace(
 
 def _toy_run(plan: RunSetup) -> tuple[Method[Any], Triple, Batch]:
     """The method posed on a Gaussian in two dimensions, with full roles and a batch of the run's own size."""
-    schedule, rows = plan.setting.schedule, plan.config.training.batch_size
+    schedule, rows = plan.problem.schedule, plan.config.training.batch_size
     gaussian = Mixture(torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 1.0)
     network = MixtureNetwork(gaussian, schedule, width=8)
-    setting = replace(plan.setting, latent_shape=(2, 1, 1), feature_channels=8, feature_size=(1, 1))
+    problem = replace(plan.problem, latent_shape=(2, 1, 1), feature_channels=8, feature_size=(1, 1))
     triple = Triple(network, Analytic(), schedule, {role: RoleLayout("full") for role in plan.roles})
-    mean = OwnReward(lambda images, prompts: images.mean((1, 2, 3)))
+    mean = FunctionReward(lambda images, prompts: images.mean((1, 2, 3)))
     triple.frozen = {VISION: _ToyVision(), REWARD: mean, HELD_OUT: mean}
     cond, latents = Conditioning(torch.ones(rows, 1, 1)), torch.zeros(rows, 2, 1, 1)
     states = GuidedState(latents, torch.full((rows,), 1e-3, dtype=torch.float64), latents, torch.zeros(rows))
     batch = Batch(cond, cond, latents, cond, latents, latents, cond, states, cond.told(1.0), losers=latents)
-    return plan.method_class(plan.method_config, setting), triple, batch
+    return plan.method_class(plan.method_config, problem), triple, batch

@@ -169,7 +169,7 @@ class _Tracer:
         """A micro-batch of the shapes that `BatchSource` makes."""
         plan, checkpoint, rows = self.plan, self.session.checkpoint, self.training.batch_size
         needs = plan.needs
-        sizes, prompts = [ImageSize.plain(*plan.setting.size)] * rows, [""] * rows
+        sizes, prompts = [ImageSize.plain(*plan.problem.size)] * rows, [""] * rows
         with self._measured_phase(ENCODE_TEXT):
             cond = plan.family.encode(checkpoint, prompts, sizes)
             null = plan.family.null(checkpoint, sizes, plan.config.model.negative_prompt)
@@ -178,17 +178,17 @@ class _Tracer:
                 if needs.images or needs.pairs or needs.trajectories
                 else None
             )
-        latents = torch.zeros(rows, *plan.setting.latent_shape, dtype=self.session.dtype, device=self.session.device)
+        latents = torch.zeros(rows, *plan.problem.latent_shape, dtype=self.session.dtype, device=self.session.device)
         batch = Batch(cond, null, prompts=tuple(prompts))
         if needs.images:
-            images = torch.zeros(rows, 3, *plan.setting.size, device=self.session.device)
+            images = torch.zeros(rows, 3, *plan.problem.size, device=self.session.device)
             with self._measured_phase(ENCODE_IMAGES):
                 encoded = plan.family.encode_images(checkpoint, images, latents).to(self.session.dtype)
             batch = replace(batch, images=encoded, image_cond=again, losers=encoded if needs.losers else None)
         if needs.pairs:
             batch = replace(batch, pair_noise=latents, pair_latents=latents, pair_cond=again)
         if needs.trajectories and again is not None:
-            t = torch.full((rows,), min(DUMMY_TIMESTEP, plan.setting.schedule.terminal_time), dtype=torch.float64)
+            t = torch.full((rows,), min(DUMMY_TIMESTEP, plan.problem.schedule.terminal_time), dtype=torch.float64)
             states = GuidedState(latents, t, latents, torch.zeros(rows, dtype=self.session.dtype))
             batch = replace(batch, states=states, states_cond=again.told(1.0))
         return batch
@@ -198,10 +198,10 @@ class _Tracer:
         """The dearest moments of a sample grid: the guided teacher on all its prompts at once, and one image decoded."""
         session, plan = self.session, self.plan
         rows, guidance = [0] * self.training.grid_prompts, session.method.recipe().baked_guidance
-        noise = torch.zeros(len(rows), *plan.setting.latent_shape, dtype=session.dtype, device=session.device)
+        noise = torch.zeros(len(rows), *plan.problem.latent_shape, dtype=session.dtype, device=session.device)
         with self._measured_phase(SAMPLE_GRID):
             cond, null = batch.cond[rows], batch.null[rows]
-            time = min(DUMMY_TIMESTEP, plan.setting.schedule.terminal_time)
+            time = min(DUMMY_TIMESTEP, plan.problem.schedule.terminal_time)
             latents = session.triple.real_score.guided(noise, time, cond, null, guidance)
             plan.family.decode(session.checkpoint, latents[:1])
 

@@ -13,7 +13,7 @@ from stepdistill.errors import UserError
 from stepdistill.frozen.vision import is_outline
 from stepdistill.rewards.base import Reward
 from stepdistill.rewards.clip import DEFAULT, ClipReward, load_clip
-from stepdistill.rewards.stack import linear_stack
+from stepdistill.rewards.linear_head import linear_stack
 
 
 class AestheticReward(Reward):
@@ -24,7 +24,7 @@ class AestheticReward(Reward):
         self.clip, self.head = clip, head
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.head(F.normalize(self.clip.embedded(images), dim=1))[:, 0]  # type: ignore[no-any-return]
+        return self.head(F.normalize(self.clip.image_embeddings(images), dim=1))[:, 0]  # type: ignore[no-any-return]
 
 
 def load(option: str, *, download: bool = True) -> Reward:

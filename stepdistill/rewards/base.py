@@ -48,7 +48,7 @@ class RewardLoader(Protocol):
         ...
 
 
-class OwnReward(Reward):
+class FunctionReward(Reward):
     """A user's function (images, prompts) -> (B,); it is differentiable if the function is."""
 
     def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
@@ -59,7 +59,7 @@ class OwnReward(Reward):
         return self.function(images, prompts)
 
 
-class Sum(Reward):
+class WeightedSum(Reward):
     """sum_k w_k r_k; differentiable if all rewards are.
 
     Raises:

@@ -19,7 +19,7 @@ from stepdistill.rewards.base import Reward
 DEFAULT, PICKSCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
 
 
-def _public(width: int, text: tuple[int, int, int], vision: tuple[int, int, int]) -> CLIPConfig:
+def _clip_config(width: int, text: tuple[int, int, int], vision: tuple[int, int, int]) -> CLIPConfig:
     """Makes a config from the projection's width and the (width, layers, heads) of both towers, with patches of 14 pixels."""
     towers = [
         {"hidden_size": w, "intermediate_size": 4 * w, "num_hidden_layers": layers, "num_attention_heads": heads}
@@ -28,16 +28,16 @@ def _public(width: int, text: tuple[int, int, int], vision: tuple[int, int, int]
     return CLIPConfig(text_config=towers[0], vision_config={**towers[1], "patch_size": 14}, projection_dim=width)
 
 
-PUBLIC: Mapping[str, Callable[[], CLIPConfig]] = {
-    DEFAULT: lambda: _public(768, (768, 12, 12), (1024, 24, 16)),
-    PICKSCORE: lambda: _public(1024, (1024, 24, 16), (1280, 32, 16)),
+PUBLIC_CONFIGS: Mapping[str, Callable[[], CLIPConfig]] = {
+    DEFAULT: lambda: _clip_config(768, (768, 12, 12), (1024, 24, 16)),
+    PICKSCORE: lambda: _clip_config(1024, (1024, 24, 16), (1280, 32, 16)),
 }
 """Configs of public checkpoints, so that `stepdistill plan` needs no download."""
 Framing = Literal["transformers", "torchvision", "padded"]
 """How an image becomes a square; see `ClipPixels`."""
 
 
-class ClipPixels(nn.Module):
+class ClipPreprocessor(nn.Module):
     """CLIP's image preprocessing with gradients: bicubic resizing with antialiasing, a square, standardisation.
 
     The published rewards round differently, which moves images that are not square by a pixel.
@@ -49,9 +49,9 @@ class ClipPixels(nn.Module):
             (OpenCLIP's `ResizeMaxSize`, used by HPS v2.1) resizes the longer side and pads with black.
     """
 
-    def __init__(self, side: int, framing: Framing = "transformers") -> None:
+    def __init__(self, image_size: int, framing: Framing = "transformers") -> None:
         super().__init__()
-        self.side, self.framing = side, framing
+        self.image_size, self.framing = image_size, framing
         self.mean: Tensor
         self.deviation: Tensor
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).reshape(3, 1, 1))
@@ -64,18 +64,18 @@ class ClipPixels(nn.Module):
         size = self._resized(height, width)
         if size != (height, width):
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        top, left = (self._margin(length - self.side) for length in size)
-        bottom, right = size[0] - self.side - top, size[1] - self.side - left
+        top, left = (self._margin(length - self.image_size) for length in size)
+        bottom, right = size[0] - self.image_size - top, size[1] - self.image_size - left
         # a negative padding crops, and a negative margin pads
         images = F.pad(images, (-left, -right, -top, -bottom))
         return (images - self.mean) / self.deviation
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if self.framing == "padded":
-            scale = self.side / max(height, width)
+            scale = self.image_size / max(height, width)
             return round(height * scale), round(width * scale)
         shorter = min(height, width)
-        return int(self.side * height / shorter), int(self.side * width / shorter)
+        return int(self.image_size * height / shorter), int(self.image_size * width / shorter)
 
     def _margin(self, excess: int) -> int:
         """Returns the pixels to cut off at the top or left of an excess of pixels; negative if pixels are missing."""
@@ -91,7 +91,7 @@ class ClipReward(Reward):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.length = int(model.config.text_config.max_position_embeddings)
-        self.pixels = ClipPixels(int(model.config.vision_config.image_size), framing)
+        self.preprocess = ClipPreprocessor(int(model.config.vision_config.image_size), framing)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         # padded to the full length, so that a sample's reward does not depend on the other prompts of the batch
@@ -99,11 +99,11 @@ class ClipReward(Reward):
             list(prompts), truncation=True, max_length=self.length, padding="max_length", return_tensors="pt"
         )
         text = self.model.text_model(**tokens.to(images.device)).pooler_output
-        return F.cosine_similarity(self.embedded(images), self.model.text_projection(text), dim=1)
+        return F.cosine_similarity(self.image_embeddings(images), self.model.text_projection(text), dim=1)
 
-    def embedded(self, images: Tensor) -> Tensor:
+    def image_embeddings(self, images: Tensor) -> Tensor:
         """Returns the projected image embeddings (B, D)."""
-        image = self.model.vision_model(pixel_values=self.pixels(images)).pooler_output
+        image = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
         return self.model.visual_projection(image)  # type: ignore[no-any-return]
 
 
@@ -124,8 +124,8 @@ def load_clip(reward: str, name: str, framing: Framing = "transformers", *, down
     Raises:
         UserError: no such checkpoint, or one of another kind.
     """
-    known = is_outline() and name in PUBLIC
-    config = PUBLIC[name]() if known else config_of(name, download=download)
+    known = is_outline() and name in PUBLIC_CONFIGS
+    config = PUBLIC_CONFIGS[name]() if known else config_of(name, download=download)
     if not isinstance(config, CLIPConfig):
         raise UserError(
             f"the reward '{reward}:{name}' is a model of type {config.model_type!r}: give a CLIP checkpoint"

@@ -29,12 +29,12 @@ class AttributeReward(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         seen = self.critic(2 * images.to(self.critic.stem.weight.dtype) - 1)
         logits = seen.colour if self.colour else seen.garment
-        index = torch.tensor([_asked(prompt, self.colour) for prompt in prompts], device=logits.device)
+        index = torch.tensor([_attribute_index(prompt, self.colour) for prompt in prompts], device=logits.device)
         chosen = logits.softmax(1).gather(1, index.clamp_min(0)[:, None])[:, 0]
         return torch.where(index >= 0, chosen, torch.ones_like(chosen))
 
 
-def _asked(prompt: str, colour: bool) -> int:
+def _attribute_index(prompt: str, colour: bool) -> int:
     """Returns the index of the colour or garment that a prompt names, or -1 if it names none."""
     try:
         said = parse_caption(prompt)

@@ -21,15 +21,15 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from stepdistill.errors import UserError
 from stepdistill.frozen.vision import config_of, is_outline
 from stepdistill.rewards.base import Reward
-from stepdistill.rewards.clip import ClipPixels
-from stepdistill.rewards.stack import linear_stack
+from stepdistill.rewards.clip import ClipPreprocessor
+from stepdistill.rewards.linear_head import linear_stack
 
-WEIGHTS = "ImageReward.safetensors"
-LENGTH = 35
+WEIGHTS_FILE = "ImageReward.safetensors"
+MAX_PROMPT_TOKENS = 35
 """Maximum number of tokens of a prompt; the rest is cut off."""
-MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
+SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 """Mean and standard deviation of the head's outputs over the training images (ImageReward/ImageReward.py)."""
-RENAMED = (
+KEY_PATTERNS = (
     (r"^visual_encoder\.cls_token$", "embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "embeddings.position_embedding"),
     (r"^visual_encoder\.patch_embed\.proj\.", "embeddings.patch_embedding."),
@@ -48,12 +48,12 @@ class ImageReward(Reward):
     def __init__(self, vision: BlipVisionModel, text: BlipTextModel, head: nn.Sequential, tokenizer: object) -> None:
         super().__init__()
         self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
-        self.pixels = ClipPixels(int(vision.config.image_size), "torchvision")
+        self.preprocess = ClipPreprocessor(int(vision.config.image_size), "torchvision")
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen = self.vision(pixel_values=self.pixels(images)).last_hidden_state
+        seen = self.vision(pixel_values=self.preprocess(images)).last_hidden_state
         tokens = self.tokenizer(  # type: ignore[operator]
-            list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+            list(prompts), padding="max_length", truncation=True, max_length=MAX_PROMPT_TOKENS, return_tensors="pt"
         ).to(images.device)
         read = self.text(
             input_ids=tokens.input_ids,
@@ -61,7 +61,7 @@ class ImageReward(Reward):
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=images.device),
         ).last_hidden_state
-        return (self.head(read[:, 0])[:, 0] - MEAN) / DEVIATION  # type: ignore[no-any-return]
+        return (self.head(read[:, 0])[:, 0] - SCORE_MEAN) / SCORE_STD  # type: ignore[no-any-return]
 
 
 def load(option: str, *, download: bool = True) -> Reward:
@@ -77,7 +77,7 @@ def load(option: str, *, download: bool = True) -> Reward:
     if not option:
         raise UserError(
             f"the reward 'imagereward' names no weights, and ImageReward is published as a pickle: give imagereward:FOLDER with its "
-            f"tensors as {WEIGHTS}, BLIP's config.json and the tokenizer"
+            f"tensors as {WEIGHTS_FILE}, BLIP's config.json and the tokenizer"
         )
     config, folder = config_of(option, download=False), Path(option)
     if not isinstance(config, BlipConfig):
@@ -89,22 +89,22 @@ def load(option: str, *, download: bool = True) -> Reward:
     try:
         tokenizer = BertTokenizerFast.from_pretrained(option, local_files_only=True)
         if not is_outline():
-            _fill(load_file(folder / WEIGHTS), vision, text, head)
+            _load_published_weights(load_file(folder / WEIGHTS_FILE), vision, text, head)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"ImageReward cannot be loaded from {option!r} ({' '.join(str(error).split())[:120]}): give a folder that holds its "
-            f"tensors as {WEIGHTS} and BERT's tokenizer"
+            f"tensors as {WEIGHTS_FILE} and BERT's tokenizer"
         ) from None
     return ImageReward(vision, text, nn.Sequential(*head.values()), tokenizer)
 
 
-def _fill(tensors: Mapping[str, Tensor], vision: nn.Module, text: nn.Module, head: nn.Module) -> None:
+def _load_published_weights(tensors: Mapping[str, Tensor], vision: nn.Module, text: nn.Module, head: nn.Module) -> None:
     """Loads tensors that have the published names into the three networks."""
     parts: dict[str, dict[str, Tensor]] = {"visual_encoder": {}, "text_encoder": {}, "mlp": {}}
     for key, value in tensors.items():
         name = key.removeprefix("blip.")
         kind = name.partition(".")[0]
-        for pattern, replacement in RENAMED:
+        for pattern, replacement in KEY_PATTERNS:
             renamed = re.sub(pattern, replacement, name)
             if renamed != name:
                 name = renamed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepdistill.config.registry import REWARDS, nearest
 from stepdistill.errors import UserError
-from stepdistill.rewards.base import OwnReward, Reward, RewardLoader, Sum
+from stepdistill.rewards.base import FunctionReward, Reward, RewardLoader, WeightedSum
 
 
 def load_reward(name: str, *, download: bool = True) -> Reward:
@@ -31,7 +31,7 @@ def load_reward(name: str, *, download: bool = True) -> Reward:
     terms = _terms(name)
     if terms == [(1.0, name)]:
         return _load(name, download)
-    return Sum([_load(one, download) for _, one in terms], [weight for weight, _ in terms])
+    return WeightedSum([_load(one, download) for _, one in terms], [weight for weight, _ in terms])
 
 
 def report_name(name: str) -> str:
@@ -85,11 +85,11 @@ def _load(name: str, download: bool) -> Reward:
         loader: RewardLoader = vars(import_module(module))[attribute]
         reward = loader(option, download=download)
     else:
-        reward = OwnReward(_function(name))
+        reward = FunctionReward(_import_function(name))
     return reward.eval().requires_grad_(False)
 
 
-def _function(name: str) -> Callable[[Tensor, Sequence[str]], Tensor]:
+def _import_function(name: str) -> Callable[[Tensor, Sequence[str]], Tensor]:
     module, _, attribute = name.partition(":")
     if not attribute:
         raise UserError(

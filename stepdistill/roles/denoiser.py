@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from stepdistill.diffusion.prediction import Prediction, convert, guide, to_eps, to_x0
+from stepdistill.diffusion.prediction import Prediction, convert_prediction, guide, to_eps, to_x0
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, float64, full
 from stepdistill.diffusion.trigflow import TrigFlow
 from stepdistill.families.base import Family
@@ -83,12 +83,12 @@ class Denoiser:
         alpha, sigma = self.schedule.levels(t, estimate.x0)
         native = self.schedule.prediction
         target = Prediction.FLOW if self.schedule.is_flow else Prediction.V
-        return convert(estimate.raw, full(x_t), alpha, sigma, native, target)
+        return convert_prediction(estimate.raw, full(x_t), alpha, sigma, native, target)
 
-    def trigflow(self, bridge: TrigFlow, x: Tensor, angle: Time, cond: Conditioning) -> Tensor:
+    def trigflow(self, trigflow: TrigFlow, x: Tensor, angle: Time, cond: Conditioning) -> Tensor:
         """F of the TrigFlow network that this one is through the bridge, at X_T (B, ...) and angles () or (B,)."""
-        x_t, t = bridge.native(x, angle)
-        return bridge.velocity(self._forward(x_t, t, cond), x_t, angle)
+        x_t, t = trigflow.native(x, angle)
+        return trigflow.velocity(self._forward(x_t, t, cond), x_t, angle)
 
     def jvp(
         self, function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
@@ -121,7 +121,9 @@ class Denoiser:
             w = w.to(uncond).reshape(-1, *(1,) * (uncond.ndim - 1))
         return guide(uncond, conditional, w)
 
-    def gain(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning, w: float) -> tuple[Tensor, Tensor]:
+    def guidance_delta(
+        self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning, w: float
+    ) -> tuple[Tensor, Tensor]:
         """(x0, what guidance w adds to it). Of a network that is told its guidance: the difference of what it is told."""
         if self.guide is None and cond.guidance is None:
             uncond, conditional = self.both(x_t, t, cond, null)

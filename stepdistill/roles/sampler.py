@@ -70,7 +70,7 @@ def advance(
     x0 = predict(x_t, t)
     gaussian = transition(schedule, x_t, x0, t, s)
     # diffusers' samplers draw no noise where none is used; drawing in their order keeps seeds interchangeable
-    x_s = gaussian.mean if gaussian.deterministic else gaussian.sample(fresh())
+    x_s = gaussian.mean if gaussian.is_deterministic else gaussian.sample(fresh())
     return Step(t, s, x_t, x0, gaussian, x_s)
 
 
@@ -160,7 +160,7 @@ def student_sample(
     triple: Triple, experts: Sequence[str], recipe: Recipe, cond: Conditioning, noise: Tensor, fresh: Noise
 ) -> Tensor:
     """Where a student takes `noise` by its recipe, (B, C, h, w); `experts` are its roles, one for each of the recipe's."""
-    ladder = recipe.ladder(triple.schedule)
+    ladder = recipe.native_timesteps(triple.schedule)
     with ExitStack() as stack:
         for role in dict.fromkeys(experts):
             stack.enter_context(triple.at_hand(role))

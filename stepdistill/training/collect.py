@@ -226,12 +226,12 @@ class _Teacher:
         cond = self.family.encode(self.checkpoint, texts, sizes)
         null = self.family.null(self.checkpoint, sizes, self.negative_prompt)
         noise = torch.stack([noise_for(seed, self.shape) for seed in seeds]).to(self.device)
-        (low, high), ladder = self.config.guidance_range, trailing_timesteps(self.schedule, self.config.steps)
+        (low, high), timesteps = self.config.guidance_range, trailing_timesteps(self.schedule, self.config.steps)
         lots = [torch.rand((), generator=generator(seed, "w"), dtype=torch.float64) for seed in seeds]
         w = low + (high - low) * torch.stack(lots)
-        orders = [torch.randperm(len(ladder), generator=generator(seed, "states")) for seed in seeds]
+        orders = [torch.randperm(len(timesteps), generator=generator(seed, "states")) for seed in seeds]
         kept = [set(order[:keep].tolist()) for order in orders]
-        times = [torch.full((len(seeds),), t, dtype=torch.float64, device=self.device) for t in ladder]
+        times = [torch.full((len(seeds),), t, dtype=torch.float64, device=self.device) for t in timesteps]
         found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in seeds]
         for index, state in enumerate(guided_trajectory(self.denoiser, cond, null, noise, times, w.to(self.device))):
             parts = [tensor.cpu() for tensor in (state.x_t, state.target, state.t, state.plain)]
@@ -255,14 +255,14 @@ class _Student:
         self.session, iteration = open_run(config.run, str(place))
         plan = self.session.plan
         self.name, self.precision = f"{config.run}@{iteration}", plan.config.model.dtype
-        self.size = plan.setting.size
+        self.size = plan.problem.size
         self.sampler = self.session.recipe.scheduler_class
 
     @torch.no_grad()
     def draw(self, texts: list[str], seeds: list[int]) -> torch.Tensor:
         session, plan = self.session, self.session.plan
         cond = session.encoder.text(texts, [ImageSize.plain(*self.size)] * len(texts))
-        shape = plan.setting.latent_shape
+        shape = plan.problem.latent_shape
         noise = torch.stack([noise_for(seed, shape) for seed in seeds]).to(session.device, session.dtype)
         draws = Draws(0, 0, "collect", seeds, session.device, session.dtype)
         return student_latents(session, session.student, cond, noise, draws)

@@ -14,9 +14,9 @@ from stepdistill.training.setup import RunSetup
 
 def describe(plan: RunSetup, session: Session | None = None, processes: int = 1) -> list[str]:
     """What a run is, line by line: the dry run prints it, training logs it."""
-    config, setting = plan.config, plan.setting
+    config, problem = plan.config, plan.problem
     training = config.training
-    method = plan.method_class(plan.method_config, setting)
+    method = plan.method_class(plan.method_config, problem)
     recipe = plan.family.stock_recipe(plan.info, method.recipe())
     options = ", ".join(f"{key}={value}" for key, value in plan.method_config.model_dump(exclude_unset=True).items())
     ladder = ", ".join(f"{time:g}" for time in recipe.times)
@@ -32,8 +32,8 @@ def describe(plan: RunSetup, session: Session | None = None, processes: int = 1)
         counts = zip(plan.buckets.sizes, plan.buckets.weights, strict=True)
         extra.append("buckets " + ", ".join(f"{size[0]}x{size[1]} (weight {weight:,})" for size, weight in counts))
     lines = [
-        f"teacher     {config.model.path}: family {plan.info.family}, {setting.schedule.prediction.value} prediction, "
-        f"latents {'x'.join(map(str, setting.latent_shape))}, base in {config.model.dtype}",
+        f"teacher     {config.model.path}: family {plan.info.family}, {problem.schedule.prediction.value} prediction, "
+        f"latents {'x'.join(map(str, problem.latent_shape))}, base in {config.model.dtype}",
         f"method      {config.method_name}: {options}",
         f"student     {recipe.num_inference_steps} network calls with {recipe.scheduler_class} at {ladder}, "
         + ("guidance off" if recipe.w == 1 else f"told a guidance scale of {recipe.w:g}")

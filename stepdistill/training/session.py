@@ -89,14 +89,14 @@ def assemble(plan: RunSetup, checkpoint: Checkpoint, where: torch.device, warm: 
     triple = Triple(
         checkpoint.network,
         plan.family,
-        plan.setting.schedule,
+        plan.problem.schedule,
         plan.layouts,
         compute_dtype=dtype,
         seed=config.training.seed,
         teacher_adapter=config.model.guidance_adapter,
     )
     with torch.device("cpu"):  # its ladders and levels are numbers even where weights are outlines
-        method = plan.method_class(plan.method_config, plan.setting)
+        method = plan.method_class(plan.method_config, plan.problem)
     teacher = triple.guidance_conditioners.get(REAL_SCORE)
     guidance = dict(plan.method_config).get("guidance")
     if isinstance(teacher, GuidanceAdapter) and guidance is not None:

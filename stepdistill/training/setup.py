@@ -42,7 +42,7 @@ class RunSetup:
     family: Family
     method_class: type[Method[Any]]
     method_config: Settings
-    setting: Problem
+    problem: Problem
     prompts: PromptList
     images: ImageSource | None
     pairs: TensorFolder | None
@@ -82,7 +82,7 @@ def prepare(config: RunConfig, *, images: bool = True) -> RunSetup:
     parse(load_method(config.method_name).Config, config.method_options, where="method")
     info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
     plan = without_data(config, info)
-    data, size = config.data, plan.setting.size
+    data, size = config.data, plan.problem.size
     needs = plan.needs
     prompts = read_prompts(str(data.prompts), data.prompt_column)
     source = pairs = trajectories = buckets = None
@@ -99,7 +99,7 @@ def prepare(config: RunConfig, *, images: bool = True) -> RunSetup:
         _check_cache(config, source)
     if images and needs.pairs and data.pairs is not None:
         pairs = TensorFolder(data.pairs)
-        check_pairs(pairs, prompts, plan.method_config, plan.setting.latent_shape, config.model.negative_prompt)
+        check_pairs(pairs, prompts, plan.method_config, plan.problem.latent_shape, config.model.negative_prompt)
     if images and needs.trajectories and data.trajectories is not None:
         trajectories = TrajectoryFolder(data.trajectories)
         check_trajectories(
@@ -107,7 +107,7 @@ def prepare(config: RunConfig, *, images: bool = True) -> RunSetup:
             prompts,
             config.model.path,
             plan.method_config,
-            plan.setting.latent_shape,
+            plan.problem.latent_shape,
             config.model.negative_prompt,
         )
     if images and data.buckets:
@@ -131,7 +131,7 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> RunSetup:
     latent_shape = info.latent_shape(size)
     # buckets share the schedule of model.size, where a dynamic shift depends on the size
     schedule = info.schedule.for_tokens(latent_shape[1] * latent_shape[2] // 4)
-    setting = Problem(
+    problem = Problem(
         schedule=schedule,
         latent_shape=latent_shape,
         feature_channels=family.feature_channels(info),
@@ -153,11 +153,11 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> RunSetup:
             "the method as it is configured needs images that lose and data.losers is not set: give a folder or a column, or let "
             "the model draw them (method.losers: captions)"
         )
-    family.stock_recipe(info, method_class(method_config, setting).recipe())
+    family.stock_recipe(info, method_class(method_config, problem).recipe())
     if data.prompts is None:
         raise UserError("data.prompts is not set: give a .txt, .jsonl, .csv or .parquet file, or 'builtin:general'")
     nothing = PromptList((), data.prompts, "")
-    return RunSetup(config, info, family, method_class, method_config, setting, nothing, None, None)
+    return RunSetup(config, info, family, method_class, method_config, problem, nothing, None, None)
 
 
 def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | None = None) -> RoleLayout:

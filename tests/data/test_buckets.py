@@ -239,8 +239,8 @@ def test_the_head_takes_every_size_from_its_own_on(size: tuple[int, int]) -> Non
 
 def test_the_head_is_made_for_the_smallest_bucket(tiny: Callable[..., Path], photos: Path) -> None:
     plan = prepare(run_config(tiny("sd"), 1, images=str(photos), buckets=[(64, 32), (16, 48)]))
-    assert plan.setting.feature_size == (4, 8)
-    assert prepare(run_config(tiny("sd"), 1, images=str(photos))).setting.feature_size == (4, 4)
+    assert plan.problem.feature_size == (4, 8)
+    assert prepare(run_config(tiny("sd"), 1, images=str(photos))).problem.feature_size == (4, 4)
 
 
 def test_buckets_that_are_refused(tiny: Callable[..., Path], photos: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_states_are_what_the_guided_teacher_says(wanted: Callable[..., CollectCo
     info = inspect_checkpoint(config.model.path, None, None)
     checkpoint, family = load_checkpoint(info, torch.float64, torch.device("cpu")), load_family(info.family)
     denoiser, size = Denoiser(checkpoint.network, family, info.schedule), [ImageSize.plain(1, 1)]
-    null, ladder = family.null(checkpoint, size), trailing_timesteps(info.schedule, 6)
+    null, timesteps = family.null(checkpoint, size), trailing_timesteps(info.schedule, 6)
     walks: dict[int, list[float]] = {}
     for index in range(len(folder)):
         state = folder[index]
@@ -74,7 +74,7 @@ def test_states_are_what_the_guided_teacher_says(wanted: Callable[..., CollectCo
     assert {folder[3 * k].prompt for k in range(5)} == {0, 1, 2}
     assert len({folder[3 * k].w for k in range(5)}) == 5
     for times in walks.values():
-        assert times == sorted(set(times) & set(ladder), reverse=True)
+        assert times == sorted(set(times) & set(timesteps), reverse=True)
     assert len({tuple(times) for times in walks.values()}) > 1
     with pytest.raises(IndexError):
         folder[15]

@@ -22,7 +22,7 @@ from support.toys import (
 )
 from torch import Tensor
 
-from stepdistill.diffusion.prediction import Prediction, convert, from_x0_eps, guide, to_eps, to_x0
+from stepdistill.diffusion.prediction import Prediction, convert_prediction, from_x0_eps, guide, to_eps, to_x0
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.timesteps import student_timesteps
 from stepdistill.errors import UserError
@@ -56,8 +56,8 @@ def test_closed_loop(source: Prediction, name: str, t: float) -> None:
     close(to_eps(out, x_t, alpha, sigma, source), eps)
     for target in ALL:
         if alpha > 0 or target is not Prediction.EPSILON:
-            there = convert(out, x_t, alpha, sigma, source, target)
-            close(convert(there, x_t, alpha, sigma, target, source), out)
+            there = convert_prediction(out, x_t, alpha, sigma, source, target)
+            close(convert_prediction(there, x_t, alpha, sigma, target, source), out)
 
 
 def test_definitions() -> None:
@@ -82,7 +82,7 @@ def test_definitions() -> None:
 def test_one_network_read_in_five_ways(name: str) -> None:
     """Raw outputs of a random U-Net read as any type give a consistent (x0, eps) pair at x_t and return to themselves."""
     schedule, x_t = SCHEDULES[name](), noise(2, 4, 8, 8)
-    t = schedule.time_at(torch.tensor([0.35, 0.8], dtype=torch.float64))
+    t = schedule.time_at_fraction(torch.tensor([0.35, 0.8], dtype=torch.float64))
     cond = Conditioning(noise(2, 3, 16, seed=2))
     for prediction in ALL:
         reading = NoiseSchedule(prediction, schedule.angles)
@@ -90,7 +90,7 @@ def test_one_network_read_in_five_ways(name: str) -> None:
         alpha, sigma = reading.levels(t, x_t)
         close(alpha * estimate.x0 + sigma * estimate.eps, x_t)
         for target in ALL:
-            there = convert(estimate.raw, x_t, alpha, sigma, prediction, target)
+            there = convert_prediction(estimate.raw, x_t, alpha, sigma, prediction, target)
             close(to_x0(there, x_t, alpha, sigma, target), estimate.x0)
             close(to_eps(there, x_t, alpha, sigma, target), estimate.eps)
 
@@ -100,7 +100,7 @@ def test_every_type_of_gaussian_teacher_gives_the_same_x0(name: str) -> None:
     """E[x0 | x_t] = m + alpha std^2 / (alpha^2 std^2 + sigma^2) (x_t - alpha m), whatever the network predicts."""
     schedule, std, mean = SCHEDULES[name](), 0.5, torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     x_t = noise(6, 3, 1, 1)
-    t = schedule.time_at(torch.linspace(0.05, 0.95, 6, dtype=torch.float64))
+    t = schedule.time_at_fraction(torch.linspace(0.05, 0.95, 6, dtype=torch.float64))
     alpha, sigma = schedule.levels(t, x_t)
     m = mean[:, None, None]
     expected = m + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x_t - alpha * m)
@@ -120,11 +120,11 @@ def test_every_type_of_gaussian_teacher_gives_the_same_x0(name: str) -> None:
 def test_differences_at_one_point(name: str) -> None:
     """s_F - s_T = (alpha/sigma^2)(mu_F - mu_T); mu_F - mu_T = -(sigma/alpha) d_eps = -sigma d_v (VP) = -sigma d_u (flow)."""
     schedule, x_t = SCHEDULES[name](), noise(8, 2, 1, 1)
-    alpha, sigma = schedule.levels(schedule.time_at(torch.linspace(0.1, 0.9, 8, dtype=torch.float64)), x_t)
+    alpha, sigma = schedule.levels(schedule.time_at_fraction(torch.linspace(0.1, 0.9, 8, dtype=torch.float64)), x_t)
     fake, real = noise(8, 2, 1, 1, seed=1), noise(8, 2, 1, 1, seed=2)  # x0 of two models
 
     def difference(target: Prediction) -> Tensor:
-        both = [convert(x0, x_t, alpha, sigma, Prediction.SAMPLE, target) for x0 in (fake, real)]
+        both = [convert_prediction(x0, x_t, alpha, sigma, Prediction.SAMPLE, target) for x0 in (fake, real)]
         return both[0] - both[1]
 
     score = -difference(Prediction.EPSILON) / sigma
@@ -137,7 +137,7 @@ def test_differences_at_one_point(name: str) -> None:
 def test_guidance_is_the_same_in_every_space(name: str, prediction: Prediction) -> None:
     alpha, sigma = levels(name, 700 if name == "eps" else 0.7)
     x_t, uncond, cond = noise(2, 3), noise(2, 3, seed=1), noise(2, 3, seed=2)
-    there = [convert(x0, x_t, alpha, sigma, Prediction.SAMPLE, prediction) for x0 in (uncond, cond)]
+    there = [convert_prediction(x0, x_t, alpha, sigma, Prediction.SAMPLE, prediction) for x0 in (uncond, cond)]
     close(to_x0(guide(*there, 7.5), x_t, alpha, sigma, prediction), uncond + 7.5 * (cond - uncond))
 
 
@@ -150,7 +150,7 @@ def test_guided_denoiser(schedule: Callable[[], NoiseSchedule]) -> None:
     """uncond + w (cond - uncond) in one batched call; w = 1 is off and calls the network on B rows only."""
     triple = analytic_triple(four_modes(), schedule())
     teacher, x_t, cond, null = triple.real_score, noise(3, 2, 1, 1), of_classes(0, 1, 3), prompts(3, 4)
-    t = triple.schedule.time_at(torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64))
+    t = triple.schedule.time_at_fraction(torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64))
     plain, empty = teacher.x0(x_t, t, cond), teacher.x0(x_t, t, null)
     sizes: list[int] = []
     triple.base.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))

@@ -97,7 +97,7 @@ def test_vp_between_integer_timesteps() -> None:
 def test_python_times_keep_float64() -> None:
     """0.9 as a Python number is 0.9, not float32's 0.89999998."""
     assert float(flow().sigma(0.9)) == 0.9
-    assert float(flow(3.0).time_at(0.1)) == pytest.approx(0.25, abs=1e-16)
+    assert float(flow(3.0).time_at_fraction(0.1)) == pytest.approx(0.25, abs=1e-16)
     assert float(vp().angle(0.1)) == float(vp().angle(torch.tensor(0.1, dtype=torch.float64)))
 
 
@@ -132,7 +132,7 @@ def test_static_flow_shift_equals_diffusers(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=FRACTIONS.tolist())
     schedule = NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler.config})
-    times = schedule.time_at(torch.from_numpy(FRACTIONS))
+    times = schedule.time_at_fraction(torch.from_numpy(FRACTIONS))
     torch.testing.assert_close(times, scheduler.sigmas[:-1].double(), rtol=0, atol=1e-7)
     torch.testing.assert_close(schedule.fraction_at(times), torch.from_numpy(FRACTIONS), rtol=0, atol=1e-15)
 
@@ -147,7 +147,7 @@ def test_dynamic_flow_shift_equals_diffusers(kind: str, tokens: int) -> None:
     schedule = dynamic.for_tokens(tokens)
     assert schedule.dynamic_shift is None
     assert schedule.for_tokens(17) is schedule
-    times = schedule.time_at(torch.from_numpy(FRACTIONS))
+    times = schedule.time_at_fraction(torch.from_numpy(FRACTIONS))
     torch.testing.assert_close(times, scheduler.sigmas[:-1].double(), rtol=0, atol=2e-7)
 
 
@@ -155,15 +155,15 @@ def test_vp_fractions() -> None:
     """Fraction p is timestep floor(p N), capped at N - 1; every timestep survives the way there and back."""
     for steps in (1000, 49):
         schedule, t = NoiseSchedule.vp(torch.full((steps,), 0.01), Prediction.V), torch.arange(steps).double()
-        torch.testing.assert_close(schedule.time_at(schedule.fraction_at(t)), t, rtol=0, atol=0)
-    assert [float(vp().time_at(p)) for p in (0.0, 0.02, 0.98, 1.0)] == [0, 20, 980, 999]
+        torch.testing.assert_close(schedule.time_at_fraction(schedule.fraction_at(t)), t, rtol=0, atol=0)
+    assert [float(vp().time_at_fraction(p)) for p in (0.0, 0.02, 0.98, 1.0)] == [0, 20, 980, 999]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_two_noisings_are_one(name: str) -> None:
     """x_t | x_s composed with x_s | x_r is x_t | x_r: ratios multiply and variances add; from clean it is (alpha, sigma)."""
     schedule = SCHEDULES[name]()
-    r, s, t = schedule.time_at(torch.tensor([0.1, 0.45, 0.9], dtype=torch.float64))
+    r, s, t = schedule.time_at_fraction(torch.tensor([0.1, 0.45, 0.9], dtype=torch.float64))
     (a, b), (c, d), (e, f) = schedule.kernel(r, s), schedule.kernel(s, t), schedule.kernel(r, t)
     assert float(c * a) == pytest.approx(float(e), abs=1e-14)
     assert float((c * b).square() + d.square()) == pytest.approx(float(f.square()), abs=1e-14)

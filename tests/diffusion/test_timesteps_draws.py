@@ -20,7 +20,7 @@ from stepdistill.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("steps", "ladder"),
+    ("steps", "timesteps"),
     [
         (1, [999]),
         (2, [999, 499]),
@@ -32,17 +32,17 @@ from stepdistill.errors import UserError
         (8, [999, 874, 749, 624, 499, 374, 249, 124]),
     ],
 )
-def test_dmd2_ladders(steps: int, ladder: list[int]) -> None:
+def test_dmd2_ladders(steps: int, timesteps: list[int]) -> None:
     """From N - 1 down by floor(N / steps), as in DMD2's released code, cut to exactly `steps` entries."""
-    assert list(student_timesteps(vp(), steps)) == ladder
+    assert list(student_timesteps(vp(), steps)) == timesteps
 
 
 @pytest.mark.parametrize(
-    ("shift", "ladder"), [(1.0, [1, 0.75, 0.5, 0.25]), (3.0, [1, 0.9, 0.75, 0.5]), (5.0, [1, 0.9375, 5 / 6, 0.625])]
+    ("shift", "timesteps"), [(1.0, [1, 0.75, 0.5, 0.25]), (3.0, [1, 0.9, 0.75, 0.5]), (5.0, [1, 0.9375, 5 / 6, 0.625])]
 )
-def test_flow_ladders(shift: float, ladder: list[float]) -> None:
+def test_flow_ladders(shift: float, timesteps: list[float]) -> None:
     """s p / (1 + (s - 1) p) of p = 1, .75, .5, .25."""
-    assert student_timesteps(flow(shift), 4) == pytest.approx(ladder, abs=1e-15)
+    assert student_timesteps(flow(shift), 4) == pytest.approx(timesteps, abs=1e-15)
     assert trailing_timesteps(flow(shift), 4) == student_timesteps(flow(shift), 4)
 
 

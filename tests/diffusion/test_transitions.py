@@ -19,7 +19,7 @@ from diffusers.schedulers import scheduling_lcm, scheduling_tcd
 from support.toys import SCHEDULES, SD, flow, noise, vp
 from torch import Tensor
 
-from stepdistill.diffusion.prediction import Prediction, convert, from_x0_eps
+from stepdistill.diffusion.prediction import Prediction, convert_prediction, from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Gaussian, Transition, TransitionKind
 from stepdistill.errors import UserError
@@ -60,7 +60,7 @@ def test_deterministic_is_ddim(t: int, s: int) -> None:
     schedule = vp()
     expected = scheduler.step(eps_of(schedule, X_T, X0, t), t, X_T, eta=0.0).prev_sample
     step = Transition(TransitionKind.DETERMINISTIC)(schedule, X_T, X0, t, s)
-    assert step.deterministic
+    assert step.is_deterministic
     torch.testing.assert_close(step.mean, expected, **TOLERANCE)
 
 
@@ -117,13 +117,13 @@ def test_renoise_is_lcm(index: int, prediction: Prediction, monkeypatch: pytest.
 def test_tcd_is_tcd(index: int, gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step of the ladder, the last one onto timestep 0; 0.3 floors differently in float32, as the stock one does."""
     stock_noise(monkeypatch, scheduling_tcd)
-    ladder = [999, 750, 490, 250]
+    timesteps = [999, 750, 490, 250]
     scheduler = TCDScheduler(**BETAS)
-    scheduler.set_timesteps(timesteps=ladder)
+    scheduler.set_timesteps(timesteps=timesteps)
     schedule, transition = vp(), Transition(TransitionKind.TCD, gamma)
-    s = [*ladder, transition.final_time(schedule)][index + 1]
-    expected = scheduler.step(eps_of(schedule, X_T, X0, ladder[index]), ladder[index], X_T, eta=gamma).prev_sample
-    step = transition(schedule, X_T, X0, ladder[index], s)
+    s = [*timesteps, transition.final_time(schedule)][index + 1]
+    expected = scheduler.step(eps_of(schedule, X_T, X0, timesteps[index]), timesteps[index], X_T, eta=gamma).prev_sample
+    step = transition(schedule, X_T, X0, timesteps[index], s)
     torch.testing.assert_close(step.sample(FRESH), expected, **TOLERANCE)
 
 
@@ -165,9 +165,9 @@ def test_tcd_on_flow(gamma: float, t: float, s: float) -> None:
 def test_deterministic_is_a_trigflow_rotation(name: str) -> None:
     """X_R = cos(T - R) X_T - sin(T - R) F in coordinates X = x / sqrt(alpha^2 + sigma^2) (SANA-Sprint; unit data std)."""
     schedule = SCHEDULES[name]()
-    t, s = (float(schedule.time_at(p)) for p in (0.8, 0.4))
+    t, s = (float(schedule.time_at_fraction(p)) for p in (0.8, 0.4))
     (alpha, sigma), angle = schedule.levels(t, X_T), schedule.angle(t) - schedule.angle(s)
-    f = convert(X0, X_T, alpha, sigma, Prediction.SAMPLE, Prediction.TRIGFLOW)
+    f = convert_prediction(X0, X_T, alpha, sigma, Prediction.SAMPLE, Prediction.TRIGFLOW)
     norms = [float((schedule.alpha(u) ** 2 + schedule.sigma(u) ** 2).sqrt()) for u in (t, s)]
     rotated = torch.cos(angle) * X_T / norms[0] - torch.sin(angle) * f
     step = Transition(TransitionKind.DETERMINISTIC)(schedule, X_T, X0, t, s)
@@ -182,7 +182,7 @@ def test_deterministic_is_a_trigflow_rotation(name: str) -> None:
 def test_marginal_noise_and_landing(name: str, transition: Transition) -> None:
     """c^2 + std^2 = sigma_s^2 with 0 <= c <= sigma_s for every ladder step, per-sample times; the clean end is x0."""
     schedule = SCHEDULES[name]()
-    t = schedule.time_at(torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64))
+    t = schedule.time_at_fraction(torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64))
     s = torch.cat([t[1:], torch.tensor([schedule.clean_time], dtype=torch.float64)])
     x_t, x0 = noise(4, 3), noise(4, 3, seed=1)
     kept, step = transition.kept_noise(schedule, t, s), transition(schedule, x_t, x0, t, s)
@@ -200,7 +200,7 @@ def test_marginal_noise_and_landing(name: str, transition: Transition) -> None:
 def test_true_noise_gives_the_marginal_of_s(name: str) -> None:
     """If x_t is a true noising of x0, then every transition's x_s has mean alpha_s x0 and std sigma_s."""
     schedule, eps = SCHEDULES[name](), noise(200_000, seed=3)
-    t, s = (float(schedule.time_at(p)) for p in (0.9, 0.5))
+    t, s = (float(schedule.time_at_fraction(p)) for p in (0.9, 0.5))
     x0 = torch.full_like(eps, 1.5)
     x_t = schedule.add_noise(x0, eps, t)
     for transition in KINDS:
@@ -213,7 +213,7 @@ def test_true_noise_gives_the_marginal_of_s(name: str) -> None:
 def test_ancestral_is_the_posterior(name: str) -> None:
     """q(x_s | x_t, x0) by Bayes from the kernel x_t = a x_s + b n and the marginal of x_s: the kernel's conditional."""
     schedule = SCHEDULES[name]()
-    t, s = (float(schedule.time_at(p)) for p in (0.8, 0.4))
+    t, s = (float(schedule.time_at_fraction(p)) for p in (0.8, 0.4))
     a, b = (float(v) for v in schedule.kernel(s, t))
     alpha_s, sigma_s = float(schedule.alpha(s)), float(schedule.sigma(s))
     variance = 1 / (a**2 / b**2 + 1 / sigma_s**2)
@@ -228,7 +228,7 @@ def test_phased_targets(name: str) -> None:
     u: ((a_s^2 s_t + a_t s_s^2) / (a_s^2 s_ts)) eps - x_s / a_s;  x0: x_s / a_s - (a_t s_s^2 / (a_s^2 s_ts)) eps.
     """
     schedule = SCHEDULES[name]()
-    s, t = (float(schedule.time_at(p)) for p in (0.4, 0.8))
+    s, t = (float(schedule.time_at_fraction(p)) for p in (0.4, 0.8))
     (a_s, s_s), (a_t, s_t), (a_ts, s_ts) = schedule.levels(s, X0), schedule.levels(t, X0), schedule.kernel(s, t)
     x_s, eps = X0, FRESH
     x_t, eps_eff = a_ts * x_s + s_ts * eps, s_t / s_ts * eps
@@ -262,7 +262,7 @@ def test_log_prob_differentiates_to_the_score() -> None:
 @pytest.mark.parametrize("transition", [t for t in KINDS if t.strength == 0 or t.kind is TransitionKind.DETERMINISTIC])
 def test_deterministic_steps_refuse_log_prob(transition: Transition) -> None:
     step = transition(vp(), X_T, X0, 749, 499)
-    assert step.deterministic
+    assert step.is_deterministic
     with pytest.raises(UserError, match="renoise"):
         step.log_prob(X_T)
 
@@ -275,7 +275,7 @@ def test_deterministic_steps_refuse_log_prob(transition: Transition) -> None:
 def test_walk(name: str, transition: Transition) -> None:
     """Steps chain from pure noise to the end; noise is drawn only where used; each step's density is that of its x_s."""
     schedule = SCHEDULES[name]()
-    ladder = tuple(schedule.time_at(torch.tensor([1.0, 0.6, 0.3], dtype=torch.float64)).tolist())
+    timesteps = tuple(schedule.time_at_fraction(torch.tensor([1.0, 0.6, 0.3], dtype=torch.float64)).tolist())
     drawn: list[int] = []
 
     def fresh(index: int) -> Tensor:
@@ -283,23 +283,23 @@ def test_walk(name: str, transition: Transition) -> None:
         return noise(2, 3, seed=index)
 
     def predict(x: Tensor, t: float) -> Tensor:
-        return torch.tanh(x) * t / ladder[0]
+        return torch.tanh(x) * t / timesteps[0]
 
-    steps: list[Step] = list(walk(predict, schedule, noise(2, 3), ladder, transition, fresh))
+    steps: list[Step] = list(walk(predict, schedule, noise(2, 3), timesteps, transition, fresh))
     stochastic = transition.kind is not TransitionKind.DETERMINISTIC and (
         transition.strength > 0 or transition.kind is TransitionKind.RENOISE
     )
     assert drawn == ([0, 1] if stochastic else [])
     assert [(step.t, step.s) for step in steps] == [
-        *itertools.pairwise(ladder),
-        (ladder[-1], transition.final_time(schedule)),
+        *itertools.pairwise(timesteps),
+        (timesteps[-1], transition.final_time(schedule)),
     ]
     torch.testing.assert_close(steps[0].x_t, noise(2, 3), rtol=0, atol=0)
     for before, after in itertools.pairwise(steps):
         assert after.x_t is before.x_s
     for step in steps:
         torch.testing.assert_close(step.x0, predict(step.x_t, step.t), rtol=0, atol=0)
-    final = sample(predict, schedule, noise(2, 3), ladder, transition, lambda index: noise(2, 3, seed=index))
+    final = sample(predict, schedule, noise(2, 3), timesteps, transition, lambda index: noise(2, 3, seed=index))
     torch.testing.assert_close(final, steps[-1].x_s, rtol=0, atol=0)
     if transition.final_time(schedule) == schedule.clean_time:
         torch.testing.assert_close(final, steps[-1].x0, rtol=0, atol=1e-12)

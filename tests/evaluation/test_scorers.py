@@ -24,7 +24,7 @@ from stepdistill.evaluation.networks.features import (
 )
 from stepdistill.evaluation.scorers import ClipScorer, RewardScorer, clip_score
 from stepdistill.rewards import load_reward, report_name, split_reward_names
-from stepdistill.rewards.stack import linear_stack
+from stepdistill.rewards.linear_head import linear_stack
 
 
 def images(count: int, size: tuple[int, int] = (40, 40)) -> list[np.ndarray]:

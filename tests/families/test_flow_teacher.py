@@ -90,7 +90,7 @@ def test_latents_are_known_again_under_noise(source: str) -> None:
     stream = torch.Generator().manual_seed(0)
     noise, eps = (torch.randn(12, 8, 8, 8, generator=stream) for _ in range(2))
     x0 = teacher_sample(denoiser, cond, null, noise, 8, 1.5)
-    t = info.schedule.time_at(torch.tensor(0.3, dtype=torch.float64)).expand(12)
+    t = info.schedule.time_at_fraction(torch.tensor(0.3, dtype=torch.float64)).expand(12)
     alpha, sigma = info.schedule.levels(t, x0)
     x_t = alpha * x0 + sigma * eps
     with torch.no_grad():

@@ -31,7 +31,7 @@ from support.tiny_checkpoints import edit, refusal
 from torch import nn
 
 import stepdistill
-from stepdistill.diffusion.prediction import Prediction, convert
+from stepdistill.diffusion.prediction import Prediction, convert_prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.timesteps import student_timesteps, trailing_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
@@ -154,7 +154,9 @@ def test_sprint_counts_in_the_angles_of_its_scheduler(copied: Tiny) -> None:
         ladder = torch.tensor(student_timesteps(schedule, steps), dtype=torch.float64)
         torch.testing.assert_close(schedule.angle(ladder).float(), theirs.timesteps[:-1], atol=1e-6, rtol=0)
     fractions = torch.linspace(0.01, 1, 50, dtype=torch.float64)
-    torch.testing.assert_close(schedule.fraction_at(schedule.time_at(fractions)), fractions, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        schedule.fraction_at(schedule.time_at_fraction(fractions)), fractions, atol=1e-12, rtol=0
+    )
     DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction").save_pretrained(
         folder / "scheduler"
     )
@@ -282,7 +284,7 @@ def test_the_stock_solver_s_first_order_is_our_sampler(tiny: Tiny) -> None:
         u = [SANA.call(checkpoint.network, x, told, branch) for branch in (null, cond)]
         return x - t * (u[0] + 4.0 * (u[1] - u[0]))
 
-    ladder = schedule.time_at(0.999 * (1 - torch.arange(6, dtype=torch.float64) / 6)).tolist()
+    ladder = schedule.time_at_fraction(0.999 * (1 - torch.arange(6, dtype=torch.float64) / 6)).tolist()
     ours = sample(predict, schedule, start, ladder, Transition(TransitionKind.DETERMINISTIC), lambda _: start)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
@@ -319,7 +321,7 @@ def test_what_sprint_s_pipeline_makes_of_the_velocity_is_trigflow_s_prediction()
     torch.testing.assert_close(shown, (1 - t) * x0 + t * eps)
     f = ((1 - 2 * t) * shown + (1 - 2 * t + 2 * t**2) * (eps - x0)) / (t**2 + (1 - t) ** 2).sqrt()
     torch.testing.assert_close(f, angle.cos() * eps - angle.sin() * x0)
-    torch.testing.assert_close(f, convert(eps - x0, shown, 1 - t, t, Prediction.FLOW, Prediction.TRIGFLOW))
+    torch.testing.assert_close(f, convert_prediction(eps - x0, shown, 1 - t, t, Prediction.FLOW, Prediction.TRIGFLOW))
 
 
 def test_a_network_that_is_told_its_guidance_is_called_once(tiny: Tiny) -> None:
@@ -415,8 +417,8 @@ def test_latents_are_scaled_as_the_pipeline_expects(tiny: Tiny) -> None:
 
 
 def recipe_of(info: Any, **config: Any) -> Recipe:
-    setting = Problem(info.schedule, (4, 8, 8), 32, (8, 8), (32, 32), "base")
-    return SANA.stock_recipe(info, DMD2(DMD2Config(guidance=4.5, **config), setting).recipe())
+    problem = Problem(info.schedule, (4, 8, 8), 32, (8, 8), (32, 32), "base")
+    return SANA.stock_recipe(info, DMD2(DMD2Config(guidance=4.5, **config), problem).recipe())
 
 
 def test_continuous_students_of_sprint_walk_evenly(tiny: Tiny) -> None:
@@ -424,10 +426,10 @@ def test_continuous_students_of_sprint_walk_evenly(tiny: Tiny) -> None:
     plain, sprint = (loaded(tiny("sana", variant)).info for variant in VARIANTS)
 
     def ladder(info: Any, steps: int) -> tuple[float, ...]:
-        setting = Problem(info.schedule, (4, 8, 8), 32, (8, 8), (32, 32), "base")
-        method = SCM(SCMConfig(guidance=4.5, steps=steps), setting)
+        problem = Problem(info.schedule, (4, 8, 8), 32, (8, 8), (32, 32), "base")
+        method = SCM(SCMConfig(guidance=4.5, steps=steps), problem)
         SANA.stock_recipe(info, method.recipe())
-        return tuple(info.schedule.angle(torch.tensor(method.ladder, dtype=torch.float64)).tolist())
+        return tuple(info.schedule.angle(torch.tensor(method.timesteps, dtype=torch.float64)).tolist())
 
     assert ladder(sprint, 4) == pytest.approx([math.pi / 2 * p for p in (1, 0.75, 0.5, 0.25)])
     assert ladder(sprint, 2)[1] == pytest.approx(1.3)
@@ -439,14 +441,14 @@ def test_recipes_are_in_the_words_of_the_pipeline(tiny: Tiny) -> None:
     recipe = recipe_of(plain, steps=4)
     assert recipe.scheduler_class == "FlowMatchLCMScheduler"
     assert recipe.sigmas == pytest.approx((1, 0.75, 0.5, 0.25))
-    assert recipe.ladder(plain.schedule) == pytest.approx((1, 0.9, 0.75, 0.5))
+    assert recipe.native_timesteps(plain.schedule) == pytest.approx((1, 0.9, 0.75, 0.5))
     assert recipe.call == {"use_resolution_binning": False}
     assert recipe.guidance_scale == 1
     recipe = Recipe.from_json(recipe_of(sprint, steps=4).to_json())
     assert recipe.scheduler_class == "SCMScheduler"
     assert recipe.guidance_scale == 4.5
     assert recipe.angles == pytest.approx([math.pi / 2 * p for p in (1, 0.75, 0.5, 0.25)])
-    assert recipe.ladder(sprint.schedule) == pytest.approx(student_timesteps(sprint.schedule, 4))
+    assert recipe.native_timesteps(sprint.schedule) == pytest.approx(student_timesteps(sprint.schedule, 4))
     assert recipe.transition().kind is TransitionKind.RENOISE
     # written by hand to four digits, an even ladder is one
     by_hand = [round(t, 4) for t in student_timesteps(sprint.schedule, 4)]

@@ -43,7 +43,7 @@ from stepdistill.families.recipe import Recipe
 from stepdistill.families.sd3 import SD3, TINY
 from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.methods.base import Problem
-from stepdistill.methods.timesteps import few_step_recipe
+from stepdistill.methods.student_recipe import few_step_recipe
 from stepdistill.planning.plan import plan
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.lora import suffixes_present
@@ -137,7 +137,7 @@ def test_the_schedule_is_the_pipeline_s_own(tiny: Tiny, variant: str) -> None:
         for call in spied(stock, prompt="a cat", sigmas=fractions, num_inference_steps=4, guidance_scale=1.0)
     ]
     schedule = schedule_of(checkpoint)
-    assert (1000 * schedule.time_at(torch.tensor(fractions))).tolist() == pytest.approx(told, rel=1e-6)
+    assert (1000 * schedule.time_at_fraction(torch.tensor(fractions))).tolist() == pytest.approx(told, rel=1e-6)
     assert schedule.shift > 1
     assert (schedule.shift == 3.0) == (variant != "no_t5")
 
@@ -349,8 +349,8 @@ def test_latents_are_shifted_and_scaled_as_the_pipeline_expects(tiny: Tiny) -> N
 
 
 def recipe_of(schedule: NoiseSchedule, kind: TransitionKind, steps: int = 4) -> Recipe:
-    setting = Problem(schedule, (16, 8, 8), 24, (4, 4), (16, 16), "base")
-    return few_step_recipe(setting, "dmd2", student_timesteps(schedule, steps), Transition(kind), 4.0)
+    problem = Problem(schedule, (16, 8, 8), 24, (4, 4), (16, 16), "base")
+    return few_step_recipe(problem, "dmd2", student_timesteps(schedule, steps), Transition(kind), 4.0)
 
 
 @pytest.mark.parametrize("variant", ["default", "no_t5"])
@@ -372,7 +372,7 @@ def test_stock_schedulers_walk_the_trained_sigmas(tiny: Tiny, variant: str, kind
         assert scheduler.timesteps.tolist() == pytest.approx([1000 * t for t in ladder], rel=1e-6)
         scheduler.set_timesteps(sigmas=list(ladder))
         assert abs(float(scheduler.sigmas[1]) - ladder[1]) > 0.02
-    assert recipe.ladder(schedule) == pytest.approx(ladder)
+    assert recipe.native_timesteps(schedule) == pytest.approx(ladder)
     if variant == "default":
         assert ladder == pytest.approx((1.0, 0.9, 0.75, 0.5))
 

@@ -21,7 +21,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Batch, Problem, Progress
 from stepdistill.methods.guidance.agd import AGD
-from stepdistill.methods.guidance.regression import GuidedConfig, GuidedStates
+from stepdistill.methods.guidance.guidance_distillation import GuidanceDistillationConfig, GuidedRollout
 from stepdistill.roles.guidance_adapter import metadata_of
 from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 from stepdistill.roles.sampler import guided_trajectory, relative_error
@@ -148,9 +148,9 @@ def test_an_adapted_teacher_is_guided_in_one_call(tmp_path: Path) -> None:
     assert calls == [2]
     assert torch.allclose(guided, own, atol=1e-12)
     with torch.no_grad():
-        plain, gain = adapted.real_score.gain(noise(2, 4, 8, 8), T, text(), text(seed=6), 5.0)
+        plain, guidance_delta = adapted.real_score.guidance_delta(noise(2, 4, 8, 8), T, text(), text(seed=6), 5.0)
     # what guidance adds is what the adapters say, whatever the empty prompt is
-    assert torch.allclose(plain + gain, own, atol=1e-12)
+    assert torch.allclose(plain + guidance_delta, own, atol=1e-12)
     assert torch.equal(plain, adapted.real_score.x0(noise(2, 4, 8, 8), T, text()))
     assert torch.equal(ask(adapted, GENERATOR, None), ask(adapted, REAL_SCORE, None))
     with pytest.raises(UserError, match=r"model\.guidance_adapter cannot be used: .*nowhere"):
@@ -197,14 +197,14 @@ def test_targets_are_the_guided_prediction_in_the_teacher_s_own_type(prediction:
 
 
 def method(source: str = "rollout", **options: object) -> AGD:
-    config = GuidedConfig(guidance=3.0, guidance_range=(1.0, 5.0), walk_steps=4, source=source, **options)  # type: ignore[arg-type]
+    config = GuidanceDistillationConfig(guidance=3.0, guidance_range=(1.0, 5.0), walk_steps=4, source=source, **options)  # type: ignore[arg-type]
     return AGD(config, Problem(vp(), (4, 8, 8), CHANNELS[-1], (4, 4), (8, 8), "toy"))
 
 
 def test_walks_cover_all_times_and_w() -> None:
     triple, agd = adapter_triple(), method()
     batch = Batch(text(64), text(64, seed=6))
-    agd.setting = replace(agd.setting, latent_shape=(4, 2, 2))
+    agd.problem = replace(agd.problem, latent_shape=(4, 2, 2))
     rolled = agd.rollout(batch, triple, Progress(), draws(range(64)))
     assert rolled.t.shape == (5, 64)
     assert bool((rolled.t[0] == 999).all())
@@ -237,7 +237,7 @@ def test_the_loss_is_the_distance_to_the_guided_prediction() -> None:
     assert float(terms.total) == pytest.approx(float(torch.stack(squares).mean()), rel=1e-5)
     assert float(terms.parts["error"]) == pytest.approx(float(terms.parts["error_unguided"]), rel=1e-6)
     assert float(terms.parts["error"]) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
-    assert isinstance(rolled.detach(), GuidedStates)
+    assert isinstance(rolled.detach(), GuidedRollout)
 
 
 def test_relative_errors_count_alike_at_any_w() -> None:
@@ -248,7 +248,7 @@ def test_relative_errors_count_alike_at_any_w() -> None:
     for relative in (None, floor):
         agd = method(relative=relative)
         rolled = agd.rollout(batch, triple, Progress(), draws(range(2)))
-        assert isinstance(rolled, GuidedStates)
+        assert isinstance(rolled, GuidedRollout)
         losses[relative] = float(agd.loss(GENERATOR, rolled, triple, Progress(), draws(range(2))).total)
     assert losses[floor] == pytest.approx(float((rolled.plain / (rolled.plain + floor)).mean()), rel=1e-6)
     assert losses[floor] != pytest.approx(losses[None], rel=0.01)

@@ -23,8 +23,8 @@ from support.toys import (
     four_modes,
     gaussian,
     noise,
+    problem,
     prompts,
-    setting,
     vp,
 )
 from torch import Tensor
@@ -41,17 +41,17 @@ from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Method, Needs, Progress, Rollout, Terms
-from stepdistill.methods.gan import HEAD, GanConfig
+from stepdistill.methods.gan import DISCRIMINATOR_HEAD, GanConfig
 from stepdistill.methods.matching.dmd import DMD, DMDConfig
 from stepdistill.methods.matching.dmd2 import DMD2, DMD2Config
-from stepdistill.methods.timesteps import few_step_recipe
+from stepdistill.methods.student_recipe import few_step_recipe
 from stepdistill.roles.heads import FeatureHead, discriminator_loss, generator_loss
 from stepdistill.roles.sampler import sample, walk
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 from stepdistill.training.run import train
 
 MEAN_T, MEAN_F = (torch.tensor(m, dtype=torch.float64) for m in ([1.0, -2.0, 0.5], [0.2, 1.0, -1.0]))
-LEVELS = parts.LevelConfig()
+LEVELS = parts.NoiseLevelConfig()
 FIRST = Progress()
 
 
@@ -72,14 +72,14 @@ def direction(
     triple: Triple, x: Tensor, weight: parts.DmWeight, samples: Sequence[int] = range(4), w: float = 1.0
 ) -> Tensor:
     count = len(x)
-    return parts.matching_direction(
+    return parts.distribution_matching_direction(
         x, prompts(count), prompts(count), triple, draws(samples), levels=LEVELS, guidance=w, weight=weight
     )[0]
 
 
 def drawn(schedule: NoiseSchedule, purpose: str = "dm") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(t, alpha, sigma, eps) of the four samples, from the streams that a loss reads."""
-    levels = LEVELS if purpose == "dm" else parts.LevelConfig(low=0.0, high=1.0)
+    levels = LEVELS if purpose == "dm" else parts.NoiseLevelConfig(low=0.0, high=1.0)
     t = levels.levels().times(schedule, draws().uniform(f"{purpose}.t"))
     eps = draws().normal(f"{purpose}.eps", (DIMENSION, 1, 1))
     return t, *schedule.levels(t, eps), eps
@@ -133,7 +133,7 @@ def test_normalised_weights(name: str, weight: parts.DmWeight) -> None:
 
 def test_the_normaliser_is_kept_off_zero() -> None:
     x = noise(2, 3)
-    got = parts.matching_gradient(x, x, x + 1, torch.tensor(1.0), torch.tensor(1.0), "code", floor=1e-3)
+    got = parts.distribution_matching_gradient(x, x, x + 1, torch.tensor(1.0), torch.tensor(1.0), "code", floor=1e-3)
     close(got, torch.full_like(x, 1e3))
 
 
@@ -144,7 +144,9 @@ def test_only_the_teacher_is_guided(name: str) -> None:
     triple, x = analytic_triple(four_modes(), schedule), noise(4, 2, 1, 1)
     disturb(triple)
     cond, null = Conditioning(torch.eye(4).double()[:, None]), prompts(4, 4)
-    got, _ = parts.matching_direction(x, cond, null, triple, draws(), levels=LEVELS, guidance=w, weight="code")
+    got, _ = parts.distribution_matching_direction(
+        x, cond, null, triple, draws(), levels=LEVELS, guidance=w, weight="code"
+    )
     t = LEVELS.levels().times(schedule, draws().uniform("dm.t"))
     x_t = schedule.add_noise(x, draws().normal("dm.eps", (2, 1, 1)), t)
     real = (1 - w) * triple.real_score.x0(x_t, t, null) + w * triple.real_score.x0(x_t, t, cond)
@@ -155,7 +157,7 @@ def test_only_the_teacher_is_guided(name: str) -> None:
 @pytest.mark.parametrize("shape", [(4, 3, 1, 1), (2, 4, 8, 8)])
 def test_the_surrogate_differentiates_to_d_over_numel(shape: tuple[int, ...]) -> None:
     x, d = noise(*shape).requires_grad_(), noise(*shape, seed=1)
-    loss = parts.surrogate(x, d)
+    loss = parts.surrogate_loss(x, d)
     (grad,) = torch.autograd.grad(loss, x)
     close(grad, d / d.numel(), 1e-15)
     assert float(loss.detach()) == pytest.approx(0.5 * float(d.square().mean()), abs=1e-14)
@@ -168,7 +170,7 @@ def test_equal_scores_give_exactly_zero(name: str, mode: str, weight: parts.DmWe
     """F = T at the start, unguided: no gradient at all, not a small one."""
     schedule = SCHEDULES[name]()
     triple = analytic_triple(four_modes(), schedule, mode=mode)
-    method = DMD2(DMD2Config(guidance=1.0, dm_weight=weight), setting(schedule, 2))
+    method = DMD2(DMD2Config(guidance=1.0, dm_weight=weight), problem(schedule, 2))
     with triple.training(GENERATOR):
         rollout = method.rollout(batch_of(4, 4), triple, FIRST, draws())
         method.loss(GENERATOR, rollout, triple, FIRST, draws()).total.backward()
@@ -198,15 +200,15 @@ def rows(batch: Batch, index: int) -> Batch:
 
 GAN = GanConfig(weight=0.1, critic_weight=0.2, width=8)
 METHODS: dict[str, Callable[[NoiseSchedule], Method[Any]]] = {
-    "dmd": lambda s: DMD(DMDConfig(guidance=2.0), setting(s, 2)),
-    "dmd2": lambda s: DMD2(DMD2Config(guidance=2.0), setting(s, 2)),
-    "dmd2-gan": lambda s: DMD2(DMD2Config(guidance=2.0, gan=GAN), setting(s, 2)),
+    "dmd": lambda s: DMD(DMDConfig(guidance=2.0), problem(s, 2)),
+    "dmd2": lambda s: DMD2(DMD2Config(guidance=2.0), problem(s, 2)),
+    "dmd2-gan": lambda s: DMD2(DMD2Config(guidance=2.0, gan=GAN), problem(s, 2)),
     "dmd2-frozen-features": lambda s: DMD2(
-        DMD2Config(guidance=2.0, gan=GAN.model_copy(update={"features": REAL_SCORE, "loss": "hinge"})), setting(s, 2)
+        DMD2Config(guidance=2.0, gan=GAN.model_copy(update={"features": REAL_SCORE, "loss": "hinge"})), problem(s, 2)
     ),
-    "dmd2-on-images": lambda s: DMD2(DMD2Config(guidance=2.0, simulate=False, fake_space="x0"), setting(s, 2)),
-    "dmd2-euler": lambda s: DMD2(DMD2Config(guidance=2.0, transition="deterministic"), setting(s, 2)),
-    "dmd2-exits": lambda s: DMD2(DMD2Config(guidance=2.0, exits="sample"), setting(s, 2)),
+    "dmd2-on-images": lambda s: DMD2(DMD2Config(guidance=2.0, simulate=False, fake_space="x0"), problem(s, 2)),
+    "dmd2-euler": lambda s: DMD2(DMD2Config(guidance=2.0, transition="deterministic"), problem(s, 2)),
+    "dmd2-exits": lambda s: DMD2(DMD2Config(guidance=2.0, exits="sample"), problem(s, 2)),
 }
 
 
@@ -280,7 +282,7 @@ def test_fake_score_targets(name: str) -> None:
     }[schedule.prediction]
     got = parts.fake_score_loss(triple.fake_score, x, t, eps, prompts(4))
     close(got, (answer - target).square().mean(), 1e-10)
-    method = DMD2(DMD2Config(guidance=1.0), setting(schedule))
+    method = DMD2(DMD2Config(guidance=1.0), problem(schedule))
     rollout = Rollout(batch_of(4), x_t, t, x)
     close(method.loss(FAKE_SCORE, rollout, triple, FIRST, draws()).total, got, 1e-12)
     weight = torch.ones_like(alpha) if schedule.is_flow else (alpha / sigma).square().clamp(max=5)
@@ -325,16 +327,16 @@ def test_heads_are_alive_on_any_size(channels: int, size: tuple[int, int]) -> No
 def logits(triple: Triple, features: str, x: Tensor, cond: Conditioning, purpose: str, role: str) -> Tensor:
     """D(x_t) by hand."""
     schedule, stream = triple.schedule, draws(role=role)
-    t = parts.LevelConfig(low=0.0, high=1.0).levels().times(schedule, stream.uniform(f"{purpose}.t"))
+    t = parts.NoiseLevelConfig(low=0.0, high=1.0).levels().times(schedule, stream.uniform(f"{purpose}.t"))
     x_t = schedule.add_noise(x, stream.normal(f"{purpose}.eps", (2, 1, 1)), t)
-    return triple.head(FAKE_SCORE, HEAD)(triple.denoiser(features).features(x_t, t, cond))  # type: ignore[no-any-return]
+    return triple.head(FAKE_SCORE, DISCRIMINATOR_HEAD)(triple.denoiser(features).features(x_t, t, cond))  # type: ignore[no-any-return]
 
 
 SHAPE = (2, 1, 1)
 
 
 @pytest.mark.parametrize("exits", ["batch", "sample"])
-def test_each_sample_leaves_the_rollout_at_its_own_exit(exits: parts.Exits) -> None:
+def test_each_sample_leaves_the_rollout_at_its_own_exit(exits: parts.RolloutEnd) -> None:
     """x_t at every exit is the state of the full walk there, and the network is called as often on every process."""
     schedule = vp()
     _, triple = ready("dmd2", schedule)
@@ -357,13 +359,13 @@ def test_each_sample_leaves_the_rollout_at_its_own_exit(exits: parts.Exits) -> N
             assert found == [int(roll.batch_uniform("exit") * 4)] * 4
         else:
             assert found == (roll.uniform("exit") * 4).long().tolist()
-        for row, exit_step in enumerate(found):
-            close(x_t[row], states[exit_step].x_t[row], 1e-9)
-            close(x0[row], states[exit_step].x0[row], 1e-9)
+        for row, end_step in enumerate(found):
+            close(x_t[row], states[end_step].x_t[row], 1e-9)
+            close(x0[row], states[end_step].x0[row], 1e-9)
 
 
 @pytest.mark.parametrize("exits", ["batch", "sample"])
-def test_exits_follow_their_odds(exits: parts.Exits) -> None:
+def test_exits_follow_their_odds(exits: parts.RolloutEnd) -> None:
     schedule = vp()
     _, triple = ready("dmd2", schedule)
     ladder, batch = student_timesteps(schedule, 3), full_batch()
@@ -371,13 +373,13 @@ def test_exits_follow_their_odds(exits: parts.Exits) -> None:
     for step in range(150):
         _, t, _ = parts.roll_out(
             triple.generator, batch, ladder, Transition(TransitionKind.DETERMINISTIC), SHAPE, draws(step=step), graph=False,
-            exits=exits, odds=[3, 0, 1],
+            exits=exits, end_step_weights=[3, 0, 1],
         )  # fmt: skip
         counts += torch.tensor([(t == time).sum() for time in ladder])
     assert counts[1] == 0
     assert float(counts[0] / counts.sum()) == pytest.approx(0.75, abs=0.1 if exits == "batch" else 0.05)
     with pytest.raises(UserError, match=r"exit_odds is \[1.0\] and rollouts are left at one of 4 steps"):
-        DMD2(DMD2Config(guidance=2.0, exit_odds=[1.0]), setting(schedule, 2))
+        DMD2(DMD2Config(guidance=2.0, exit_odds=[1.0]), problem(schedule, 2))
 
 
 @pytest.mark.parametrize("name", ["dmd2-gan", "dmd2-frozen-features"])
@@ -386,7 +388,7 @@ def test_gan_terms_add_up(name: str) -> None:
     method, triple = ready(name, vp())
     gan, batch = method.config.gan, full_batch()
     rollout = method.rollout(batch, triple, FIRST, draws()).detach()
-    plain = DMD2(method.config.model_copy(update={"gan": GanConfig()}), method.setting)
+    plain = DMD2(method.config.model_copy(update={"gan": GanConfig()}), method.problem)
     fake = logits(triple, gan.features, rollout.x0, batch.cond, "gan", GENERATOR)
     expected = plain.loss(GENERATOR, rollout, triple, FIRST, draws()).total + 0.1 * generator_loss(fake, gan.loss)
     close(method.loss(GENERATOR, rollout, triple, FIRST, draws()).total, expected, 1e-12)
@@ -407,11 +409,11 @@ def test_gan_terms_add_up(name: str) -> None:
 
 def test_ratio_and_order() -> None:
     """R = 5 over 20 iterations: 4 generator and 20 fake-score updates, the generator first; counted in its stage."""
-    method = DMD2(DMD2Config(guidance=1.0, ratio=5), setting(vp()))
+    method = DMD2(DMD2Config(guidance=1.0, ratio=5), problem(vp()))
     due = [tuple(method.updates(Progress(100 + i, stage_iteration=i))) for i in range(20)]
     assert [i for i, roles in enumerate(due) if GENERATOR in roles] == [0, 5, 10, 15]
     assert all(roles in {(GENERATOR, FAKE_SCORE), (FAKE_SCORE,)} for roles in due)
-    assert DMD(DMDConfig(guidance=1.0), setting(vp())).updates(FIRST) == (GENERATOR, FAKE_SCORE)
+    assert DMD(DMDConfig(guidance=1.0), problem(vp())).updates(FIRST) == (GENERATOR, FAKE_SCORE)
 
 
 def test_the_fake_score_learns_from_the_sample_before_the_update(
@@ -453,7 +455,7 @@ def test_the_fake_score_learns_from_the_sample_before_the_update(
 def test_one_step_at_399() -> None:
     """SDXL's one-step trick: the network sees pure noise z, is told 399, and x0 = (z - sigma_399 eps) / alpha_399."""
     schedule = vp()
-    method = DMD2(DMD2Config(guidance=1.0, timesteps=[399]), setting(schedule))
+    method = DMD2(DMD2Config(guidance=1.0, timesteps=[399]), problem(schedule))
     triple = analytic_triple(gaussian(MEAN_T), schedule)
     disturb(triple)
     rollout = method.rollout(batch_of(4), triple, FIRST, draws())
@@ -465,7 +467,7 @@ def test_one_step_at_399() -> None:
     close(rollout.x0, (z - (1 - alpha**2) ** 0.5 * eps) / alpha, 1e-10)
     assert alpha == pytest.approx(0.6528, abs=5e-5)
     assert method.recipe().timesteps == (399,)
-    on_images = DMD2(method.config.model_copy(update={"simulate": False}), method.setting)
+    on_images = DMD2(method.config.model_copy(update={"simulate": False}), method.problem)
     images = Batch(prompts(4), prompts(4), images=noise(4, DIMENSION, 1, 1), image_cond=prompts(4))
     assert torch.equal(on_images.rollout(images, triple, FIRST, draws()).x_t, z)
 
@@ -476,7 +478,7 @@ def test_training_walks_what_inference_walks(name: str, transition: str) -> None
     """(x_t, t) of a training rollout is a step of the inference sampler at the same draws; all exits occur; the graph is
     that of the exit call alone."""
     schedule = SCHEDULES[name]()
-    method = DMD2(DMD2Config(guidance=1.0, steps=4, transition=transition), setting(schedule))  # type: ignore[arg-type]
+    method = DMD2(DMD2Config(guidance=1.0, steps=4, transition=transition), problem(schedule))  # type: ignore[arg-type]
     triple = analytic_triple(gaussian(MEAN_T), schedule)
     disturb(triple)
     exits = []
@@ -488,12 +490,12 @@ def test_training_walks_what_inference_walks(name: str, transition: str) -> None
                 lambda x, t: triple.generator.x0(x, t, prompts(4)).detach(),
                 schedule,
                 stream.normal("noise", (DIMENSION, 1, 1)),
-                method.ladder,
+                method.timesteps,
                 method.transition,
                 lambda index, stream=stream: stream.normal(f"fresh{index}", (DIMENSION, 1, 1)),
             )
         )
-        chosen = steps[method.ladder.index(float(rollout.t[0]))]
+        chosen = steps[method.timesteps.index(float(rollout.t[0]))]
         assert set(rollout.t.tolist()) == {chosen.t}
         close(rollout.x_t, chosen.x_t, 0)
         close(rollout.x0.detach(), chosen.x0, 1e-12)
@@ -504,13 +506,13 @@ def test_training_walks_what_inference_walks(name: str, transition: str) -> None
         idle = method.rollout(batch_of(4), triple, Progress(stage_iteration=1), draws(role=FAKE_SCORE, step=step))
         assert torch.equal(idle.x0, rollout.x0)
         assert not idle.x0.requires_grad
-    assert set(exits) == set(method.ladder)
+    assert set(exits) == set(method.timesteps)
 
 
 def test_rollouts_on_images() -> None:
     """Without simulation: images noised to a ladder time drawn per sample; the first step sees pure noise."""
     schedule = vp()
-    method = DMD2(DMD2Config(guidance=1.0, simulate=False), setting(schedule))
+    method = DMD2(DMD2Config(guidance=1.0, simulate=False), problem(schedule))
     triple, count = analytic_triple(gaussian(MEAN_T), schedule), 64
     images = noise(count, DIMENSION, 1, 1)
     batch = Batch(prompts(count), prompts(count), images=images, image_cond=prompts(count))
@@ -538,7 +540,7 @@ def test_regression_on_pairs(distance: str, of: Callable[[Tensor], Tensor]) -> N
     expected = 0.25 * of(answer - batch.pair_latents).mean()
 
     def total(**changes: float) -> Tensor:
-        method = DMD(config.model_copy(update=changes), setting(schedule, 2))
+        method = DMD(config.model_copy(update=changes), problem(schedule, 2))
         return method.loss(GENERATOR, method.rollout(batch, triple, FIRST, draws()), triple, FIRST, draws()).total
 
     close(total(matching=0.0), expected, 1e-12)
@@ -573,32 +575,32 @@ def test_check_refuses_what_is_missing() -> None:
         OnlyV.check(DMD2Config(guidance=1), vp(), images=False, pairs=False)
     OnlyV.check(DMD2Config(guidance=1), vp(Prediction.V), images=False, pairs=False)
     with pytest.raises(UserError, match="no loss"):
-        DMD(DMDConfig(guidance=1, matching=0, regression=0), setting(vp()))
+        DMD(DMDConfig(guidance=1, matching=0, regression=0), problem(vp()))
 
 
 @pytest.mark.parametrize("ladder", [[], [499, 749], [499, 499], [1000], [0, -1], [499.5]])
 def test_ladders_that_are_none(ladder: list[float]) -> None:
     with pytest.raises(UserError, match=r"method\.timesteps"):
-        DMD2(DMD2Config(guidance=1, timesteps=ladder), setting(vp()))
+        DMD2(DMD2Config(guidance=1, timesteps=ladder), problem(vp()))
 
 
 # ---------------------------------------------------------------- recipes
 
 
 def test_recipes_of_four_steps() -> None:
-    recipe = DMD2(DMD2Config(guidance=8.0), setting(vp())).recipe()
+    recipe = DMD2(DMD2Config(guidance=8.0), problem(vp())).recipe()
     assert (recipe.scheduler_class, recipe.timesteps, recipe.num_inference_steps) == (
         "LCMScheduler",
         (999, 749, 499, 249),
         4,
     )
     assert (recipe.guidance_scale, recipe.baked_guidance, recipe.prediction_type) == (1.0, 8.0, "epsilon")
-    recipe = DMD2(DMD2Config(guidance=4.0), setting(flow(3.0))).recipe()
+    recipe = DMD2(DMD2Config(guidance=4.0), problem(flow(3.0))).recipe()
     assert recipe.scheduler_class == "FlowMatchLCMScheduler"
     assert recipe.sigmas == pytest.approx((1, 0.75, 0.5, 0.25), abs=1e-15)  # before the scheduler's own shift
     assert recipe.scheduler_config["shift"] == 3.0
     assert replace(Recipe.from_json(recipe.to_json())) == recipe
-    one = DMD(DMDConfig(guidance=3.0), setting(vp())).recipe()
+    one = DMD(DMDConfig(guidance=3.0), problem(vp())).recipe()
     assert (one.scheduler_class, one.timesteps) == ("LCMScheduler", (999,))
 
 
@@ -606,8 +608,8 @@ def test_recipes_of_four_steps() -> None:
 def test_an_ancestral_walk_is_exported_for_its_stock_scheduler(steps: int) -> None:
     """EulerAncestral takes no ladder: it is told its last timestep, and the first call sees noise of std 1 as in training."""
     ladder = student_timesteps(vp(), steps)
-    recipe = few_step_recipe(setting(vp()), "x", ladder, Transition(TransitionKind.ANCESTRAL), 1.0)
-    assert (recipe.spaced, recipe.timesteps, recipe.ladder(vp())) == (ladder, (), ladder)
+    recipe = few_step_recipe(problem(vp()), "x", ladder, Transition(TransitionKind.ANCESTRAL), 1.0)
+    assert (recipe.spaced, recipe.timesteps, recipe.native_timesteps(vp())) == (ladder, (), ladder)
     assert recipe.transition() == Transition(TransitionKind.ANCESTRAL)
     assert Recipe.from_json(recipe.to_json()) == recipe
     scheduler = recipe.scheduler({**SD, "timestep_spacing": "trailing"})
@@ -633,18 +635,18 @@ def test_ancestral_walks_that_no_stock_scheduler_makes(
     schedule: NoiseSchedule, ladder: tuple[float, ...], strength: float, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        few_step_recipe(setting(schedule), "x", ladder, Transition(TransitionKind.ANCESTRAL, strength), 1.0)
+        few_step_recipe(problem(schedule), "x", ladder, Transition(TransitionKind.ANCESTRAL, strength), 1.0)
 
 
 def test_a_walk_without_noise_from_zero_snr_is_exported_for_tcd_s_scheduler() -> None:
     """Euler's first sigma is 4096 there: what is left of the sample in float32 would not be the one that was trained."""
     deterministic = DMD2Config(guidance=3.0, transition="deterministic")
     schedule = vp(Prediction.V, rescale_betas_zero_snr=True)
-    recipe = DMD2(deterministic, setting(schedule)).recipe()
+    recipe = DMD2(deterministic, problem(schedule)).recipe()
     assert (recipe.scheduler_class, recipe.scheduler_config["original_inference_steps"]) == ("TCDScheduler", 1000)
     assert recipe.transition() == Transition(TransitionKind.TCD, 0.0)
-    assert DMD2(deterministic, setting(vp())).recipe().scheduler_class == "EulerDiscreteScheduler"
-    assert DMD2(deterministic, setting(flow(3.0))).recipe().scheduler_class == "FlowMatchEulerDiscreteScheduler"
+    assert DMD2(deterministic, problem(vp())).recipe().scheduler_class == "EulerDiscreteScheduler"
+    assert DMD2(deterministic, problem(flow(3.0))).recipe().scheduler_class == "FlowMatchEulerDiscreteScheduler"
 
 
 HOSTILE = {"use_karras_sigmas": True, "timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": False}
@@ -659,7 +661,7 @@ def test_the_stock_scheduler_of_a_recipe_walks_our_walk(
 ) -> None:
     """Called as a pipeline calls it, on a base scheduler config that would bend the ladder if left as it is."""
     schedule = SCHEDULES[name]()
-    method = DMD2(DMD2Config(guidance=1.0, transition=transition), setting(schedule))  # type: ignore[arg-type]
+    method = DMD2(DMD2Config(guidance=1.0, transition=transition), problem(schedule))  # type: ignore[arg-type]
     triple = analytic_triple(gaussian(MEAN_T), schedule)
     disturb(triple)
     z = noise(2, DIMENSION, 1, 1).float()
@@ -668,7 +670,7 @@ def test_the_stock_scheduler_of_a_recipe_walks_our_walk(
         return noise(2, DIMENSION, 1, 1, seed=20 + index).float()
 
     ours = sample(
-        lambda x, t: triple.generator.x0(x, t, prompts(2)), schedule, z, method.ladder, method.transition, fresh
+        lambda x, t: triple.generator.x0(x, t, prompts(2)), schedule, z, method.timesteps, method.transition, fresh
     )
     recipe = method.recipe()
     base: dict[str, Any] = {} if schedule.is_flow else {**SD, "prediction_type": schedule.prediction.value}

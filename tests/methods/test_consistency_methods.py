@@ -18,9 +18,9 @@ from support.consistency import (
     close,
     exact,
     images,
-    leap_of,
     modes,
     on_modes,
+    rollout_of,
 )
 from support.method_cases import CASES, Bench, Case, saved
 from support.toys import (
@@ -33,8 +33,8 @@ from support.toys import (
     four_modes,
     gaussian,
     noise,
+    problem,
     prompts,
-    setting,
     vp,
 )
 from torch import Tensor
@@ -49,8 +49,8 @@ from stepdistill.methods.base import Batch, Progress
 from stepdistill.methods.consistency.cm import CM, CMConfig
 from stepdistill.methods.consistency.discrete import TARGET, Consistency
 from stepdistill.methods.consistency.lcm import LCM, LCMConfig
-from stepdistill.methods.consistency.tscd import TRAJECTORY, Scored
-from stepdistill.methods.gan import HEAD
+from stepdistill.methods.consistency.tscd import TRAJECTORY, OneStepRollout
+from stepdistill.methods.gan import DISCRIMINATOR_HEAD
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 from stepdistill.training.run import train
 from stepdistill.training.session import open_session
@@ -63,7 +63,7 @@ def with_heads(method: Consistency[Any], schedule: NoiseSchedule) -> Triple:
     triple = analytic_triple(four_modes(), schedule)
     method.prepare(triple)
     disturb(triple)
-    triple.head(FAKE_SCORE, HEAD).double()
+    triple.head(FAKE_SCORE, DISCRIMINATOR_HEAD).double()
     return triple
 
 
@@ -96,14 +96,14 @@ def test_the_discriminator_sees_both_at_one_level(schedule: str, monkeypatch: py
         return features(self, x_t, t, cond)
 
     monkeypatch.setattr("stepdistill.roles.denoiser.Denoiser.features", watched)
-    leap = method.rollout(modes(), triple, FIRST, draws(range(16)))
-    method.loss(FAKE_SCORE, leap.detach(), triple, FIRST, draws(range(16)))
+    rollout = method.rollout(modes(), triple, FIRST, draws(range(16)))
+    method.loss(FAKE_SCORE, rollout.detach(), triple, FIRST, draws(range(16)))
     (real, t), (_, again) = seen
     assert torch.equal(t, again)
-    (a, s), (a_r, s_r) = method.schedule.levels(t, real), method.schedule.levels(leap.r, real)
+    (a, s), (a_r, s_r) = method.schedule.levels(t, real), method.schedule.levels(rollout.r, real)
     fresh = draws(range(16)).normal("gan.real.eps", (2, 1, 1))
-    close(real, a / a_r * leap.target + (s**2 - (a * s_r / a_r) ** 2).sqrt() * fresh)
-    assert bool((t >= leap.r).all())
+    close(real, a / a_r * rollout.target + (s**2 - (a * s_r / a_r) ** 2).sqrt() * fresh)
+    assert bool((t >= rollout.r).all())
 
 
 def test_the_critic_trains_its_own_and_the_generator_answers() -> None:
@@ -111,16 +111,16 @@ def test_the_critic_trains_its_own_and_the_generator_answers() -> None:
         method = on_modes(name, vp(), gan={"weight": 0.5, "features": features})
         triple = with_heads(method, vp())
         assert method.updates(FIRST) == (GENERATOR, FAKE_SCORE)
-        leap = method.rollout(modes(), triple, FIRST, draws(range(16)))
+        rollout = method.rollout(modes(), triple, FIRST, draws(range(16)))
         off = type(method)(
             method.config.model_copy(update={"gan": method.config.gan.model_copy(update={"weight": 0.0})}),
-            method.setting,
+            method.problem,
         )
-        terms = method.loss(GENERATOR, leap, triple, FIRST, draws(range(16)))
-        plain = off.loss(GENERATOR, leap, triple, FIRST, draws(range(16)))
+        terms = method.loss(GENERATOR, rollout, triple, FIRST, draws(range(16)))
+        plain = off.loss(GENERATOR, rollout, triple, FIRST, draws(range(16)))
         close(terms.total, plain.total + 0.5 * terms.parts["gan"])
         with triple.training(FAKE_SCORE):
-            method.loss(FAKE_SCORE, leap.detach(), triple, FIRST, draws(range(16))).total.backward()
+            method.loss(FAKE_SCORE, rollout.detach(), triple, FIRST, draws(range(16))).total.backward()
         grads = {key for key, p in triple.parameters(FAKE_SCORE).items() if p.grad is not None}
         heads = {key for key in triple.parameters(FAKE_SCORE) if key.startswith("head.")}
         assert heads <= grads
@@ -133,20 +133,20 @@ def test_the_critic_trains_its_own_and_the_generator_answers() -> None:
 
 def test_curricula() -> None:
     root = CM(
-        CMConfig(guidance=1.0, curriculum="root", first_points=2, points=200, curriculum_iterations=1000), setting(vp())
+        CMConfig(guidance=1.0, curriculum="root", first_points=2, points=200, curriculum_iterations=1000), problem(vp())
     )
     assert [root.points(Progress(k)) for k in (0, 1000, 5000)] == [2, 201, 201]
     assert root.points(Progress(250)) == math.ceil(math.sqrt(0.25 * (201**2 - 4) + 4) - 1) + 1
     doubling = CM(
         CMConfig(guidance=1.0, curriculum="doubling", first_points=10, points=1280, curriculum_iterations=800),
-        setting(vp()),
+        problem(vp()),
     )
     assert [doubling.points(Progress(k)) for k in (0, 99, 100, 699, 700, 9999)] == [11, 11, 21, 641, 1281, 1281]
-    mu = CM(doubling.config.model_copy(update={"decay": "curriculum"}), setting(vp()))
+    mu = CM(doubling.config.model_copy(update={"decay": "curriculum"}), problem(vp()))
     assert mu.decay(Progress(100)) == pytest.approx(math.exp(10 * math.log(0.95) / 21))
     assert doubling.decay(Progress(100)) == 0.95
     with pytest.raises(UserError, match="lower the first"):
-        CM(CMConfig(guidance=1.0, curriculum="root", first_points=50), setting(vp()))
+        CM(CMConfig(guidance=1.0, curriculum="root", first_points=50), problem(vp()))
 
 
 @pytest.mark.parametrize("schedule", ["eps", "flow"])
@@ -157,7 +157,7 @@ def test_the_grid_of_karras(schedule: str) -> None:
     ratio = (method.schedule.sigma(grid) / method.schedule.alpha(grid)) ** (1 / 7)
     if schedule == "flow":
         close(ratio[:-1], torch.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 18, dtype=torch.float64)[:-1], 1e-9)
-        assert float(grid[-1]) == method.ladder[0] == method.schedule.terminal_time
+        assert float(grid[-1]) == method.timesteps[0] == method.schedule.terminal_time
     else:
         close(grid[[0, -1]], torch.tensor([0.0, 999.0]).double(), 1e-6)
         # between timesteps the schedule is linear in the angle, as the network is told
@@ -184,10 +184,10 @@ def test_without_a_teacher_both_ends_carry_one_noise(schedule: str) -> None:
         x0, eps = noise(4, DIMENSION, 1, 1), noise(4, DIMENSION, 1, 1, seed=1)
         s, e = method.grid(FIRST)[[39, 20, 7, 2]], method.grid(FIRST)[[38, 19, 6, 1]]
         teacher = method.teacher(None, images(4), x0, draws())  # type: ignore[arg-type]
-        got = method.solve(teacher, method.schedule.add_noise(x0, eps, s), s, e)
+        got = method.solver_step(teacher, method.schedule.add_noise(x0, eps, s), s, e)
         close(got, method.schedule.add_noise(x0, eps, e), 1e-9)
     with pytest.raises(UserError, match="guidance to 1"):
-        CM(CMConfig(guidance=2.0, distil=False), setting(vp()))
+        CM(CMConfig(guidance=2.0, distil=False), problem(vp()))
 
 
 def test_weights_of_ict() -> None:
@@ -195,11 +195,15 @@ def test_weights_of_ict() -> None:
     s, e = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)
     close(method.weight(s, e), torch.tensor([1 / (1 - 0.25)], dtype=torch.float64))
     close(method.weight(torch.ones_like(s), e), torch.tensor([1 / (80 - 0.25)], dtype=torch.float64))
-    leap = leap_of(method)
-    each = parts.distance(method.function(leap.x_t, leap.x0, leap.t, leap.r) - leap.target, "huber")
-    total = method.loss(GENERATOR, leap, analytic_triple(gaussian(MEAN, STD), flow()), FIRST, draws(range(COUNT))).total
-    close(total, (leap.weight * each).mean())
-    assert len(set(leap.weight.tolist())) > 5
+    rollout = rollout_of(method)
+    each = parts.distance(
+        method.consistency_function(rollout.x_t, rollout.x0, rollout.t, rollout.r) - rollout.target, "huber"
+    )
+    total = method.loss(
+        GENERATOR, rollout, analytic_triple(gaussian(MEAN, STD), flow()), FIRST, draws(range(COUNT))
+    ).total
+    close(total, (rollout.weight * each).mean())
+    assert len(set(rollout.weight.tolist())) > 5
 
 
 # ---------------------------------------------------------------- TSCD
@@ -216,7 +220,7 @@ def test_stages() -> None:
         MAKERS["tscd"](vp(), stages=[{"segments": 1}], score={})
     shares = [{"segments": 2, "iterations": 5, "gan": 0.0}, {"segments": 1, "gan": 2.0}]
     method = MAKERS["tscd"](vp(), stages=shares, gan={"weight": 0.1})
-    assert [method.adversary(Progress(stage=k)).weight for k in (0, 1)] == [0.0, 0.2]
+    assert [method.gan_config(Progress(stage=k)).weight for k in (0, 1)] == [0.0, 0.2]
     assert [method.updates(Progress(stage=k)) for k in (0, 1)] == [(GENERATOR,), (GENERATOR, FAKE_SCORE)]
 
 
@@ -233,22 +237,22 @@ def test_the_score_of_the_first_step(real: str) -> None:
     assert stage.copies == ((("student", TRAJECTORY),) if real == "trajectory" else ())
     assert method.updates(FIRST) == (GENERATOR,)
     assert method.updates(last) == (GENERATOR, FAKE_SCORE)
-    leap = method.rollout(modes(), triple, last, draws(range(16)))
-    assert isinstance(leap, Scored)
-    assert leap.batch.image_cond is not None
+    rollout = method.rollout(modes(), triple, last, draws(range(16)))
+    assert isinstance(rollout, OneStepRollout)
+    assert rollout.batch.image_cond is not None
     start = draws(range(16)).for_role("rollout").normal("one", (2, 1, 1))
-    close(leap.sample, triple.generator.x0(start, 999.0, leap.batch.image_cond))
-    terms = method.loss(GENERATOR, leap, triple, last, draws(range(16)))
-    t = parts.LevelConfig().levels().times(vp(), draws(range(16)).uniform("dm.t"))
-    x_t = vp().add_noise(leap.sample, draws(range(16)).normal("dm.eps", (2, 1, 1)), t)
-    cond = leap.batch.cond
-    scores = triple.real_score.guided(x_t, t, cond, leap.batch.null, 2.5)
+    close(rollout.sample, triple.generator.x0(start, 999.0, rollout.batch.image_cond))
+    terms = method.loss(GENERATOR, rollout, triple, last, draws(range(16)))
+    t = parts.NoiseLevelConfig().levels().times(vp(), draws(range(16)).uniform("dm.t"))
+    x_t = vp().add_noise(rollout.sample, draws(range(16)).normal("dm.eps", (2, 1, 1)), t)
+    cond = rollout.batch.cond
+    scores = triple.real_score.guided(x_t, t, cond, rollout.batch.null, 2.5)
     if real == "trajectory":
         scores = triple.denoiser(TRAJECTORY).x0(x_t, t, cond)
-    d = (triple.fake_score.x0(x_t, t, cond) - scores) / (leap.sample - scores).abs().mean((1, 2, 3), keepdim=True)
+    d = (triple.fake_score.x0(x_t, t, cond) - scores) / (rollout.sample - scores).abs().mean((1, 2, 3), keepdim=True)
     close(terms.total, 0.5 * terms.parts["consistency"] + 3.0 * 0.5 * d.square().mean())
-    assert leap.sample.requires_grad
-    assert not leap.detach().sample.requires_grad  # type: ignore[attr-defined]
+    assert rollout.sample.requires_grad
+    assert not rollout.detach().sample.requires_grad  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------- recipes
@@ -290,10 +294,10 @@ def test_the_one_step_sample_is_told_what_sampling_tells_it() -> None:
     triple = analytic_triple(four_modes(), vp())
     method.prepare(triple)
     batch = modes(4)
-    leap = method.rollout(batch, triple, Progress(stage=1), draws(range(4)))
-    assert isinstance(leap, Scored)
-    noise_ = draws(range(4)).for_role("rollout").normal("one", leap.x_t.shape[1:])
-    close(leap.sample.detach(), triple.generator.x0(noise_, 800.0, leap.batch.cond).detach())
+    rollout = method.rollout(batch, triple, Progress(stage=1), draws(range(4)))
+    assert isinstance(rollout, OneStepRollout)
+    noise_ = draws(range(4)).for_role("rollout").normal("one", rollout.x_t.shape[1:])
+    close(rollout.sample.detach(), triple.generator.x0(noise_, 800.0, rollout.batch.cond).detach())
     assert method.recipe().timesteps == (800,)
 
 
@@ -313,11 +317,11 @@ def test_a_recipe_of_before_is_read() -> None:
 def test_lcm_learns_the_end_of_the_trajectory(schedule: str) -> None:
     """One step of an untrained student says the mean of the data; a trained one where the trajectory ends."""
     s = SCHEDULES[schedule]()
-    method = LCM(LCMConfig(guidance=1.0, steps=1, points=10, target="ema", target_decay=0.9), setting(s))
+    method = LCM(LCMConfig(guidance=1.0, steps=1, points=10, target="ema", target_decay=0.9), problem(s))
     triple = analytic_triple(gaussian(MEAN, STD), s, width=64)
     method.prepare(triple)
     start = noise(256, DIMENSION, 1, 1, seed=8)
-    top = torch.full((256,), method.ladder[0], dtype=torch.float64)
+    top = torch.full((256,), method.timesteps[0], dtype=torch.float64)
     end = exact(s, start, top, torch.full_like(top, s.clean_time))
 
     def error() -> float:
@@ -329,9 +333,9 @@ def test_lcm_learns_the_end_of_the_trajectory(schedule: str) -> None:
         stream = draws(range(32), step=step)
         x0 = MEAN[:, None, None] + STD * stream.normal("image", (DIMENSION, 1, 1))
         batch = Batch(prompts(32), prompts(32), images=x0, image_cond=prompts(32))
-        leap = method.rollout(batch, triple, FIRST, stream)
+        rollout = method.rollout(batch, triple, FIRST, stream)
         adam.zero_grad()
-        method.loss(GENERATOR, leap, triple, FIRST, stream).total.backward()
+        method.loss(GENERATOR, rollout, triple, FIRST, stream).total.backward()
         adam.step()
         with torch.no_grad():
             method.after_update(GENERATOR, {}, triple, FIRST)

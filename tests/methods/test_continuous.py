@@ -19,8 +19,8 @@ from support.toys import (
     four_modes,
     gaussian,
     noise,
+    problem,
     prompts,
-    setting,
     vp,
 )
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ from stepdistill.errors import UserError
 from stepdistill.families.analytic import Mixture
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods.base import Batch, Progress
-from stepdistill.methods.consistency.continuous import Continuous, State, TangentConfig
+from stepdistill.methods.consistency.continuous import Continuous, TangentConfig, TrigFlowStates
 from stepdistill.methods.consistency.scm import SCM, SCMConfig
-from stepdistill.methods.consistency.tbcm import TBCM, TBCMConfig, reference_route
+from stepdistill.methods.consistency.tbcm import TBCM, TBCMConfig, reference_angles
 from stepdistill.roles.sampler import teacher_sample
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 
@@ -73,12 +73,12 @@ def exact(schedule: NoiseSchedule) -> Triple:
 
 def scm(schedule: NoiseSchedule, tangent: dict[str, Any] | None = None, **options: Any) -> SCM:
     config = SCMConfig.model_validate({"guidance": 1.5, "tangent": tangent or JVP, **options})
-    return SCM(config, setting(schedule))
+    return SCM(config, problem(schedule))
 
 
 def tbcm(schedule: NoiseSchedule, tangent: dict[str, Any] | None = None, **options: Any) -> TBCM:
     config = TBCMConfig.model_validate({"guidance": 1.5, "tangent": tangent or JVP, **options})
-    return TBCM(config, setting(schedule))
+    return TBCM(config, problem(schedule))
 
 
 def with_images(count: int, classes: int = 1, dimension: int = DIMENSION) -> Batch:
@@ -97,20 +97,22 @@ def prepared(method: Continuous[Any], triple: Triple) -> Triple:
     return triple
 
 
-def states(method: Continuous[Any], triple: Triple, count: int = 6) -> State:
+def states(method: Continuous[Any], triple: Triple, count: int = 6) -> TrigFlowStates:
     """The states of a method, in a row."""
     rollout = method.rollout(with_images(count), triple, Progress(), draws(range(count)))
     x, angle, velocity = rollout.x_t, rollout.angle, rollout.velocity  # type: ignore[attr-defined]
     if x.ndim == 5:
         x, angle, velocity = x.flatten(0, 1), angle.flatten(), velocity.flatten(0, 1)
-    return State(x, angle, velocity, prompts(len(x)))
+    return TrigFlowStates(x, angle, velocity, prompts(len(x)))
 
 
-def along(method: Continuous[Any], triple: Triple, angle: Tensor) -> State:
+def along(method: Continuous[Any], triple: Triple, angle: Tensor) -> TrigFlowStates:
     """States at given angles, with the teacher's velocities."""
-    x = method.bridge.state(0.9 * noise(len(angle), DIMENSION, 1, 1), noise(len(angle), DIMENSION, 1, 1, seed=1), angle)
+    x = method.trigflow.state(
+        0.9 * noise(len(angle), DIMENSION, 1, 1), noise(len(angle), DIMENSION, 1, 1, seed=1), angle
+    )
     cond = prompts(len(angle))
-    return State(x, angle, method.teacher(triple, x, angle, cond, cond), cond)
+    return TrigFlowStates(x, angle, method.teacher(triple, x, angle, cond, cond), cond)
 
 
 # ---------------------------------------------------------------- the tangent
@@ -136,12 +138,12 @@ def test_wrong_variants_do_not_vanish(name: str, fault: str) -> None:
     schedule = ALL[name]()
     method, triple = scm(schedule), exact(schedule)
     state = along(method, triple, torch.linspace(0.4, 1.3, 6, dtype=torch.float64))
-    share = {"sign": -1.0, "share": 0.9}.get(fault, 1.0)
+    tangent_weight = {"sign": -1.0, "share": 0.9}.get(fault, 1.0)
     if fault == "velocity":
         state = replace(state, velocity=-state.velocity)
     if fault == "sigma_d":
         method.config = method.config.model_copy(update={"sigma_data": 1.0})
-    _, g = method.tangent(triple.generator, state, share)
+    _, g = method.tangent(triple.generator, state, tangent_weight)
     assert float(g.abs().flatten(1).max(1).values.min()) > (1e-3 if fault == "share" else 1e-2)
 
 
@@ -172,8 +174,8 @@ def test_the_tangent_is_the_derivative_of_the_consistency_function(name: str) ->
 
     def f(h: float) -> Tensor:
         x = state.x + h * method.config.sigma_data * state.velocity
-        velocity = triple.generator.trigflow(method.bridge, x, angle + h, state.cond)
-        return method.config.sigma_data * method.bridge.x0(x, velocity, angle + h)
+        velocity = triple.generator.trigflow(method.trigflow, x, angle + h, state.cond)
+        return method.config.sigma_data * method.trigflow.x0(x, velocity, angle + h)
 
     h = 1e-5 if schedule.is_flow else 1e-6
     with torch.no_grad():
@@ -202,12 +204,12 @@ def test_semi_discrete_is_the_difference_quotient() -> None:
     schedule, delta = SCHEDULES["flow"](), 0.05
     method, triple = scm(schedule, {"warmup": 0, "kind": "semi_discrete", "delta": delta}), learner(schedule)
     angle = torch.linspace(0.4, 1.3, 6, dtype=torch.float64)
-    state, bridge = along(method, triple, angle), method.bridge
+    state, trigflow = along(method, triple, angle), method.trigflow
     _, g = method.tangent(triple.generator, state, 1.0)
     with torch.no_grad():
-        before = bridge.step(state.x, state.velocity, angle, angle - delta)
+        before = trigflow.step(state.x, state.velocity, angle, angle - delta)
         ends = [
-            bridge.x0(x, triple.generator.trigflow(bridge, x, at, state.cond), at)
+            trigflow.x0(x, triple.generator.trigflow(trigflow, x, at, state.cond), at)
             for x, at in ((state.x, angle), (before, angle - delta))
         ]
     quotient = method.config.sigma_data * (ends[0] - ends[1]) / math.sin(delta)
@@ -237,10 +239,10 @@ def test_the_loss_and_its_gradient(bound: str) -> None:
     assert float(terms.parts["tangent"]) == pytest.approx(float(norm.mean()) / DIMENSION**0.5)
     terms.total.backward()
     last = triple.networks[GENERATOR].mlp.fc_out.bias  # type: ignore[union-attr]
-    x_t, _ = method.bridge.native(state.x, state.angle)
+    x_t, _ = method.trigflow.native(state.x, state.angle)
     one = torch.ones_like(x_t)
     # F is affine in what the network says
-    slope = method.bridge.velocity(one, x_t, state.angle) - method.bridge.velocity(0 * one, x_t, state.angle)
+    slope = method.trigflow.velocity(one, x_t, state.angle) - method.trigflow.velocity(0 * one, x_t, state.angle)
     expected = (-2 * math.exp(0.4) * bounded * slope).mean(0).flatten()
     assert torch.allclose(last.grad, expected, atol=1e-10)  # type: ignore[union-attr, arg-type]
     assert float(head.linear.bias.grad) == pytest.approx(float((math.exp(0.4) * squares - 1).mean()))  # type: ignore[union-attr, arg-type]
@@ -248,10 +250,12 @@ def test_the_loss_and_its_gradient(bound: str) -> None:
 
 def test_share_of_the_tangent() -> None:
     config = TangentConfig(warmup=100, calm_from=200, calm_over=50, calm_to=0.6)
-    assert [config.share(k) for k in (0, 50, 100, 200, 225, 250, 999)] == pytest.approx([0, 0.5, 1, 1, 0.8, 0.6, 0.6])
-    assert TangentConfig(warmup=0).share(0) == 1.0
+    assert [config.tangent_weight(k) for k in (0, 50, 100, 200, 225, 250, 999)] == pytest.approx(
+        [0, 0.5, 1, 1, 0.8, 0.6, 0.6]
+    )
+    assert TangentConfig(warmup=0).tangent_weight(0) == 1.0
     # the published one of TBCM
-    assert TBCMConfig(guidance=4.5).tangent.share(20_000) == 0.75
+    assert TBCMConfig(guidance=4.5).tangent.tangent_weight(20_000) == 0.75
 
 
 def test_a_loss_is_a_mean_over_samples_and_over_states() -> None:
@@ -301,7 +305,7 @@ def test_scm_notes_real_images_and_starts_from_pure_noise() -> None:
     rollout = method.rollout(batch, triple, Progress(), draws(range(64)))
     eps = draws(range(64), "rollout").normal("eps", (DIMENSION, 1, 1))
     cos, sin = (level.reshape(-1, 1, 1, 1) for level in (rollout.angle.cos(), rollout.angle.sin()))
-    top = rollout.angle == method.bridge.max_angle
+    top = rollout.angle == method.trigflow.max_angle
     assert 0 < int(top.sum()) < 64
     assert torch.allclose(rollout.x_t[top], 0.5 * eps[top])
     assert torch.allclose(rollout.x_t[~top], 0.5 * (cos * batch.images + sin * eps)[~top])
@@ -310,7 +314,7 @@ def test_scm_notes_real_images_and_starts_from_pure_noise() -> None:
 def test_the_reference_route_is_the_released_one() -> None:
     noisy = [1.5708, 1.5423, 1.5095, 1.4714, 1.4268, 1.3741, 1.3112, 1.2356]
     clean = [1.1440, 1.0331, 0.8997, 0.7425, 0.5642, 0.3734, 0.1832, 0.0063]
-    assert reference_route(16, 2.5).tolist() == pytest.approx(noisy + clean, abs=5e-5)
+    assert reference_angles(16, 2.5).tolist() == pytest.approx(noisy + clean, abs=5e-5)
 
 
 @pytest.mark.parametrize("route", ["random_interval", "fixed", "logit_normal"])
@@ -318,12 +322,14 @@ def test_the_reference_route_is_the_released_one() -> None:
 def test_routes_fall_within_the_networks_range(name: str, route: str) -> None:
     schedule = ALL[name]()
     method = tbcm(schedule, route=route)
-    angles = method._angles(draws(range(8)))
+    angles = method._draw_angles(draws(range(8)))
     assert angles.shape == (16, 8)
     assert bool((angles[1:] <= angles[:-1]).all())
-    assert torch.equal(angles[0], torch.full((8,), method.bridge.max_angle, dtype=torch.float64))
-    assert float(angles.min()) >= method.bridge.min_angle
-    squeezed = (reference_route(16, 2.5) * method.bridge.max_angle / (math.pi / 2)).clamp_min(method.bridge.min_angle)
+    assert torch.equal(angles[0], torch.full((8,), method.trigflow.max_angle, dtype=torch.float64))
+    assert float(angles.min()) >= method.trigflow.min_angle
+    squeezed = (reference_angles(16, 2.5) * method.trigflow.max_angle / (math.pi / 2)).clamp_min(
+        method.trigflow.min_angle
+    )
     if route == "fixed":
         assert torch.allclose(angles, squeezed[:, None].expand(-1, 8))
     if route == "random_interval":
@@ -337,7 +343,7 @@ def test_a_walk_is_the_teachers_own(name: str) -> None:
     """Each state follows from the one before by the guided teacher's DDIM step; its end is the teacher's sample."""
     schedule = ALL[name]()
     method, triple = tbcm(schedule, guidance=2.0), analytic_triple(four_modes(), schedule)
-    method.setting = replace(method.setting, latent_shape=(2, 1, 1))
+    method.problem = replace(method.problem, latent_shape=(2, 1, 1))
     cond = replace(prompts(3, 4), text=torch.eye(4, dtype=torch.float64)[:3, None])
     walk = method.rollout(Batch(cond, prompts(3, 4)), triple, Progress(), draws(range(3)))
     assert walk.x_t.shape == (15 if schedule.zero_terminal_snr else 16, 3, 2, 1, 1)
@@ -346,13 +352,13 @@ def test_a_walk_is_the_teachers_own(name: str) -> None:
         assert torch.equal(walk.x_t[0], start)
     ends = [*zip(walk.x_t[1:], walk.t[1:], strict=True), (0.5 * walk.x0, torch.full((3,), schedule.clean_time))]
     for x, t, (after, s) in zip(walk.x_t, walk.t, ends, strict=True):
-        x_t, same = method.bridge.native(x, schedule.angle(t))
+        x_t, same = method.trigflow.native(x, schedule.angle(t))
         assert torch.allclose(same, t)
         x0 = triple.real_score.guided(x_t, t, cond, prompts(3, 4), 2.0)
         alpha, sigma = schedule.levels(t, x_t)
         to, noisy = schedule.levels(s, x_t)
         x_s = to * x0 + noisy * (x_t - alpha * x0) / sigma
-        assert torch.allclose(method.bridge.from_native(x_s, s)[0], after, atol=1e-9)
+        assert torch.allclose(method.trigflow.from_native(x_s, s)[0], after, atol=1e-9)
     assert not walk.x_t.requires_grad
     # from a mode in the end
     assert float((walk.x0.flatten(1) - four_modes().means[:3]).norm(dim=1).max()) < 1.5
@@ -378,7 +384,7 @@ def test_the_adversary_reaches_the_student_and_its_own_head() -> None:
     rollout = method.rollout(batch, triple, Progress(), lots)
     assert rollout.x0.requires_grad
     alone = method.consistency_loss(
-        State(rollout.x_t, rollout.angle, rollout.velocity, prompts(8)), triple, Progress()
+        TrigFlowStates(rollout.x_t, rollout.angle, rollout.velocity, prompts(8)), triple, Progress()
     ).total
     terms = method.loss(GENERATOR, rollout, triple, Progress(), lots)
     assert float(terms.total.detach()) == pytest.approx(float(alone + 0.5 * terms.parts["gan"]))
@@ -395,16 +401,16 @@ def test_the_adversary_reaches_the_student_and_its_own_head() -> None:
 def test_ladders_in_native_times() -> None:
     """Angles 1.3, 1.1 and 0.6 are timesteps of SD's table, and sigma / (alpha + sigma) of flow matching."""
     sd = scm(vp(), steps=4)
-    assert sd.ladder == (999.0, *(float(vp().time_at_angle(a).round()) for a in (1.3, 1.1, 0.6)))
+    assert sd.timesteps == (999.0, *(float(vp().time_at_angle(a).round()) for a in (1.3, 1.1, 0.6)))
     recipe = sd.recipe()
     assert (recipe.scheduler_class, recipe.timesteps[0], recipe.num_inference_steps) == ("LCMScheduler", 999, 4)
     flow = scm(SCHEDULES["flow-shift-3"](), steps=2)
-    assert flow.ladder == pytest.approx((1.0, math.sin(1.3) / (math.sin(1.3) + math.cos(1.3))))
+    assert flow.timesteps == pytest.approx((1.0, math.sin(1.3) / (math.sin(1.3) + math.cos(1.3))))
     told: Recipe = flow.recipe()
     assert told.scheduler_class == "FlowMatchLCMScheduler"
-    assert told.ladder(flow.schedule) == pytest.approx(flow.ladder)
-    assert scm(vp(), steps=3, angles=[1.57, 1.2, 0.8]).ladder[0] == 999.0
-    assert tbcm(vp()).ladder == (999.0,)
+    assert told.native_timesteps(flow.schedule) == pytest.approx(flow.timesteps)
+    assert scm(vp(), steps=3, angles=[1.57, 1.2, 0.8]).timesteps[0] == 999.0
+    assert tbcm(vp()).timesteps == (999.0,)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +430,7 @@ def test_the_exact_consistency_function_draws_the_data_in_one_step() -> None:
     """From pure noise at pi/2: x0 = mean + std eps."""
     schedule = SCHEDULES["flow"]()
     triple, eps = exact(schedule), noise(5, DIMENSION, 1, 1)
-    x0 = triple.generator.x0(eps, tbcm(schedule).ladder[0], prompts(5))
+    x0 = triple.generator.x0(eps, tbcm(schedule).timesteps[0], prompts(5))
     expected = torch.tensor(MEAN, dtype=torch.float64).reshape(1, -1, 1, 1) + STD * eps
     assert torch.allclose(x0, expected, atol=1e-10)
 
@@ -438,7 +444,7 @@ def test_a_student_learns_where_the_flow_ends(name: str) -> None:
     schedule, mixture, count = SCHEDULES[name](), gaussian((0.5, -1.0), 0.5), 32
     triple = analytic_triple(mixture, schedule, width=64)
     options = {"guidance": 1.0, "route_steps": 6, "tangent": {"warmup": 10}}
-    method = TBCM(TBCMConfig.model_validate(options), setting(schedule, 2))
+    method = TBCM(TBCMConfig.model_validate(options), problem(schedule, 2))
     prepared(method, triple)
     eps = noise(256, 2, 1, 1, seed=9)
     told = prompts(len(eps))
@@ -447,7 +453,7 @@ def test_a_student_learns_where_the_flow_ends(name: str) -> None:
 
     def distance() -> float:
         with torch.no_grad():
-            return float((triple.generator.x0(eps, method.ladder[0], told) - end).flatten(1).norm(dim=1).mean())
+            return float((triple.generator.x0(eps, method.timesteps[0], told) - end).flatten(1).norm(dim=1).mean())
 
     before, batch, steps = distance(), batch_of(count), 60
     optimizer = torch.optim.Adam(triple.parameters(GENERATOR).values(), lr=3e-3, betas=(0.9, 0.99))

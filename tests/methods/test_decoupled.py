@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.toys import SCHEDULES, analytic_triple, draws, four_modes, noise, setting
+from support.toys import SCHEDULES, analytic_triple, draws, four_modes, noise, problem
 from support.whole_batch_draws import WholeBatchDraws
 from torch import Tensor
 
@@ -47,7 +47,7 @@ def gradient(method: DMD2 | Decoupled, rollout: Rollout, triple: Triple, progres
 
 def decoupled(schedule: NoiseSchedule, /, **options: Any) -> Decoupled:
     config = DecoupledConfig.model_validate({"guidance": 3.0, **options})
-    return Decoupled(config, setting(schedule, 2))
+    return Decoupled(config, problem(schedule, 2))
 
 
 def trained_apart(schedule: NoiseSchedule) -> Triple:
@@ -65,7 +65,7 @@ def test_coupled_is_dmd2(name: str, w: float) -> None:
     schedule = SCHEDULES[name]()
     triple, rollout = trained_apart(schedule), rolled(schedule)
     ours = gradient(decoupled(schedule, guidance=w, schedule="coupled"), rollout, triple)
-    theirs = gradient(DMD2(DMD2Config(guidance=w), setting(schedule, 2)), rollout, triple)
+    theirs = gradient(DMD2(DMD2Config(guidance=w), problem(schedule, 2)), rollout, triple)
     assert float((ours - theirs).abs().max()) < 1e-10
     assert float(theirs.abs().max()) > 1e-3
 
@@ -86,8 +86,8 @@ def test_each_term_by_hand(name: str) -> None:
     schedule, w = SCHEDULES[name](), 3.0
     triple, rollout = trained_apart(schedule), rolled(schedule)
     x, cond, null = rollout.x0.detach(), labels(4), labels(4, empty=True)
-    below = parts.times_below(schedule, draws().uniform("ca.t"), 0.02, schedule.fraction_at(rollout.t))
-    everywhere = parts.LevelConfig().levels().times(schedule, draws().uniform("dm.t"))
+    below = parts.draw_times_below(schedule, draws().uniform("ca.t"), 0.02, schedule.fraction_at(rollout.t))
+    everywhere = parts.NoiseLevelConfig().levels().times(schedule, draws().uniform("dm.t"))
     at_ca = schedule.add_noise(x, draws().normal("ca.eps", (2, 1, 1)), below)
     at_dm = schedule.add_noise(x, draws().normal("dm.eps", (2, 1, 1)), everywhere)
     teacher, fake = triple.real_score, triple.fake_score
@@ -107,9 +107,9 @@ def test_augmentation_stays_below_the_generators_level(name: str, step: int) -> 
     t_gen = student_timesteps(schedule, 4)[step]
     high = schedule.fraction_at(torch.full((2000,), t_gen, dtype=torch.float64))
     u = torch.linspace(0, 1 - 1e-9, 2000, dtype=torch.float64)
-    t = parts.times_below(schedule, u, 0.02, high)
+    t = parts.draw_times_below(schedule, u, 0.02, high)
     assert float(t.max()) <= t_gen + 1e-9
-    low = schedule.time_at(torch.tensor(0.02, dtype=torch.float64))
+    low = schedule.time_at_fraction(torch.tensor(0.02, dtype=torch.float64))
     assert float(t.min()) == pytest.approx(float(low), abs=1e-6)
     assert len(t.unique()) > 100
 
@@ -133,7 +133,9 @@ def test_augmentation_needs_room_below_the_last_step() -> None:
 
 def test_levels_stay_within_the_schedule() -> None:
     schedule = SCHEDULES["eps"]()
-    t = parts.times_below(schedule, torch.tensor([0.0, 1 - 1e-12], dtype=torch.float64), 0.02, torch.ones(2).double())
+    t = parts.draw_times_below(
+        schedule, torch.tensor([0.0, 1 - 1e-12], dtype=torch.float64), 0.02, torch.ones(2).double()
+    )
     assert t.tolist() == [20, 999]
 
 
@@ -187,7 +189,7 @@ def radii(options: dict[str, Any], images: bool = False) -> tuple[float, float]:
     triple = analytic_triple(mixture, schedule, width=64)
     method = Decoupled(
         DecoupledConfig.model_validate({"guidance": 3.0, "ratio": RATIO, "steps": 2, **options}),
-        setting(schedule, 2, width=64),
+        problem(schedule, 2, width=64),
     )
     method.prepare(triple)
     for heads in triple.heads.values():
@@ -207,7 +209,7 @@ def radii(options: dict[str, Any], images: bool = False) -> tuple[float, float]:
 
     @torch.no_grad()
     def radius() -> float:
-        x0 = triple.generator.x0(noise(2048, 2, 1, 1, seed=9), method.ladder[0], labels(2048)).flatten(1)
+        x0 = triple.generator.x0(noise(2048, 2, 1, 1, seed=9), method.timesteps[0], labels(2048)).flatten(1)
         return float(torch.stack([x0[k::CLASSES].mean(0) for k in range(CLASSES)]).norm(dim=1).mean())
 
     found = []

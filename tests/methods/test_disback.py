@@ -20,8 +20,8 @@ from support.toys import (
     four_modes,
     gaussian,
     noise,
+    problem,
     prompts,
-    setting,
     unet_triple,
 )
 from support.whole_batch_draws import WholeBatchDraws
@@ -73,7 +73,7 @@ class MemoryShelf:
 
 def method_on(triple: Triple, dimension: int, shelf: MemoryShelf | None = None, **options: Any) -> DisBack:
     config = DisBackConfig.model_validate({"guidance": 3.0, "checkpoints": 4, "interval": 2, **options})
-    method = DisBack(config, setting(triple.schedule, dimension))
+    method = DisBack(config, problem(triple.schedule, dimension))
     method.prepare(triple)
     if shelf is not None:
         method.attach_storage(shelf)
@@ -115,7 +115,7 @@ def test_the_record_is_denoising_alone() -> None:
     triple = analytic_triple(four_modes(std=0.4), schedule, four_modes((0.4, 0.3, 0.2, 0.1), std=0.5))
     plain = method_on(triple, 2)
     adversarial = DisBack(
-        plain.config.model_copy(update={"gan": GanConfig(weight=0.1, critic_weight=1.0)}), plain.setting
+        plain.config.model_copy(update={"gan": GanConfig(weight=0.1, critic_weight=1.0)}), plain.problem
     )
     terms = [method.loss(FAKE_SCORE, rolled(), triple, Progress(stage=0), draws()) for method in (plain, adversarial)]
     assert torch.equal(terms[0].total, terms[1].total)
@@ -127,7 +127,7 @@ def test_the_path_ends_at_the_guided_teacher(name: str) -> None:
     """The last target is the teacher with its w: DMD2's gradient to the bit; one update before it is not."""
     schedule = SCHEDULES[name]()
     triple, method = apart(schedule, four_modes((0.2, 0.2, 0.5, 0.1), std=0.6))
-    dmd2 = gradient(DMD2(DMD2Config(guidance=3.0, steps=1), setting(schedule, 2)), rolled(), triple, Progress())
+    dmd2 = gradient(DMD2(DMD2Config(guidance=3.0, steps=1), problem(schedule, 2)), rolled(), triple, Progress())
     assert torch.equal(gradient(method, rolled(), triple, backtracking(6)), dmd2)
     assert torch.equal(gradient(method, rolled(), triple, backtracking(600)), dmd2)
     assert float((gradient(method, rolled(), triple, backtracking(5)) - dmd2).abs().max()) > 1e-3

@@ -20,11 +20,11 @@ from support.consistency import (
     STD,
     close,
     exact,
-    leap_of,
     levels,
     modes,
     on_modes,
     residual,
+    rollout_of,
     with_the_exact_map,
 )
 from support.toys import (
@@ -41,12 +41,12 @@ from support.toys import (
 )
 from torch import Tensor
 
-from stepdistill.diffusion.timesteps import edges, part_of, spread, uniform_grid
+from stepdistill.diffusion.timesteps import evenly_spaced_timesteps, segment_edges, segment_of, uniform_grid
 from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods import parts
 from stepdistill.methods.base import Progress
-from stepdistill.methods.consistency.discrete import TARGET, Consistency, jump
+from stepdistill.methods.consistency.discrete import TARGET, Consistency, ddim_step
 from stepdistill.methods.consistency.lcm import LCM, LCMConfig, boundary_scalings
 from stepdistill.roles.triple import GENERATOR, Triple
 
@@ -67,24 +67,24 @@ def test_ladders_are_those_of_the_stock_schedulers(steps: int) -> None:
     for name, scheduler in (("lcm", LCMScheduler(**BETAS)), ("tcd", TCDScheduler(**BETAS))):
         scheduler.set_timesteps(steps)
         method = MAKERS[name](vp(), steps=steps)
-        assert list(method.ladder) == scheduler.timesteps.tolist()
+        assert list(method.timesteps) == scheduler.timesteps.tolist()
         assert list(method.recipe().timesteps) == scheduler.timesteps.tolist()
-    assert list(MAKERS["lcm"](vp(), steps=4).ladder) == [999, 759, 499, 259]
+    assert list(MAKERS["lcm"](vp(), steps=4).timesteps) == [999, 759, 499, 259]
 
 
 def test_phases() -> None:
-    assert edges(50, 4).tolist() == [0, 12, 25, 37]
-    assert edges(40, 4).tolist() == [0, 10, 20, 30]
-    assert part_of(torch.tensor([1, 12, 13, 25, 26, 50]), edges(50, 4)).tolist() == [0, 0, 1, 1, 2, 3]
-    assert list(MAKERS["pcm"](vp()).ladder) == [999, 739, 499, 239]
-    assert set(MAKERS["pcm"](vp(), phases=2).ladder) >= {999, 499}
-    close(torch.tensor(MAKERS["pcm"](flow(3.0), points=100).ladder), torch.tensor([1, 0.9, 0.75, 0.5]), 1e-6)
+    assert segment_edges(50, 4).tolist() == [0, 12, 25, 37]
+    assert segment_edges(40, 4).tolist() == [0, 10, 20, 30]
+    assert segment_of(torch.tensor([1, 12, 13, 25, 26, 50]), segment_edges(50, 4)).tolist() == [0, 0, 1, 1, 2, 3]
+    assert list(MAKERS["pcm"](vp()).timesteps) == [999, 739, 499, 239]
+    assert set(MAKERS["pcm"](vp(), phases=2).timesteps) >= {999, 499}
+    close(torch.tensor(MAKERS["pcm"](flow(3.0), points=100).timesteps), torch.tensor([1, 0.9, 0.75, 0.5]), 1e-6)
     with pytest.raises(UserError, match="multiple of the phases"):
         MAKERS["pcm"](vp(), phases=3)
     with pytest.raises(UserError, match="use more points"):
         MAKERS["pcm"](vp(), points=3)
     with pytest.raises(UserError, match="use fewer steps"):
-        spread(uniform_grid(vp(), 5), 6)
+        evenly_spaced_timesteps(uniform_grid(vp(), 5), 6)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -132,9 +132,9 @@ def test_f_is_the_identity_at_its_end(name: str, schedule: str) -> None:
     ends = {"lcm": [0], "cm": [0]}.get(name, [1, 5, 20])
     for r in grid[ends]:
         if float(r) > 0 or not method.schedule.is_flow:
-            close(method.function(x, x0, r.expand(4), r.expand(4)), x)
+            close(method.consistency_function(x, x0, r.expand(4), r.expand(4)), x)
     if method.schedule.is_flow:  # at sigma = 0 by its limit
-        close(method.function(x, x, torch.full((4,), 1e-9).double(), torch.zeros(4)), x, 1e-8)
+        close(method.consistency_function(x, x, torch.full((4,), 1e-9).double(), torch.zeros(4)), x, 1e-8)
 
 
 @pytest.mark.parametrize("index", [1, 2, 25, 50])
@@ -143,7 +143,7 @@ def test_the_solver_is_ddim_and_euler(index: int) -> None:
     x, x0 = noise(1, DIMENSION, 1, 1), noise(1, DIMENSION, 1, 1, seed=1)
     method = MAKERS["lcm"](vp())
     s, e = method.grid(FIRST)[[index]], method.grid(FIRST)[[index - 1]]
-    got = method.solve(lambda x, t: x0, x, s, e)
+    got = method.solver_step(lambda x, t: x0, x, s, e)
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
     scheduler.num_inference_steps = 50
     alpha, sigma = levels(vp(), s)
@@ -155,7 +155,10 @@ def test_the_solver_is_ddim_and_euler(index: int) -> None:
     euler.set_timesteps(sigmas=[float(s), float(e)] if index > 1 else [float(s)])
     u = (x - x0) / s
     torch.testing.assert_close(
-        method.solve(lambda x, t: x0, x, s, e), euler.step(u, euler.timesteps[0], x).prev_sample, rtol=0, atol=1e-6
+        method.solver_step(lambda x, t: x0, x, s, e),
+        euler.step(u, euler.timesteps[0], x).prev_sample,
+        rtol=0,
+        atol=1e-6,
     )
 
 
@@ -181,17 +184,17 @@ def test_distances() -> None:
 def test_the_exact_map_has_no_residual_but_the_solvers(name: str, schedule: str) -> None:
     """What is left is the error of one step of the teacher; turning the step's noise around leaves much more."""
     method = with_the_exact_map(MAKERS[name](SCHEDULES[schedule](), points=50))
-    right = residual(method, leap_of(method))
+    right = residual(method, rollout_of(method))
     bound = {"cm": 2e-3}.get(name, 0.02)
     assert right < bound
 
     def turned(teacher: Any, x_s: Tensor, s: Tensor, e: Tensor) -> Tensor:
         alpha, _ = levels(method.schedule, e)
         x0 = teacher(x_s, s)
-        return alpha * x0 - (jump(method.schedule, x_s, x0, s, e) - alpha * x0)
+        return alpha * x0 - (ddim_step(method.schedule, x_s, x0, s, e) - alpha * x0)
 
-    method.solve = turned  # type: ignore[method-assign]
-    assert residual(method, leap_of(method)) > max(0.1, 10 * right)
+    method.solver_step = turned  # type: ignore[method-assign]
+    assert residual(method, rollout_of(method)) > max(0.1, 10 * right)
 
 
 @pytest.mark.parametrize(("name", "order"), [("lcm", 2), ("cm", 3)])
@@ -202,7 +205,7 @@ def test_the_residual_falls_at_the_solvers_order(name: str, order: int, schedule
     for points in (50, 100, 200):
         method = with_the_exact_map(MAKERS[name](SCHEDULES[schedule](), points=points + (name == "cm")))
         method.start = lambda u, grid: torch.full_like(u, (len(grid) - 1) // 5 * 3).long()  # type: ignore[method-assign]
-        found.append(residual(method, leap_of(method)))
+        found.append(residual(method, rollout_of(method)))
     for coarse, fine in itertools.pairwise(found):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
 
@@ -227,11 +230,11 @@ def test_a_network_that_says_the_exact_map_has_none_either(name: str, options: d
     triple = SimpleNamespace(
         real_score=teacher.real_score, generator=oracle, denoiser=lambda role: oracle, schedule=method.schedule
     )
-    leap = leap_of(method, triple)
-    assert residual(method, leap) < 0.02
-    terms = method.loss(GENERATOR, leap, triple, FIRST, draws(range(COUNT)))  # type: ignore[arg-type]
+    rollout = rollout_of(method, triple)
+    assert residual(method, rollout) < 0.02
+    terms = method.loss(GENERATOR, rollout, triple, FIRST, draws(range(COUNT)))  # type: ignore[arg-type]
     assert float(terms.total) < 0.01
-    moved = replace(leap, x0=leap.x0 + 0.3)
+    moved = replace(rollout, x0=rollout.x0 + 0.3)
     assert float(method.loss(GENERATOR, moved, triple, FIRST, draws(range(COUNT))).total) > 0.02  # type: ignore[arg-type]
 
 
@@ -258,16 +261,16 @@ def test_a_rollout_by_hand(schedule: str) -> None:
     x_e = a_e * x0 + s_e * (x_s - a_s * x0) / s_s
     there = triple.generator.x0(x_e, e, batch.image_cond)
     target = torch.where((m == n - 1)[:, None, None, None], x_e, a_r * there + s_r * (x_e - a_e * there) / s_e)
-    leap = method.rollout(batch, triple, FIRST, draws(range(16)))
-    close(leap.x_t, x_s)
-    close(leap.target, target.detach())
+    rollout = method.rollout(batch, triple, FIRST, draws(range(16)))
+    close(rollout.x_t, x_s)
+    close(rollout.target, target.detach())
     own = triple.generator.x0(x_s, s, batch.image_cond)
-    close(leap.x0.detach(), own.detach())
-    terms = method.loss(GENERATOR, leap, triple, FIRST, draws(range(16)))
+    close(rollout.x0.detach(), own.detach())
+    terms = method.loss(GENERATOR, rollout, triple, FIRST, draws(range(16)))
     d = (a_r * own + s_r * (x_s - a_s * own) / s_s - target).detach()
     close(terms.total.detach(), ((d**2 + 1e-6).sqrt() - 1e-3).mean())
     assert terms.total.requires_grad
-    assert not leap.target.requires_grad
+    assert not rollout.target.requires_grad
 
 
 @pytest.mark.parametrize("name", ["lcm", "tcd", "pcm", "tscd", "cm"])
@@ -275,12 +278,12 @@ def test_the_noisiest_state_is_what_sampling_starts_from(name: str) -> None:
     """SD's schedule has signal left at its end, and the first call of a sampler sees none."""
     method = on_modes(name, vp(), points=8)
     triple, stream = analytic_triple(four_modes(), method.schedule), draws(range(16)).for_role("rollout")
-    leap = method.rollout(modes(), triple, FIRST, draws(range(16)))
-    top = leap.t == method.grid(FIRST)[-1]
+    rollout = method.rollout(modes(), triple, FIRST, draws(range(16)))
+    top = rollout.t == method.grid(FIRST)[-1]
     assert 0 < int(top.sum()) < 16
     eps = stream.normal("noise", (2, 1, 1))
-    assert torch.equal(leap.x_t[top], eps[top])
-    assert not bool((leap.x_t[~top] == eps[~top]).any())
+    assert torch.equal(rollout.x_t[top], eps[top])
+    assert not bool((rollout.x_t[~top] == eps[~top]).any())
 
 
 def test_only_the_generator_learns() -> None:
@@ -288,8 +291,8 @@ def test_only_the_generator_learns() -> None:
     triple = analytic_triple(four_modes(), vp())
     disturb(triple)
     with triple.training(GENERATOR):
-        leap = method.rollout(modes(), triple, FIRST, draws(range(16)))
-        method.loss(GENERATOR, leap, triple, FIRST, draws(range(16))).total.backward()
+        rollout = method.rollout(modes(), triple, FIRST, draws(range(16)))
+        method.loss(GENERATOR, rollout, triple, FIRST, draws(range(16))).total.backward()
     assert all(p.grad is None for p in triple.base.parameters())
     assert any(p.grad is not None and bool(p.grad.any()) for p in triple.parameters(GENERATOR).values())
     assert method.updates(FIRST) == (GENERATOR,)
@@ -360,8 +363,8 @@ def same(a: Consistency[Any], b: Consistency[Any], triple: Triple, progress: Pro
     for method in (a, b):
         for p in triple.parameters(GENERATOR).values():
             p.grad = None
-        leap = method.rollout(modes(), triple, progress, draws(range(16)))
-        total = method.loss(GENERATOR, leap, triple, progress, draws(range(16))).total
+        rollout = method.rollout(modes(), triple, progress, draws(range(16)))
+        total = method.loss(GENERATOR, rollout, triple, progress, draws(range(16))).total
         total.backward()
         grads = [p.grad.flatten() for p in triple.parameters(GENERATOR).values() if p.grad is not None]
         found.append((total.detach(), torch.cat(grads)))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_checkpoints import refusal
-from support.toys import SCHEDULES, analytic_triple, batch_of, draws, four_modes, noise, prompts, setting
+from support.toys import SCHEDULES, analytic_triple, batch_of, draws, four_modes, noise, problem, prompts
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import NoiseSchedule
@@ -20,8 +20,8 @@ from stepdistill.methods.base import Batch, Progress
 from stepdistill.methods.gan import gan_generator_loss
 from stepdistill.methods.matching.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.matching.flash import Flash, FlashConfig, FlashRollout
-from stepdistill.methods.preference.losses import REFERENCE, chosen_of, log_ratio
-from stepdistill.rewards.base import REWARD, OwnReward
+from stepdistill.methods.preference.losses import REFERENCE, log_ratio, select_candidates
+from stepdistill.rewards.base import REWARD, FunctionReward
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 
 GRIDS = ["eps", "v", "flow", "flow-shift-3"]
@@ -49,9 +49,9 @@ def first_coordinate(images: Tensor, texts: Sequence[str]) -> Tensor:
 def flash(name: str, sign: float = 1.0, **options: Any) -> tuple[Flash, Triple]:
     schedule = SCHEDULES[name]()
     config = {"guidance": 2.0, "gan": {"weight": 0.3, "features": "vision", "reals": "pairs", "width": 8}, **options}
-    method = Flash(FlashConfig.model_validate(config), setting(schedule, 2))
+    method = Flash(FlashConfig.model_validate(config), problem(schedule, 2))
     triple = analytic_triple(four_modes(std=0.4), schedule, four_modes((0.4, 0.3, 0.2, 0.1), std=0.5))
-    triple.frozen = {VISION: Pixels(), REWARD: OwnReward(lambda x, texts: sign * first_coordinate(x, texts))}
+    triple.frozen = {VISION: Pixels(), REWARD: FunctionReward(lambda x, texts: sign * first_coordinate(x, texts))}
     method.prepare(triple, decode)
     triple.heads[FAKE_SCORE]["discriminator"].double()
     return method, triple
@@ -65,7 +65,7 @@ def paired(count: int = 4) -> Batch:
 
 def matched_and_last(schedule: NoiseSchedule, method: Flash) -> FlashRollout:
     x0, last = noise(4, *SHAPE, seed=3).requires_grad_(), noise(4, *SHAPE, seed=4).requires_grad_()
-    return FlashRollout(paired(), x0, torch.full((4,), method.ladder[1], dtype=torch.float64), x0, last=last)
+    return FlashRollout(paired(), x0, torch.full((4,), method.timesteps[1], dtype=torch.float64), x0, last=last)
 
 
 # ---------------------------------------------------------------- the split
@@ -95,7 +95,7 @@ def test_matching_moves_the_first_steps_and_the_gan_the_last(name: str) -> None:
     rollout = matched_and_last(method.schedule, method)
     total = method.loss(GENERATOR, rollout, triple, Progress(), draws()).total
     to_matched, to_last = torch.autograd.grad(total, [rollout.x0, rollout.last])  # type: ignore[list-item]
-    plain = DMD2(DMD2Config(guidance=2.0), method.setting).loss(GENERATOR, rollout, triple, Progress(), draws()).total
+    plain = DMD2(DMD2Config(guidance=2.0), method.problem).loss(GENERATOR, rollout, triple, Progress(), draws()).total
     (expected,) = torch.autograd.grad(plain, rollout.x0)
     torch.testing.assert_close(to_matched, expected, rtol=0, atol=1e-14)
     assert rollout.last is not None
@@ -110,7 +110,7 @@ def test_matching_moves_the_first_steps_and_the_gan_the_last(name: str) -> None:
 def test_the_last_step_sees_clean_samples_noised_again(name: str, exits: str) -> None:
     """Walked by hand from where the rollout was left; no rollout is left at the last step."""
     method, triple = flash(name, exits=exits)
-    schedule, ladder, cond, seen = method.schedule, method.ladder, prompts(4, 4), set()
+    schedule, timesteps, cond, seen = method.schedule, method.timesteps, prompts(4, 4), set()
     for step in range(6):
         stream = draws(step=step).for_role("rollout")
         found = method.rollout(paired(), triple, Progress(), draws(step=step))
@@ -119,17 +119,17 @@ def test_the_last_step_sees_clean_samples_noised_again(name: str, exits: str) ->
         for row, time in enumerate(found.t.tolist()):
             seen.add(time)
             x0 = found.x0[row : row + 1].detach()
-            for index in range(ladder.index(time), len(ladder) - 1):
+            for index in range(timesteps.index(time), len(timesteps) - 1):
                 fresh = stream.normal(f"on{index}", SHAPE)[row : row + 1]
                 x0 = triple.generator.x0(
-                    schedule.add_noise(x0, fresh, ladder[index + 1]), ladder[index + 1], cond[[row]]
+                    schedule.add_noise(x0, fresh, timesteps[index + 1]), timesteps[index + 1], cond[[row]]
                 )
-            x_t = schedule.add_noise(x0, stream.normal("last", SHAPE)[row : row + 1], ladder[-1])
-            expected.append(triple.generator.x0(x_t, ladder[-1], cond[[row]]))
+            x_t = schedule.add_noise(x0, stream.normal("last", SHAPE)[row : row + 1], timesteps[-1])
+            expected.append(triple.generator.x0(x_t, timesteps[-1], cond[[row]]))
         torch.testing.assert_close(found.last, torch.cat(expected))
         assert found.last is not None
         assert found.last.requires_grad
-    assert seen == set(ladder[:-1])
+    assert seen == set(timesteps[:-1])
 
 
 def test_the_gan_never_reaches_the_fake_score() -> None:
@@ -167,7 +167,7 @@ def test_what_cannot_work_is_refused() -> None:
 def test_the_gap_of_log_ratios_is_that_of_the_transitions(name: str) -> None:
     """log p(z)/p_ref(z) from the densities of the sampler's own step."""
     schedule = SCHEDULES[name]()
-    t, s = (schedule.time_at(torch.tensor(p, dtype=torch.float64)) for p in (0.8, 0.5))
+    t, s = (schedule.time_at_fraction(torch.tensor(p, dtype=torch.float64)) for p in (0.8, 0.5))
     x_t, x0, other = (noise(3, *SHAPE, seed=k) for k in range(3))
     best, worst = (noise(3, *SHAPE, seed=k) for k in (5, 6))
     ours, theirs = (Transition()(schedule, x_t, x, t, s) for x in (x0, other))
@@ -183,17 +183,17 @@ def test_at_the_start_it_is_log_2_and_pulls_toward_the_best(name: str, sign: flo
     """dL/dx0 = -beta/2 alpha (z_best - z_worst) / (sigma^2 sqrt(n) B), so that the reversed reward reverses it."""
     method, triple = flash(name, sign, rl={**RL, "beta": 7.0, "candidates": 3})
     rollout = method.rollout(paired(), triple, JOINT, draws())
-    assert {*rollout.t.tolist()} <= {*method.ladder[:2]}
+    assert {*rollout.t.tolist()} <= {*method.timesteps[:2]}
     terms = method.loss(GENERATOR, rollout, triple, JOINT, draws())
     assert float(terms.total.detach()) == pytest.approx(math.log(2), abs=1e-15)
     (found,) = torch.autograd.grad(terms.total, rollout.x0)
-    s = torch.tensor([method.ladder[method.ladder.index(t) + 1] for t in rollout.t.tolist()], dtype=torch.float64)
+    s = torch.tensor([method.timesteps[method.timesteps.index(t) + 1] for t in rollout.t.tolist()], dtype=torch.float64)
     z = [method.schedule.add_noise(rollout.x0.detach(), draws().normal(f"successor{k}", SHAPE), s) for k in range(3)]
     rewards = torch.stack(
         [sign * triple.real_score.x0(own, s, rollout.batch.cond)[:, 0].flatten() for own in z]
     ).detach()
     alpha, sigma = method.schedule.levels(s, z[0])
-    gap = chosen_of(z, rewards.argmax(0)) - chosen_of(z, rewards.argmin(0))
+    gap = select_candidates(z, rewards.argmax(0)) - select_candidates(z, rewards.argmin(0))
     expected = -7.0 / 2 * alpha * gap / sigma.square() / 2**0.5 / 4
     torch.testing.assert_close(found, expected)
     assert float(terms.parts["reward_gap"]) == pytest.approx(float((rewards.amax(0) - rewards.amin(0)).mean()))
@@ -212,7 +212,7 @@ def test_equal_rewards_prefer_nothing() -> None:
 
 def test_rows_are_chosen_one_by_one() -> None:
     candidates = [noise(3, *SHAPE, seed=k) for k in range(4)]
-    found = chosen_of(candidates, torch.tensor([2, 0, 3]))
+    found = select_candidates(candidates, torch.tensor([2, 0, 3]))
     assert all(torch.equal(found[row], candidates[k][row]) for row, k in enumerate((2, 0, 3)))
 
 

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from support.method_cases import CASES, Bench
 from support.proofs import reproduced
-from support.toys import TEXT, ToyUNet, disturb, draws, layouts, noise, setting, unet, vp
+from support.toys import TEXT, ToyUNet, disturb, draws, layouts, noise, problem, unet, vp
 from torch import Tensor
 
 import stepdistill
@@ -109,7 +109,7 @@ def test_a_consistency_student_is_told_the_scale_of_its_teachers_step(
 ) -> None:
     """Student and target alike; whoever looks at the batch's own conditioning is told nothing."""
     config = LCMConfig(guidance=3, guidance_range=(1.5, 6), tell_guidance=True, steps=2, points=10, target=target)
-    method = LCM(config, setting(vp()))
+    method = LCM(config, problem(vp()))
     triple, scales, heard = embedded_triple("lora"), [], []
     method.prepare(triple)
     guided, x0 = Denoiser.guided, Denoiser.x0
@@ -128,13 +128,13 @@ def test_a_consistency_student_is_told_the_scale_of_its_teachers_step(
     monkeypatch.setattr(Denoiser, "x0", seen_x0)
     cond = Conditioning(noise(2, 3, TEXT, seed=5))
     batch = Batch(cond, cond, images=noise(2, 4, 8, 8), image_cond=cond)
-    leap = method.rollout(batch, triple, Progress(), draws(range(2)))
+    rollout = method.rollout(batch, triple, Progress(), draws(range(2)))
     (w,) = scales
     assert w.shape == (2,)
     assert bool(((w >= 1.5) & (w <= 6)).all())
     assert float(w[0]) != float(w[1])
     assert [told.tolist() for told in heard] == [w.float().tolist()] * 2
-    assert leap.batch.cond.guidance is None
+    assert rollout.batch.cond.guidance is None
 
 
 @pytest.mark.parametrize(

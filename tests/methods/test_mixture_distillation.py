@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.toys import analytic_triple, batch_of, flow, four_modes, noise, prompts, setting, vp
+from support.toys import analytic_triple, batch_of, flow, four_modes, noise, problem, prompts, vp
 from support.whole_batch_draws import WholeBatchDraws
 from torch import Tensor
 
@@ -44,12 +44,12 @@ def train(triple: Triple, method: DMD2, seed: int) -> None:
 def test_every_mode_ends_within_five_points_of_its_share(schedule: NoiseSchedule) -> None:
     mixture = four_modes()
     triple = analytic_triple(mixture, schedule, width=64)
-    method = DMD2(DMD2Config(guidance=1.0, ratio=2, steps=1), setting(schedule, DIMENSION))
+    method = DMD2(DMD2Config(guidance=1.0, ratio=2, steps=1), problem(schedule, DIMENSION))
 
     def shares() -> Tensor:
         z = noise(8192, DIMENSION, 1, 1, seed=99)
         with torch.no_grad():
-            x0 = triple.generator.x0(z, method.ladder[0], prompts(len(z), CLASSES)).flatten(1).double()
+            x0 = triple.generator.x0(z, method.timesteps[0], prompts(len(z), CLASSES)).flatten(1).double()
         return torch.cdist(x0, mixture.means).argmin(1).bincount(minlength=CLASSES) / len(z)
 
     assert (shares() - mixture.weights).abs().max() > 0.2  # before: no modes

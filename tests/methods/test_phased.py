@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.toys import SCHEDULES, analytic_triple, draws, four_modes, noise, prompts, setting
+from support.toys import SCHEDULES, analytic_triple, draws, four_modes, noise, problem, prompts
 
 from stepdistill.diffusion.prediction import Prediction, from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule, broadcast
@@ -24,7 +24,7 @@ GRIDS = sorted(SCHEDULES)
 
 def phased(schedule: NoiseSchedule, dimension: int = 2, /, **options: Any) -> Phased:
     config = PhasedConfig.model_validate({"guidance": 2.0, "phase_iterations": 10, **options})
-    return Phased(config, setting(schedule, dimension))
+    return Phased(config, problem(schedule, dimension))
 
 
 def batch() -> Batch:
@@ -88,7 +88,7 @@ def test_targets_are_unbiased_on_four_atoms(name: str, s: float, times: tuple[fl
 def test_targets_by_the_table(name: str) -> None:
     """The paper's flow and x0 rows, and those of epsilon and v, written out."""
     schedule = SCHEDULES[name]()
-    s, t = schedule.time_at(torch.tensor([0.4, 0.75], dtype=torch.float64)).tolist()
+    s, t = schedule.time_at_fraction(torch.tensor([0.4, 0.75], dtype=torch.float64)).tolist()
     x_s, eps = noise(5, 2, seed=1), noise(5, 2, seed=2)
     x_t, x0, effective = interval_targets(schedule, x_s, eps, s, t)
     (a, b), (a_s, b_s) = ((schedule.alpha(time), schedule.sigma(time)) for time in (t, s))
@@ -109,7 +109,7 @@ def test_targets_by_the_table(name: str) -> None:
 @pytest.mark.parametrize("name", GRIDS)
 def test_targets_of_clean_samples_are_the_usual_ones(name: str) -> None:
     schedule = SCHEDULES[name]()
-    t = schedule.time_at(torch.tensor([0.2, 0.9], dtype=torch.float64))
+    t = schedule.time_at_fraction(torch.tensor([0.2, 0.9], dtype=torch.float64))
     x, eps = noise(2, 3, seed=1), noise(2, 3, seed=2)
     x_t, x0, effective = interval_targets(schedule, x, eps, schedule.clean_time, t)
     torch.testing.assert_close(x_t, schedule.add_noise(x, eps, t), rtol=0, atol=1e-12)
@@ -127,7 +127,7 @@ def test_the_weight_tames_the_singular_target(name: str) -> None:
     terms = method.loss(FAKE_SCORE, rollout, triple, Progress(), draws(role=FAKE_SCORE))
     stream = draws(role=FAKE_SCORE)
     low = float(schedule.fraction_at(phase.s)) + 0.02
-    t = parts.LevelConfig(low=low, high=1.0).levels().times(schedule, stream.uniform("fake.t"))
+    t = parts.NoiseLevelConfig(low=low, high=1.0).levels().times(schedule, stream.uniform("fake.t"))
     x_s = method.transition(schedule, rollout.x_t, rollout.x0, rollout.t, phase.s).mean.detach()
     eps = stream.normal("fake.eps", (2, 1, 1))
     x_t, x0, effective = interval_targets(schedule, x_s, eps, phase.s, t)
@@ -145,7 +145,7 @@ def test_the_weight_tames_the_singular_target(name: str) -> None:
 
 def rolled(schedule: NoiseSchedule, method: Phased) -> Rollout:
     """Four samples of the first phase's second step."""
-    t = torch.full((4,), method.ladder[1], dtype=torch.float64)
+    t = torch.full((4,), method.timesteps[1], dtype=torch.float64)
     x0 = noise(4, 2, 1, 1, seed=3).requires_grad_()
     return Rollout(batch(), noise(4, 2, 1, 1, seed=4), t, x0)
 
@@ -163,7 +163,11 @@ def test_the_direction_is_that_of_the_kl_at_s(name: str) -> None:
     terms = method.loss(GENERATOR, rollout, triple, Progress(), draws())
     (found,) = torch.autograd.grad(terms.total, rollout.x0)
     x_s = method.transition(schedule, rollout.x_t, rollout.x0, rollout.t, s).mean
-    t = parts.LevelConfig(low=float(schedule.fraction_at(s)) + 0.02).levels().times(schedule, draws().uniform("dm.t"))
+    t = (
+        parts.NoiseLevelConfig(low=float(schedule.fraction_at(s)) + 0.02)
+        .levels()
+        .times(schedule, draws().uniform("dm.t"))
+    )
     x_t = schedule.add_noise(x_s.detach(), draws().normal("dm.eps", (2, 1, 1)), t, s)
     assert float(t.min()) > s
     alpha, sigma = schedule.levels(t, x_t)
@@ -201,8 +205,8 @@ def test_one_phase_is_deterministic_dmd2(name: str, weight: str) -> None:
     """Rollouts, both losses and both gradients."""
     schedule = SCHEDULES[name]()
     options: dict[str, Any] = {"guidance": 3.0, "steps": 3, "exits": "sample", "dm_weight": weight}
-    ours = Phased(PhasedConfig(phases=1, **options), setting(schedule, 2))
-    theirs = DMD2(DMD2Config(transition="deterministic", **options), setting(schedule, 2))
+    ours = Phased(PhasedConfig(phases=1, **options), problem(schedule, 2))
+    theirs = DMD2(DMD2Config(transition="deterministic", **options), problem(schedule, 2))
     found = []
     for method in (ours, theirs):
         triple = trained_apart(schedule)
@@ -291,10 +295,10 @@ def test_a_phase_starts_where_the_experts_before_it_end(name: str) -> None:
     x = draws().for_role("rollout").normal("noise", (2, 1, 1))
     expert = triple.denoiser("expert_1")
     for t, s in ((0, 1), (1, 2)):
-        x0 = expert.x0(x, method.ladder[t], rollout.batch.cond)
-        x = method.transition(schedule, x, x0, method.ladder[t], method.ladder[s]).mean
+        x0 = expert.x0(x, method.timesteps[t], rollout.batch.cond)
+        x = method.transition(schedule, x, x0, method.timesteps[t], method.timesteps[s]).mean
     torch.testing.assert_close(rollout.x_t, x.detach(), rtol=0, atol=1e-12)
-    assert rollout.t.tolist() == [method.ladder[2]] * 4
+    assert rollout.t.tolist() == [method.timesteps[2]] * 4
     method.loss(GENERATOR, rollout, triple, Progress(stage=1), draws()).total.backward()
     assert all(p.grad is None for p in triple.network_parameters("expert_1").values())
     assert any(p.grad is not None for p in triple.network_parameters(GENERATOR).values())

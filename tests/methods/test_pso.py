@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_checkpoints import refusal
-from support.toys import SCHEDULES, analytic_triple, batch_of, disturb, draws, four_modes, noise, setting, vp
+from support.toys import SCHEDULES, analytic_triple, batch_of, disturb, draws, four_modes, noise, problem, vp
 from torch import Tensor
 
 from stepdistill.config.reading import parse
@@ -19,9 +19,9 @@ from stepdistill.config.schema import RunConfig
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Batch, Progress, Rollout
-from stepdistill.methods.preference.losses import REFERENCE, log_ratio, pairwise_loss, within
-from stepdistill.methods.preference.pso import PSO, Pairs, PSOConfig, Walks
-from stepdistill.rewards.base import REWARD, OwnReward
+from stepdistill.methods.preference.losses import REFERENCE, clamp_log_ratios, log_ratio, pairwise_loss
+from stepdistill.methods.preference.pso import PSO, ImagePairs, PSOConfig, TrajectoryPairs
+from stepdistill.rewards.base import REWARD, FunctionReward
 from stepdistill.roles.sampler import sample
 from stepdistill.roles.triple import GENERATOR, REAL_SCORE, Triple
 from stepdistill.training.monitoring.grids import Grid
@@ -49,10 +49,10 @@ def decode(latents: Tensor) -> Tensor:
 
 def pso(name: str, sign: float = 1.0, initialised: bool = False, **options: Any) -> tuple[PSO, Triple]:
     schedule = SCHEDULES[name]()
-    posed = replace(setting(schedule, 2), initialised=initialised)
+    posed = replace(problem(schedule, 2), initialised=initialised)
     method = PSO(PSOConfig.model_validate(options), posed)
     triple = analytic_triple(four_modes(std=0.4), schedule)
-    triple.frozen = {REWARD: OwnReward(lambda x, texts: sign * first_coordinate(x, texts))}
+    triple.frozen = {REWARD: FunctionReward(lambda x, texts: sign * first_coordinate(x, texts))}
     method.prepare(triple, decode)
     return method, triple
 
@@ -99,20 +99,20 @@ def test_the_online_loss_by_hand(name: str, kernel: str) -> None:
     disturb(triple)
     batch = shown()
     walks = rolled(method, triple, batch)
-    assert isinstance(walks, Walks)
+    assert isinstance(walks, TrajectoryPairs)
     assert walks.rewards is not None
     stream, losses = draws().for_role("rollout"), []
     ratios = []
     for side in ("first", "second"):
         x, found = stream.normal(f"{side}.noise", SHAPE), []
-        for index, (t, s) in enumerate(zip(method.ladder[:-1], method.ladder[1:], strict=True)):
+        for index, (t, s) in enumerate(zip(method.timesteps[:-1], method.timesteps[1:], strict=True)):
             ours = method.kernel(method.schedule, x, triple.generator.x0(x, t, batch.cond), t, s)
             theirs = method.kernel(method.schedule, x, triple.real_score.x0(x, t, batch.cond), t, s)
             x_s = (ours.mean + ours.std * stream.normal(f"{side}.fresh{index}", SHAPE)).detach()
             found.append((ours.log_prob(x_s) - theirs.log_prob(x_s)) / 2)
             x = x_s
         ratios.append(torch.stack(found).exp().clamp(0.95, 1.05).log())
-        end = triple.generator.x0(x, method.ladder[-1], batch.cond)
+        end = triple.generator.x0(x, method.timesteps[-1], batch.cond)
         if kernel != "tcd" or method.schedule.is_flow:
             torch.testing.assert_close(walks.rewards.chunk(2)[len(ratios) - 1], end[:, 0, 0, 0].detach())
     won = (walks.rewards[:4] > walks.rewards[4:]).double() * 2 - 1
@@ -151,7 +151,7 @@ def test_the_clamp_ends_the_pull() -> None:
     assert pulls[1e-9] == 0
     assert pulls[0.0] > 1e-6
     ratios = torch.tensor([0.5, 0.95, 1.3], dtype=torch.float64).log()
-    torch.testing.assert_close(within(ratios, 0.1).exp(), torch.tensor([0.9, 0.95, 1.1], dtype=torch.float64))
+    torch.testing.assert_close(clamp_log_ratios(ratios, 0.1).exp(), torch.tensor([0.9, 0.95, 1.1], dtype=torch.float64))
 
 
 def test_rewards_rise() -> None:
@@ -178,7 +178,7 @@ def test_rewards_rise() -> None:
 # ---------------------------------------------------------------- offline
 
 
-def reference_errors(method: PSO, triple: Triple, pairs: Pairs, role: str) -> tuple[Tensor, Tensor]:
+def reference_errors(method: PSO, triple: Triple, pairs: ImagePairs, role: str) -> tuple[Tensor, Tensor]:
     """Mean squared errors of eps, or of what a network of velocities predicts, on winners and losers."""
     assert pairs.losers is not None
     assert pairs.loser_x_t is not None
@@ -200,7 +200,7 @@ def reference_errors(method: PSO, triple: Triple, pairs: Pairs, role: str) -> tu
 def test_the_noisiest_step_of_a_zero_snr_schedule_counts() -> None:
     """eps is known exactly there, whatever the image: of eps alone its loss would be 0."""
     schedule = vp(Prediction.V, rescale_betas_zero_snr=True)
-    method = PSO(PSOConfig.model_validate({**OFFLINE, "beta": 3.0}), setting(schedule, 2))
+    method = PSO(PSOConfig.model_validate({**OFFLINE, "beta": 3.0}), problem(schedule, 2))
     x0, t = noise(3, *SHAPE), torch.full((3,), 999.0, dtype=torch.float64)
     assert torch.allclose(method.error(x0 + 0.5, x0, t), torch.full((3,), 0.25, dtype=torch.float64))
 
@@ -224,7 +224,7 @@ def test_the_offline_loss_by_hand(name: str, options: dict[str, Any]) -> None:
     method, triple = pso(name, **OFFLINE, beta=3.0, **options)
     disturb(triple)
     pairs = rolled(method, triple)
-    assert isinstance(pairs, Pairs)
+    assert isinstance(pairs, ImagePairs)
     win, lose = reference_errors(method, triple, pairs, GENERATOR)
     ref_win, ref_lose = reference_errors(method, triple, pairs, REAL_SCORE)
     kappa, anchor = options.get("kappa", 1.0), options.get("anchor", 0.0)
@@ -252,13 +252,13 @@ def test_the_exact_weights_are_the_expected_ratio(name: str, kernel: str) -> Non
     method, triple = pso(name, **OFFLINE, **KERNELS[kernel], weighting="transition", beta=2.0)
     disturb(triple)
     pairs = rolled(method, triple)
-    assert isinstance(pairs, Pairs)
+    assert isinstance(pairs, ImagePairs)
     assert pairs.losers is not None
     assert pairs.loser_x_t is not None
     assert pairs.index is not None
     cond, found = pairs.batch.image_cond, []
     assert cond is not None
-    s = torch.tensor([method.ladder[i + 1] for i in pairs.index.tolist()], dtype=torch.float64)
+    s = torch.tensor([method.timesteps[i + 1] for i in pairs.index.tolist()], dtype=torch.float64)
     for x_t, x0 in ((pairs.x_t, pairs.x0), (pairs.loser_x_t, pairs.losers)):
         true, ours, theirs = (
             method.kernel(method.schedule, x_t, of, pairs.t, s)
@@ -306,10 +306,10 @@ def test_times_are_the_samplers_own(name: str, weighting: str) -> None:
     """The noisiest is trained, the clean end is not; the last transition has no density."""
     method, triple = pso(name, **OFFLINE, weighting=weighting)
     seen = {t for step in range(12) for t in rolled(method, triple, step=step).t.tolist()}
-    assert seen == set(method.ladder if weighting == "denoising" else method.ladder[:-1])
+    assert seen == set(method.timesteps if weighting == "denoising" else method.timesteps[:-1])
     assert max(seen) == method.schedule.terminal_time
     if name == "eps":
-        assert method.ladder == (999.0, 749.0, 499.0, 249.0)
+        assert method.timesteps == (999.0, 749.0, 499.0, 249.0)
 
 
 @pytest.mark.parametrize("losers", ["captions", "prompts"])
@@ -318,8 +318,8 @@ def test_losers_are_samples_of_the_untuned_model(losers: str) -> None:
     before = rolled(method, triple)
     disturb(triple)
     after = rolled(method, triple)
-    assert isinstance(before, Pairs)
-    assert isinstance(after, Pairs)
+    assert isinstance(before, ImagePairs)
+    assert isinstance(after, ImagePairs)
     assert before.losers is not None
     assert torch.equal(before.losers, after.losers)  # type: ignore[arg-type]
     stream, batch = draws().for_role("rollout"), shown()
@@ -329,7 +329,7 @@ def test_losers_are_samples_of_the_untuned_model(losers: str) -> None:
         lambda x, t: triple.real_score.x0(x, t, cond),
         method.schedule,
         stream.normal("loser.noise", SHAPE),
-        method.ladder,
+        method.timesteps,
         method.transition,
         lambda index: stream.normal(f"loser.fresh{index}", SHAPE),
     )

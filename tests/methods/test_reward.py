@@ -11,15 +11,15 @@ import pytest
 import torch
 from support.method_cases import CASES, Bench, Case, saved
 from support.tiny_checkpoints import refusal
-from support.toys import SCHEDULES, analytic_triple, batch_of, disturb, draws, four_modes, setting
+from support.toys import SCHEDULES, analytic_triple, batch_of, disturb, draws, four_modes, problem
 from torch import Tensor
 
 import stepdistill
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods.base import Progress
 from stepdistill.methods.matching.dmd2 import DMD2, DMD2Config
-from stepdistill.methods.preference.reward import Graded, RewardConfig, RewardTuning
-from stepdistill.rewards.base import HELD_OUT, REWARD, OwnReward
+from stepdistill.methods.preference.reward import RewardConfig, RewardedRollout, RewardTuning
+from stepdistill.rewards.base import HELD_OUT, REWARD, FunctionReward
 from stepdistill.roles.triple import GENERATOR, Triple
 from stepdistill.training.run import train
 
@@ -34,9 +34,9 @@ def squares(images: Tensor, texts: Sequence[str]) -> Tensor:
 
 def tuning(name: str, function: Any = squares, **options: Any) -> tuple[RewardTuning, Triple]:
     schedule = SCHEDULES[name]()
-    method = RewardTuning(RewardConfig.model_validate({"reward": "clip", **options}), setting(schedule, 2))
+    method = RewardTuning(RewardConfig.model_validate({"reward": "clip", **options}), problem(schedule, 2))
     triple = analytic_triple(four_modes(std=0.4), schedule)
-    triple.frozen = {REWARD: OwnReward(function), HELD_OUT: OwnReward(lambda x, texts: x[:, 1, 0, 0])}
+    triple.frozen = {REWARD: FunctionReward(function), HELD_OUT: FunctionReward(lambda x, texts: x[:, 1, 0, 0])}
     method.prepare(triple, lambda latents: latents)
     disturb(triple)
     return method, triple
@@ -54,17 +54,17 @@ def test_the_graph_is_that_of_the_last_steps(name: str, last: int) -> None:
     method, triple = tuning(name, last=last, stay=0.3, weight=2.0)
     rollout = method.rollout(BATCH, triple, Progress(), draws())
     terms = method.loss(GENERATOR, rollout, triple, Progress(), draws())
-    stream, ladder, changes = draws().for_role("rollout"), method.ladder, []
+    stream, timesteps, changes = draws().for_role("rollout"), method.timesteps, []
     x = stream.normal("noise", SHAPE)
-    for index, t in enumerate(ladder):
+    for index, t in enumerate(timesteps):
         x0 = triple.generator.x0(x, t, BATCH.cond)
         if index < 4 - last:
             x0 = x0.detach()
         else:
             old = triple.real_score.x0(x.detach(), t, BATCH.cond).detach()
             changes.append(method.error(x0, old, torch.full((4,), t, dtype=torch.float64)).mean())
-        if index + 1 < len(ladder):
-            alpha, sigma = method.schedule.levels(ladder[index + 1], x0)
+        if index + 1 < len(timesteps):
+            alpha, sigma = method.schedule.levels(timesteps[index + 1], x0)
             x = alpha * x0 + sigma * stream.normal(f"fresh{index}", SHAPE)
     expected = -2.0 * squares(x0, []).mean() + 0.3 * torch.stack(changes).mean()
     torch.testing.assert_close(terms.total, expected)
@@ -80,13 +80,13 @@ def test_late_steps_are_drawn_by_lot(name: str) -> None:
     seen = set()
     for step in range(10):
         rollout = method.rollout(BATCH, triple, Progress(), draws(step=step))
-        assert isinstance(rollout, Graded)
+        assert isinstance(rollout, RewardedRollout)
         seen |= {*rollout.t.tolist()}
         assert not rollout.x_t.requires_grad
         terms = method.loss(GENERATOR, rollout, triple, Progress(), draws(step=step))
         rewards = squares(triple.generator.x0(rollout.x_t, rollout.t, BATCH.cond), [])
         torch.testing.assert_close(terms.total, torch.relu(1.0 - rewards).mean())
-    assert seen == set(method.ladder[2:])
+    assert seen == set(method.timesteps[2:])
     generous, triple = tuning(name, form="late", margin=-100.0)
     rollout = generous.rollout(BATCH, triple, Progress(), draws())
     total = generous.loss(GENERATOR, rollout, triple, Progress(), draws()).total
@@ -118,11 +118,11 @@ def test_beside_distribution_matching() -> None:
     totals, schedule = [], SCHEDULES["eps"]()
     for weight in (0.0, 0.4):
         options = {"guidance": 2.0, "reward": {"name": "clip", "weight": weight, "margin": 9.0, "held_out": "clip"}}
-        method = DMD2(DMD2Config.model_validate(options), setting(schedule, 2))
+        method = DMD2(DMD2Config.model_validate(options), problem(schedule, 2))
         needs = DMD2.needs(method.config)
         assert (needs.reward, needs.held_out) == (("clip", "clip") if weight else (None, None))
         triple = analytic_triple(four_modes(std=0.4), schedule, four_modes((0.4, 0.3, 0.2, 0.1), std=0.5))
-        triple.frozen = {REWARD: OwnReward(squares)}
+        triple.frozen = {REWARD: FunctionReward(squares)}
         method.prepare(triple, lambda latents: latents)
         rollout = method.rollout(BATCH, triple, Progress(), draws())
         terms = method.loss(GENERATOR, rollout, triple, Progress(), draws())
@@ -130,7 +130,7 @@ def test_beside_distribution_matching() -> None:
     torch.testing.assert_close(totals[1] - totals[0], 0.4 * torch.relu(9.0 - squares(rollout.x0, [])).mean())
     torch.testing.assert_close(terms.parts["reward"], squares(rollout.x0.detach(), []).mean())
     refusal(lambda: method.prepare(triple), "no autoencoder")
-    refusal(lambda: DMD2(DMD2Config.model_validate({**options, "simulate": False}), method.setting), "method.simulate")
+    refusal(lambda: DMD2(DMD2Config.model_validate({**options, "simulate": False}), method.problem), "method.simulate")
 
 
 def test_the_feedback_stage_of_a_student_of_segments(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from transformers import (
 
 from stepdistill.frozen.vision import CLIP_MEAN, CLIP_STD
 from stepdistill.rewards import load_reward
-from stepdistill.rewards.clip import ClipPixels
-from stepdistill.rewards.imagereward import DEVIATION, LENGTH, MEAN
-from stepdistill.rewards.stack import linear_stack
+from stepdistill.rewards.clip import ClipPreprocessor
+from stepdistill.rewards.imagereward import MAX_PROMPT_TOKENS, SCORE_MEAN, SCORE_STD
+from stepdistill.rewards.linear_head import linear_stack
 
 
 def pictures(height: int = 48, width: int = 48) -> Tensor:
@@ -47,7 +47,7 @@ def processed(images: Tensor, side: int) -> Tensor:
 @pytest.mark.parametrize("size", [(32, 32), (48, 48), (64, 45), (40, 91), (20, 24)])
 def test_pixels_are_those_of_clips_processor(size: tuple[int, int]) -> None:
     """Up to its rounding to bytes after each pass of resizing."""
-    found = ClipPixels(32)(pictures(*size))
+    found = ClipPreprocessor(32)(pictures(*size))
     byte = 1 / 255 / 0.26
     torch.testing.assert_close(found, processed(pictures(*size), 32), rtol=0, atol=1.5 * byte)
     assert float((found - processed(pictures(*size), 32)).abs().mean()) < byte / 2
@@ -62,9 +62,9 @@ def test_rewards_crop_as_their_published_preprocessing_does(size: tuple[int, int
     images, mean, deviation = pictures(*size), torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
     resized = Resize(32, InterpolationMode.BICUBIC, antialias=True)(images).clamp(0, 1)
     expected = (CenterCrop(32)(resized) - mean[:, None, None]) / deviation[:, None, None]
-    torch.testing.assert_close(ClipPixels(32, "torchvision")(images), expected)
+    torch.testing.assert_close(ClipPreprocessor(32, "torchvision")(images), expected)
     byte = 1 / 255 / 0.26
-    torch.testing.assert_close(ClipPixels(32)(images), processed(images, 32), rtol=0, atol=1.5 * byte)
+    torch.testing.assert_close(ClipPreprocessor(32)(images), processed(images, 32), rtol=0, atol=1.5 * byte)
 
 
 @pytest.mark.parametrize("size", [(57, 40), (40, 57), (43, 40), (31, 90), (20, 13)])
@@ -78,19 +78,19 @@ def test_hps_pads_as_openclips_resize_to_the_longer_side(size: tuple[int, int]) 
     left, top = (32 - width) // 2, (32 - height) // 2
     expected = TF.pad(expected, [left, top, 32 - width - left, 32 - height - top])
     expected = TF.normalize(expected, list(CLIP_MEAN), list(CLIP_STD))
-    torch.testing.assert_close(ClipPixels(32, "padded")(images), expected)
+    torch.testing.assert_close(ClipPreprocessor(32, "padded")(images), expected)
 
 
 def test_imagerewards_mean_is_the_published_one() -> None:
     """ImageReward/ImageReward.py: self.mean = 0.16717362830052426, self.std = 1.0333394966054072."""
-    assert (MEAN, DEVIATION) == (0.16717362830052426, 1.0333394966054072)
+    assert (SCORE_MEAN, SCORE_STD) == (0.16717362830052426, 1.0333394966054072)
 
 
 def test_padded_pixels_hold_the_whole_image() -> None:
-    found = ClipPixels(32, "padded")(pictures(32, 16))
-    plain = ClipPixels(16)(pictures(32, 16)[:, :, 8:24])
+    found = ClipPreprocessor(32, "padded")(pictures(32, 16))
+    plain = ClipPreprocessor(16)(pictures(32, 16)[:, :, 8:24])
     torch.testing.assert_close(found[:, :, 8:24, 8:24], plain)
-    black = ClipPixels(32)(torch.zeros(1, 3, 32, 32))
+    black = ClipPreprocessor(32)(torch.zeros(1, 3, 32, 32))
     torch.testing.assert_close(found[:1, :, :, :8], black[:, :, :, :8])
     torch.testing.assert_close(found[:1, :, :, 24:], black[:, :, :, 24:])
 
@@ -138,7 +138,7 @@ def blip(tmp_path: Path) -> tuple[Path, BlipForImageTextRetrieval, torch.nn.Modu
 def test_imagereward_is_blip_and_a_head(blip: tuple[Path, BlipForImageTextRetrieval, torch.nn.ModuleDict]) -> None:
     folder, model, head = blip
     tokens = BertTokenizerFast.from_pretrained(folder)(
-        TEXTS, padding="max_length", max_length=LENGTH, return_tensors="pt"
+        TEXTS, padding="max_length", max_length=MAX_PROMPT_TOKENS, return_tensors="pt"
     )
     with torch.no_grad():
         seen = model.vision_model(pixel_values=processed(pictures(), 32)).last_hidden_state
@@ -151,7 +151,7 @@ def test_imagereward_is_blip_and_a_head(blip: tuple[Path, BlipForImageTextRetrie
     reward = load_reward(f"imagereward:{folder}")
     images = pictures().requires_grad_()
     found = reward(images, TEXTS)
-    torch.testing.assert_close(found.detach(), (x[:, 0] - MEAN) / DEVIATION, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.detach(), (x[:, 0] - SCORE_MEAN) / SCORE_STD, rtol=0, atol=1e-3)
     torch.testing.assert_close(found[1:], reward(images[1:], TEXTS[1:]))
     (gradient,) = torch.autograd.grad(found[0], images)
     assert float(gradient[0].abs().max()) > 0
@@ -176,7 +176,7 @@ def test_missing_weights_are_refused(clip: Path, tmp_path: Path) -> None:
 def test_numpy_is_not_in_the_way() -> None:
     """Preprocessing stays on tensors: gradients reach every pixel that is looked at."""
     images = pictures(40, 91).requires_grad_()
-    ClipPixels(32)(images).square().sum().backward()
+    ClipPreprocessor(32)(images).square().sum().backward()
     assert images.grad is not None
     seen = images.grad.abs().sum((0, 1, 2)).numpy()
     assert np.flatnonzero(seen).tolist() == list(range(int(np.flatnonzero(seen)[0]), int(np.flatnonzero(seen)[-1]) + 1))

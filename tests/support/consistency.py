@@ -12,7 +12,7 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Batch, Progress
 from stepdistill.methods.consistency.cm import CM, CMConfig
-from stepdistill.methods.consistency.discrete import Consistency, Leap
+from stepdistill.methods.consistency.discrete import Consistency, ConsistencyRollout
 from stepdistill.methods.consistency.lcm import LCM, LCMConfig
 from stepdistill.methods.consistency.pcm import PCM, PCMConfig
 from stepdistill.methods.consistency.tcd import TCD, TCDConfig
@@ -24,8 +24,8 @@ from support.toys import (
     draws,
     gaussian,
     noise,
+    problem,
     prompts,
-    setting,
 )
 
 BETAS = {key: value for key, value in SD.items() if key != "_class_name"}
@@ -33,11 +33,11 @@ FIRST = Progress()
 MEAN, STD = torch.tensor([0.6, -0.3, 0.2], dtype=torch.float64), 0.9
 COUNT = 64
 MAKERS: dict[str, Callable[..., Consistency[Any]]] = {
-    "lcm": lambda s, **o: LCM(LCMConfig(guidance=1.0, **o), setting(s)),
-    "tcd": lambda s, **o: TCD(TCDConfig(guidance=1.0, **o), setting(s)),
-    "pcm": lambda s, **o: PCM(PCMConfig(guidance=1.0, **o), setting(s)),
-    "tscd": lambda s, **o: TSCD(TSCDConfig(guidance=1.0, **{"target": "student", **o}), setting(s)),
-    "cm": lambda s, **o: CM(CMConfig(guidance=1.0, **{"target": "student", **o}), setting(s)),
+    "lcm": lambda s, **o: LCM(LCMConfig(guidance=1.0, **o), problem(s)),
+    "tcd": lambda s, **o: TCD(TCDConfig(guidance=1.0, **o), problem(s)),
+    "pcm": lambda s, **o: PCM(PCMConfig(guidance=1.0, **o), problem(s)),
+    "tscd": lambda s, **o: TSCD(TSCDConfig(guidance=1.0, **{"target": "student", **o}), problem(s)),
+    "cm": lambda s, **o: CM(CMConfig(guidance=1.0, **{"target": "student", **o}), problem(s)),
 }
 
 
@@ -60,22 +60,22 @@ def images(count: int = COUNT) -> Batch:
     return Batch(prompts(count), prompts(count), images=x0, image_cond=prompts(count))
 
 
-def leap_of(
+def rollout_of(
     method: Consistency[Any], triple: Any = None, batch: Batch | None = None, progress: Progress = FIRST
-) -> Leap:
+) -> ConsistencyRollout:
     triple = triple or analytic_triple(gaussian(MEAN, STD), method.schedule)
     batch = batch or images()
     return method.rollout(batch, triple, progress, draws(range(len(batch))))
 
 
-def residual(method: Consistency[Any], leap: Leap) -> float:
+def residual(method: Consistency[Any], rollout: ConsistencyRollout) -> float:
     """Largest |f(x_s, s -> r) - target| over the spread of the data."""
-    reached = method.function(leap.x_t, leap.x0, leap.t, leap.r)
-    return float((reached - leap.target).abs().max()) / STD
+    reached = method.consistency_function(rollout.x_t, rollout.x0, rollout.t, rollout.r)
+    return float((reached - rollout.target).abs().max()) / STD
 
 
 def with_the_exact_map(method: Consistency[Any]) -> Consistency[Any]:
-    method.function = lambda x_t, x0, t, r: exact(method.schedule, x_t, t, r)  # type: ignore[method-assign]
+    method.consistency_function = lambda x_t, x0, t, r: exact(method.schedule, x_t, t, r)  # type: ignore[method-assign]
     return method
 
 
@@ -87,4 +87,4 @@ def modes(count: int = 16) -> Batch:
 
 def on_modes(name: str, schedule: NoiseSchedule, **options: Any) -> Consistency[Any]:
     made = MAKERS[name](schedule, **options)
-    return type(made)(made.config.model_copy(update={"guidance": 2.5}), setting(schedule, 2))
+    return type(made)(made.config.model_copy(update={"guidance": 2.5}), problem(schedule, 2))

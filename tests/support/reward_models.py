@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertTokenizerFast, BlipConfig, BlipForImageTextRetrieval
 
-from stepdistill.rewards.stack import linear_stack
+from stepdistill.rewards.linear_head import linear_stack
 
 TEXTS = ["a red bag", "a photo of a blue coat"]
 

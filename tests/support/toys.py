@@ -98,7 +98,7 @@ def batch_of(count: int, classes: int = 1) -> Batch:
     return Batch(prompts(count, classes), prompts(count, classes))
 
 
-def setting(schedule: NoiseSchedule, dimension: int = DIMENSION, width: int = 16) -> Problem:
+def problem(schedule: NoiseSchedule, dimension: int = DIMENSION, width: int = 16) -> Problem:
     return Problem(schedule, (dimension, 1, 1), width, (1, 1), (8, 8), "toy")
 
 

@@ -161,7 +161,7 @@ def test_latents_come_back_to_the_bit(config: Configure, images: Path, flip: boo
         for sample in range(6):
             a, b = (encoder.images.read(index, generator(sample)) for encoder in (cached, live))  # type: ignore[union-attr]
             assert (a.caption, a.crop) == (b.caption, b.crop)
-            noise = torch.randn(1, *plan.setting.latent_shape, generator=generator(sample))
+            noise = torch.randn(1, *plan.problem.latent_shape, generator=generator(sample))
             latents = cached.latents([a], noise)
             assert torch.equal(latents, live.latents([b], noise))
             drawn.add((a.mean.sum().item(), index))  # type: ignore[union-attr]
@@ -218,7 +218,7 @@ def test_one_file_is_cached_as_its_folder_is(
     assert cached.checkpoint.pipeline.text_encoder is None
     live, sizes = open_session(plan, "cpu"), [ImageSize.plain(16, 16)]
     assert same(cached.encoder.text(["a photo"], sizes), live.encoder.text(["a photo"], sizes))
-    noise = torch.zeros(1, *plan.setting.latent_shape)
+    noise = torch.zeros(1, *plan.problem.latent_shape)
     pictures = [encoder.images.read(2, generator(0)) for encoder in (cached.encoder, live.encoder)]  # type: ignore[union-attr]
     assert torch.equal(cached.encoder.latents(pictures[:1], noise), live.encoder.latents(pictures[1:], noise))
 
@@ -230,7 +230,7 @@ def test_a_gpu_s_batch_comes_back_to_the_bit(config: Configure, images: Path, dt
     cached, live = open_session(plan, "cuda", warm(plan, "cuda")).encoder, open_session(plan, "cuda").encoder
     texts, sizes = list(plan.prompts.texts), [ImageSize.plain(16, 16)] * len(plan.prompts)
     assert same(cached.text(texts, sizes), live.text(texts, sizes))
-    noise = torch.zeros(3, *plan.setting.latent_shape, device="cuda")
+    noise = torch.zeros(3, *plan.problem.latent_shape, device="cuda")
     items = [[encoder.images.read(i, generator(i)) for i in range(3)] for encoder in (cached, live)]  # type: ignore[union-attr]
     assert torch.equal(cached.latents(items[0], noise), live.latents(items[1], noise))
 
@@ -312,7 +312,7 @@ def test_encoders_leave_memory(config: Configure, images: Path, monkeypatch: pyt
     assert pipeline.text_encoder is None
     assert pipeline.text_encoder_2 is None
     assert pipeline.vae.encoder is None
-    assert plan.family.decode(session.checkpoint, torch.zeros(1, *plan.setting.latent_shape)).shape == (1, 3, 16, 16)
+    assert plan.family.decode(session.checkpoint, torch.zeros(1, *plan.problem.latent_shape)).shape == (1, 3, 16, 16)
     with pytest.raises(RuntimeError, match="left memory"):
         session.encoder.text(["of no cache"], [ImageSize.plain(16, 16)])
 

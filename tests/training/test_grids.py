@@ -57,14 +57,14 @@ def test_rows_of_the_scores_are_what_both_say_of_the_same_noised_samples(bench: 
     """On the analytic family: the real score is guided, the fake score not, at each level; 7 rows in all."""
     opened = session(bench, "analytic")
     grid = Grid(opened, None, 3, 4.0, seeds=2)
-    x = normal(0, 3, *opened.plan.setting.latent_shape)
+    x = normal(0, 3, *opened.plan.problem.latent_shape)
     with torch.no_grad():
         for parameter in opened.triple.parameters("fake_score").values():
             parameter += 0.1
         rows, shift = grid._scores(x)
         gaps = []
         for k, level in enumerate(LEVELS):
-            t = opened.triple.schedule.time_at(level).expand(3)
+            t = opened.triple.schedule.time_at_fraction(level).expand(3)
             x_t = opened.triple.schedule.add_noise(x, grid.draws[0].normal(f"scores{level}", x.shape[1:]), t)
             uncond, base = opened.triple.real_score.both(x_t, t, grid.cond, grid.null)
             assert torch.allclose(rows[1 + 2 * k], guide(uncond, base, 4.0))
@@ -93,7 +93,7 @@ def test_pictures_of_a_family_that_decodes(bench: Bench, tmp_path: Path) -> None
     assert set(values) == {
         f"signals/{name}" for name in ("brightness", "brightness_drift", "saturation_drift", "fake_shift")
     }
-    height, width = opened.plan.setting.size
+    height, width = opened.plan.problem.size
     sizes = [Image.open(tmp_path / f"grids/{kind}-00000007.png").size for kind in ("step", "scores")]
     assert sizes == [(2 * width + 2, rows * height + 2 * (rows - 1)) for rows in (2, 7)]
 

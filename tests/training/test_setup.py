@@ -235,7 +235,7 @@ def test_operations_are_torchs_own_count(config: Callable[..., RunConfig]) -> No
     run = config(method=PLAIN)
     session = session_of(run)
     traced = trace(build_on_meta(session.plan), count_network_calls(session.plan))
-    x, cond = torch.zeros(3, *session.plan.setting.latent_shape), traced.cond[[0, 0, 0]]
+    x, cond = torch.zeros(3, *session.plan.problem.latent_shape), traced.cond[[0, 0, 0]]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         session.triple.real_score.x0(x, 499.0, session.plan.family.encode(session.checkpoint, [""] * 3, []))

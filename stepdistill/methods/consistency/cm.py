@@ -19,12 +19,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.diffusion.timesteps import spread
+from stepdistill.diffusion.timesteps import evenly_spaced_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods.base import Batch, Problem, Progress
-from stepdistill.methods.consistency.discrete import Consistency, ConsistencyConfig, Predict, jump
+from stepdistill.methods.consistency.discrete import Consistency, ConsistencyConfig, PredictX0, ddim_step
 from stepdistill.roles.triple import Triple
 
 RHO, SIGMA_MIN, SIGMA_MAX = 7.0, 0.002, 80.0
@@ -54,7 +54,7 @@ class CM(Consistency[CMConfig]):
     name = "cm"
     transition = Transition(TransitionKind.RENOISE)
 
-    def __init__(self, config: CMConfig, setting: Problem) -> None:
+    def __init__(self, config: CMConfig, problem: Problem) -> None:
         if not config.distil and (config.guidance != 1 or config.guidance_range is not None):
             raise UserError(
                 f"method.distil is false and method.guidance is {config.guidance:g}, but data alone cannot teach guidance: set "
@@ -65,7 +65,7 @@ class CM(Consistency[CMConfig]):
                 f"method.first_points is {config.first_points} and method.points {config.points}: a curriculum grows, so "
                 "lower the first"
             )
-        super().__init__(config, setting)
+        super().__init__(config, problem)
 
     def points(self, progress: Progress) -> int:
         """N(k)."""
@@ -93,13 +93,13 @@ class CM(Consistency[CMConfig]):
         below = torch.erf((log_sigma - self.config.times_mean) / (math.sqrt(2) * self.config.times_std))
         return 1 + torch.bucketize(uniform, ((below - below[0]) / (below[-1] - below[0]))[1:-1], right=True)
 
-    def teacher(self, triple: Triple, batch: Batch, x0: Tensor, w: Tensor | float) -> Predict:
+    def teacher(self, triple: Triple, batch: Batch, x0: Tensor, w: Tensor | float) -> PredictX0:
         return super().teacher(triple, batch, x0, w) if self.config.distil else lambda x, t: x0
 
-    def solve(self, teacher: Predict, x_s: Tensor, s: Tensor, e: Tensor) -> Tensor:
+    def solver_step(self, teacher: PredictX0, x_s: Tensor, s: Tensor, e: Tensor) -> Tensor:
         """Heun: x_e = (alpha_e / alpha_s) x_s + (sigma_e - alpha_e s~_s) eps, the mean of eps at both ends."""
         first = teacher(x_s, s)
-        euler = jump(self.schedule, x_s, first, s, e)
+        euler = ddim_step(self.schedule, x_s, first, s, e)
         if self.config.solver == "ddim":
             return euler
         (alpha_s, sigma_s), (alpha_e, sigma_e) = self.schedule.levels(s, x_s), self.schedule.levels(e, x_s)
@@ -118,13 +118,13 @@ class CM(Consistency[CMConfig]):
             return self.config.target_decay
         return math.exp(self.config.first_points * math.log(self.config.target_decay) / self.points(progress))
 
-    def default_ladder(self) -> Sequence[float]:
-        ladder = spread(self.grid(Progress(self.config.curriculum_iterations)), self.config.steps)
-        return ladder if self.schedule.is_flow else [float(round(t)) for t in ladder]
+    def default_timesteps(self) -> Sequence[float]:
+        timesteps = evenly_spaced_timesteps(self.grid(Progress(self.config.curriculum_iterations)), self.config.steps)
+        return timesteps if self.schedule.is_flow else [float(round(t)) for t in timesteps]
 
     def recipe(self) -> Recipe:
         # the grid is not LCMScheduler's, which therefore gets no number of points
-        return self.walked()
+        return self.base_recipe()
 
     def _ratio(self, t: Tensor) -> Tensor:
         """s~ = sigma / alpha, SIGMA_MAX at most."""

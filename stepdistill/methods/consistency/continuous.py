@@ -29,15 +29,15 @@ from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods.base import Decode, Method, Needs, Problem, Progress, RoleKind, Terms
-from stepdistill.methods.timesteps import few_step_recipe, timesteps_of
+from stepdistill.methods.student_recipe import few_step_recipe, timesteps_of
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.heads import AngleWeight
 from stepdistill.roles.triple import GENERATOR, Triple
 
 WEIGHT = "weight"
-LADDERS: Mapping[int, tuple[float, ...]] = {1: (), 2: (1.3,), 4: (1.3, 1.1, 0.6)}
+DEFAULT_ANGLES: Mapping[int, tuple[float, ...]] = {1: (), 2: (1.3,), 4: (1.3, 1.1, 0.6)}
 """Number of steps -> the angles after the noisiest one, as SANA-Sprint is sampled."""
-Answer = Callable[[Tensor, Tensor], Tensor]
+PredictVelocity = Callable[[Tensor, Tensor], Tensor]
 """(X_T, T) -> F."""
 
 
@@ -61,7 +61,7 @@ class TangentConfig(Settings):
     )
     floor: float = Field(0.1, gt=0, description="c of the normalisation")
 
-    def share(self, done: int) -> float:
+    def tangent_weight(self, done: int) -> float:
         """r after so many updates."""
         rising = min(1.0, done / self.warmup) if self.warmup else 1.0
         if self.calm_from is None:
@@ -87,7 +87,7 @@ ContinuousConfigT = TypeVar("ContinuousConfigT", bound=ContinuousConfig)
 
 
 @dataclass(frozen=True)
-class State:
+class TrigFlowStates:
     """Points that the consistency function is made consistent at, B of them, without graph.
 
     Attributes:
@@ -109,10 +109,10 @@ class Continuous(Method[ContinuousConfigT]):
     name: str
     """In recipes."""
 
-    def __init__(self, config: ContinuousConfigT, setting: Problem) -> None:
-        super().__init__(config, setting)
-        self.bridge = TrigFlow(self.schedule, config.sigma_data)
-        self.ladder = self._ladder()
+    def __init__(self, config: ContinuousConfigT, problem: Problem) -> None:
+        super().__init__(config, problem)
+        self.trigflow = TrigFlow(self.schedule, config.sigma_data)
+        self.timesteps = self._make_timesteps()
 
     @classmethod
     def roles(cls, config: ContinuousConfigT) -> Mapping[str, RoleKind]:
@@ -135,7 +135,7 @@ class Continuous(Method[ContinuousConfigT]):
     def angle_range(self) -> tuple[float, float]:
         """Angles that states may have: those the network knows, short of pi/2, where g vanishes; room for a step below."""
         step = 0.0 if self.config.tangent.kind == "jvp" else self.config.tangent.delta
-        return self.bridge.min_angle + step, min(self.bridge.max_angle, math.pi / 2 - 1e-4)
+        return self.trigflow.min_angle + step, min(self.trigflow.max_angle, math.pi / 2 - 1e-4)
 
     def angles(self, uniform: Tensor) -> Tensor:
         """T = arctan(exp(tau) / sigma_d), tau ~ N(mean, std^2), for uniform numbers in [0, 1); float64."""
@@ -146,16 +146,16 @@ class Continuous(Method[ContinuousConfigT]):
     def teacher(self, triple: Triple, x: Tensor, angle: Tensor, cond: Conditioning, null: Conditioning) -> Tensor:
         """The guided teacher's F at X_T, without graph."""
         with torch.no_grad():
-            x_t, t = self.bridge.native(x, angle)
+            x_t, t = self.trigflow.native(x, angle)
             x0 = triple.real_score.guided(x_t, t, cond, null, self.config.guidance)
-            return self.bridge.velocity_to(x0, x, angle)
+            return self.trigflow.velocity_from_x0(x0, x, angle)
 
     # ---------------------------------------------------------------- the loss
 
-    def consistency_loss(self, state: State, triple: Triple, progress: Progress) -> Terms:
+    def consistency_loss(self, state: TrigFlowStates, triple: Triple, progress: Progress) -> Terms:
         """mean over samples of exp(w(T)) |F - F- - g / (|g| + c)|^2 - w(T); sCM's 1/D is part of w here."""
-        share = self.config.tangent.share(progress.updates.get(GENERATOR, 0))
-        velocity, g = self.tangent(triple.generator, state, share)
+        tangent_weight = self.config.tangent.tangent_weight(progress.updates.get(GENERATOR, 0))
+        velocity, g = self.tangent(triple.generator, state, tangent_weight)
         error = (velocity - velocity.detach() - self._bounded(g)).square().flatten(1).sum(1)
         loss = error
         if self.config.adaptive:
@@ -165,25 +165,25 @@ class Continuous(Method[ContinuousConfigT]):
         logged = {
             "consistency": error.detach().mean(),
             "tangent": g.flatten(1).square().mean(1).sqrt().mean(),
-            "tangent_share": g.new_tensor(share),
+            "tangent_share": g.new_tensor(tangent_weight),
         }
         return Terms(loss.mean(), logged)
 
-    def tangent(self, student: Denoiser, state: State, share: float) -> tuple[Tensor, Tensor]:
+    def tangent(self, student: Denoiser, state: TrigFlowStates, tangent_weight: float) -> tuple[Tensor, Tensor]:
         """(F with graph, g without) at the states, r being `share`."""
         config, x, angle, sigma_d = self.config.tangent, state.x, state.angle, self.config.sigma_data
         cos, sin = broadcast(angle.cos(), x), broadcast(angle.sin(), x)
 
         def answer(x: Tensor, angle: Tensor) -> Tensor:
-            return student.trigflow(self.bridge, x, angle, state.cond)
+            return student.trigflow(self.trigflow, x, angle, state.cond)
 
         # what needs no graph comes first, so that the graph does not lie in memory meanwhile
         if config.kind == "semi_discrete":
             before = angle - config.delta
             with torch.no_grad():
-                earlier = answer(self.bridge.step(x, state.velocity, angle, before), before)
+                earlier = answer(self.trigflow.step(x, state.velocity, angle, before), before)
         else:
-            change = self._change(student, answer, state, cos * sin)
+            change = self._scaled_jvp(student, answer, state, cos * sin)
         velocity = answer(x, angle)
         own = velocity.detach()
         gap = sigma_d * (own - state.velocity)
@@ -191,16 +191,16 @@ class Continuous(Method[ContinuousConfigT]):
             # [f(x_T, T) - f(x_T', T')] / sin(delta) at r = 1, T' = T - delta (sCM, appendix D)
             cos_before, sin_before = broadcast(before.cos(), x), broadcast(before.sin(), x)
             turned = (math.cos(config.delta) * own - earlier) / math.sin(config.delta)
-            return velocity, cos * (-cos_before * gap - share * sin_before * (x + sigma_d * turned))
-        return velocity, -(cos**2) * gap - share * (cos * sin * x + sigma_d * change)
+            return velocity, cos * (-cos_before * gap - tangent_weight * sin_before * (x + sigma_d * turned))
+        return velocity, -(cos**2) * gap - tangent_weight * (cos * sin * x + sigma_d * change)
 
-    def _change(self, student: Denoiser, answer: Answer, state: State, factor: Tensor) -> Tensor:
+    def _scaled_jvp(self, student: Denoiser, answer: PredictVelocity, state: TrigFlowStates, factor: Tensor) -> Tensor:
         """cos(T) sin(T) dF/dT along the teacher's velocity: the factor is in the tangents, so that nothing large is formed."""
         config, x, angle = self.config.tangent, state.x, state.angle
         slope = self.config.sigma_data * state.velocity
         if config.kind == "jvp":
             return student.jvp(answer, (x, angle), (factor * slope, angle.cos() * angle.sin()))[1]
-        up = (self.bridge.max_angle - angle).clamp(max=config.delta)
+        up = (self.trigflow.max_angle - angle).clamp(max=config.delta)
         down = torch.full_like(angle, config.delta)
         with torch.no_grad():
             later = answer(x + broadcast(up, x) * slope, angle + up)
@@ -215,14 +215,16 @@ class Continuous(Method[ContinuousConfigT]):
 
     # ---------------------------------------------------------------- sampling
 
-    def _ladder(self) -> tuple[float, ...]:
-        after = self.config.angles[1:] if self.config.angles is not None else LADDERS.get(self.config.steps)
-        if self.config.angles is None and self.schedule.by_angle and self.config.steps > 2:
+    def _make_timesteps(self) -> tuple[float, ...]:
+        after = self.config.angles[1:] if self.config.angles is not None else DEFAULT_ANGLES.get(self.config.steps)
+        if self.config.angles is None and self.schedule.fraction_is_angle and self.config.steps > 2:
             # the pipelines of such networks walk evenly, but in two steps
-            after = torch.linspace(self.bridge.max_angle, 0, self.config.steps + 1, dtype=torch.float64)[1:-1].tolist()
+            after = torch.linspace(self.trigflow.max_angle, 0, self.config.steps + 1, dtype=torch.float64)[
+                1:-1
+            ].tolist()
         if after is None:
             raise UserError(
-                f"method.steps is {self.config.steps} and published ladders have {', '.join(map(str, LADDERS))} steps: "
+                f"method.steps is {self.config.steps} and published ladders have {', '.join(map(str, DEFAULT_ANGLES))} steps: "
                 "write method.angles out"
             )
         if self.config.angles is not None and len(self.config.angles) != self.config.steps:
@@ -237,4 +239,4 @@ class Continuous(Method[ContinuousConfigT]):
     def recipe(self) -> Recipe:
         """One call maps a state to x0, which is noised again to the next angle: what LCM schedulers walk, in native times."""
         renoise = Transition(TransitionKind.RENOISE)
-        return few_step_recipe(self.setting, self.name, self.ladder, renoise, self.config.guidance)
+        return few_step_recipe(self.problem, self.name, self.timesteps, renoise, self.config.guidance)

@@ -24,24 +24,24 @@ from torch import Tensor
 from stepdistill.config.reading import Settings, Switch
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast
-from stepdistill.diffusion.timesteps import spread, uniform_grid
+from stepdistill.diffusion.timesteps import evenly_spaced_timesteps, uniform_grid
 from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Method, Needs, Problem, Progress, RoleKind, Rollout, Terms
-from stepdistill.methods.gan import discriminate
-from stepdistill.methods.timesteps import few_step_recipe, timesteps_of
+from stepdistill.methods.gan import discriminator_logits
+from stepdistill.methods.student_recipe import few_step_recipe, timesteps_of
 from stepdistill.roles.heads import GanLoss, discriminator_loss, generator_loss
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 
 TARGET = "target"
 """Role of the target network where it is an EMA of the generator."""
-Predict = Callable[[Tensor, Tensor], Tensor]
+PredictX0 = Callable[[Tensor, Tensor], Tensor]
 """(x_t, t) -> x0."""
 
 
-class AdversaryConfig(Switch):
+class ConsistencyGanConfig(Switch):
     """A discriminator between f and its target, both noised to one level (PCM, section 3.3).
 
     It is updated in every iteration, after the generator, with the rates of optimizers.fake_score.
@@ -101,7 +101,7 @@ class ConsistencyConfig(Settings):
         return self
 
     @property
-    def absorbed(self) -> float:
+    def absorbed_guidance(self) -> float:
         """w that the student learns: the mean of the range where there is one that it is not told of."""
         if self.guidance_range is None or self.tell_guidance:
             return self.guidance
@@ -112,7 +112,7 @@ ConfigT = TypeVar("ConfigT", bound=ConsistencyConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leap(Rollout):
+class ConsistencyRollout(Rollout):
     """A rollout whose x0 was predicted at (x_t, t) = (x_s, s).
 
     Attributes:
@@ -136,12 +136,12 @@ class Consistency(Method[ConfigT]):
     transition: Transition
     """Of the sampler."""
 
-    def __init__(self, config: ConfigT, setting: Problem) -> None:
-        super().__init__(config, setting)
+    def __init__(self, config: ConfigT, problem: Problem) -> None:
+        super().__init__(config, problem)
         if config.timesteps is not None:
-            self.ladder = timesteps_of(self.schedule, config.timesteps)
+            self.timesteps = timesteps_of(self.schedule, config.timesteps)
         else:
-            self.ladder = timesteps_of(self.schedule, self.default_ladder())
+            self.timesteps = timesteps_of(self.schedule, self.default_timesteps())
 
     # ---------------------------------------------------------------- what a method says
 
@@ -153,22 +153,22 @@ class Consistency(Method[ConfigT]):
         """Index of r for each index of s, (B,), below it; `uniform` (B,) in [0, 1). The clean end by default."""
         return torch.zeros_like(start)
 
-    def function(self, x_t: Tensor, x0: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    def consistency_function(self, x_t: Tensor, x0: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """f(x_t, t -> r), given the network's x0 there."""
-        return jump(self.schedule, x_t, x0, t, r)
+        return ddim_step(self.schedule, x_t, x0, t, r)
 
-    def solve(self, teacher: Predict, x_s: Tensor, s: Tensor, e: Tensor) -> Tensor:
+    def solver_step(self, teacher: PredictX0, x_s: Tensor, s: Tensor, e: Tensor) -> Tensor:
         """x_e by one step of the teacher: DDIM, which for flow models is Euler."""
-        return jump(self.schedule, x_s, teacher(x_s, s), s, e)
+        return ddim_step(self.schedule, x_s, teacher(x_s, s), s, e)
 
-    def scale(self, draws: Draws) -> Tensor | float:
+    def draw_guidance(self, draws: Draws) -> Tensor | float:
         """w of the teacher's step, one for all or (B,)."""
         if self.config.guidance_range is None:
             return self.config.guidance
         low, high = self.config.guidance_range
         return low + (high - low) * draws.uniform("guidance")
 
-    def teacher(self, triple: Triple, batch: Batch, x0: Tensor, w: Tensor | float) -> Predict:
+    def teacher(self, triple: Triple, batch: Batch, x0: Tensor, w: Tensor | float) -> PredictX0:
         """What the solver follows: the teacher, guided by w. `x0` is what was noised."""
         return lambda x, t: triple.real_score.guided(x, t, batch.cond, batch.null, w)
 
@@ -184,12 +184,12 @@ class Consistency(Method[ConfigT]):
         """Where a discriminator looks, (B,)."""
         return grid[end]
 
-    def adversary(self, progress: Progress) -> AdversaryConfig:
+    def gan_config(self, progress: Progress) -> ConsistencyGanConfig:
         """The discriminator at this point of the run; off by default."""
-        return AdversaryConfig()
+        return ConsistencyGanConfig()
 
-    def default_ladder(self) -> Sequence[float]:
-        return spread(self.grid(Progress()), self.config.steps)
+    def default_timesteps(self) -> Sequence[float]:
+        return evenly_spaced_timesteps(self.grid(Progress()), self.config.steps)
 
     # ---------------------------------------------------------------- the interface of methods
 
@@ -226,51 +226,51 @@ class Consistency(Method[ConfigT]):
             triple.add_copy(TARGET, GENERATOR)
 
     def updates(self, progress: Progress) -> Sequence[str]:
-        return (GENERATOR, FAKE_SCORE) if self.adversary(progress).weight > 0 else (GENERATOR,)
+        return (GENERATOR, FAKE_SCORE) if self.gan_config(progress).weight > 0 else (GENERATOR,)
 
-    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Leap:
+    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> ConsistencyRollout:
         draws = draws.for_role("rollout")
-        x0, batch = self._source(batch)
+        x0, batch = self._noised_source(batch)
         grid = self.grid(progress).to(x0.device)
         start = self.start(draws.uniform("start"), grid)
         end = self.end(start, draws.uniform("end"), progress)
         s, e, r = grid[start], grid[start - 1], grid[end]
-        noise, w = draws.normal("noise", x0.shape[1:]), self.scale(draws)
+        noise, w = draws.normal("noise", x0.shape[1:]), self.draw_guidance(draws)
         told = batch.cond.told(w) if self.config.tell_guidance else batch.cond
         # sampling starts from pure noise, which the noisiest state of a schedule with signal left at its end is not
         x_s = torch.where(broadcast(start == len(grid) - 1, x0).bool(), noise, self.schedule.add_noise(x0, noise, s))
         with torch.no_grad():
-            x_e = self.solve(self.teacher(triple, batch, x0, w), x_s, s, e)
+            x_e = self.solver_step(self.teacher(triple, batch, x0, w), x_s, s, e)
             network = triple.denoiser(TARGET if self.config.target == "ema" else GENERATOR)
-            target = self.function(x_e, network.x0(x_e, e, told), e, r)
+            target = self.consistency_function(x_e, network.x0(x_e, e, told), e, r)
             target = torch.where(broadcast(end == start - 1, x_e).bool(), x_e, target)
         with torch.set_grad_enabled(GENERATOR in self.updates(progress)):
             predicted = triple.generator.x0(x_s, s, told)
         level = self.level(end, grid, draws.uniform("level"), progress)
-        return Leap(batch, x_s, s, predicted, r=r, target=target, weight=self.weight(s, e), level=level)
+        return ConsistencyRollout(batch, x_s, s, predicted, r=r, target=target, weight=self.weight(s, e), level=level)
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
-        if not isinstance(rollout, Leap):
+        if not isinstance(rollout, ConsistencyRollout):
             raise TypeError(f"a consistency loss was given a {type(rollout).__name__}")
         if role == FAKE_SCORE:
             return self.critic_loss(rollout, triple, progress, draws)
-        reached = self.function(rollout.x_t, rollout.x0, rollout.t, rollout.r)
+        reached = self.consistency_function(rollout.x_t, rollout.x0, rollout.t, rollout.r)
         each = parts.distance(reached - rollout.target, self.config.distance, self.config.huber_c)
         total = (rollout.weight.to(each) * each).mean()
         logged = {"consistency": total.detach(), **parts.latent_statistics(rollout.x0)}
-        adversary = self.adversary(progress)
-        if adversary.weight > 0:
-            fooled = generator_loss(self._logits(triple, adversary, reached, rollout, "gan", draws), adversary.loss)
-            total, logged = total + adversary.weight * fooled, {**logged, "gan": fooled.detach()}
+        gan_config = self.gan_config(progress)
+        if gan_config.weight > 0:
+            fooled = generator_loss(self._logits(triple, gan_config, reached, rollout, "gan", draws), gan_config.loss)
+            total, logged = total + gan_config.weight * fooled, {**logged, "gan": fooled.detach()}
         return Terms(total, logged)
 
-    def critic_loss(self, leap: Leap, triple: Triple, progress: Progress, draws: Draws) -> Terms:
+    def critic_loss(self, rollout: ConsistencyRollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         """L_D: targets are real, f of the student is fake."""
-        adversary = self.adversary(progress)
-        reached = self.function(leap.x_t, leap.x0, leap.t, leap.r)
-        real = self._logits(triple, adversary, leap.target, leap, "gan.real", draws)
-        fake = self._logits(triple, adversary, reached, leap, "gan.fake", draws)
-        total = discriminator_loss(real, fake, adversary.loss)
+        gan_config = self.gan_config(progress)
+        reached = self.consistency_function(rollout.x_t, rollout.x0, rollout.t, rollout.r)
+        real = self._logits(triple, gan_config, rollout.target, rollout, "gan.real", draws)
+        fake = self._logits(triple, gan_config, reached, rollout, "gan.fake", draws)
+        total = discriminator_loss(real, fake, gan_config.loss)
         logged = {"critic": total.detach(), "d_real": real.detach().mean(), "d_fake": fake.detach().mean()}
         return Terms(total, logged)
 
@@ -283,22 +283,22 @@ class Consistency(Method[ConfigT]):
         return self.config.target_decay
 
     def recipe(self) -> Recipe:
-        recipe = self.walked()
+        recipe = self.base_recipe()
         if recipe.scheduler_class not in ("LCMScheduler", "TCDScheduler"):
             return recipe
         # with any other number of steps these two choose among the points that were trained
         grid = {"original_inference_steps": self.config.points}
         return replace(recipe, scheduler_config={**recipe.scheduler_config, **grid})
 
-    def walked(self) -> Recipe:
+    def base_recipe(self) -> Recipe:
         """The recipe of the ladder; a student that is told its guidance is told it by the pipeline."""
         w = self.config.guidance
-        plain = few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.absorbed)
+        plain = few_step_recipe(self.problem, self.name, self.timesteps, self.transition, self.config.absorbed_guidance)
         return replace(plain, guidance_scale=w, told_guidance=w) if self.config.tell_guidance else plain
 
     # ---------------------------------------------------------------- pieces
 
-    def _source(self, batch: Batch) -> tuple[Tensor, Batch]:
+    def _noised_source(self, batch: Batch) -> tuple[Tensor, Batch]:
         """What is noised, and the batch with its conditioning."""
         x0, cond = batch.images, batch.image_cond
         if self.config.source == "pairs":
@@ -308,16 +308,22 @@ class Consistency(Method[ConfigT]):
         return x0, replace(batch, cond=cond, null=batch.null.sized_like(cond))
 
     def _logits(
-        self, triple: Triple, adversary: AdversaryConfig, x_r: Tensor, leap: Leap, purpose: str, draws: Draws
+        self,
+        triple: Triple,
+        gan_config: ConsistencyGanConfig,
+        x_r: Tensor,
+        rollout: ConsistencyRollout,
+        purpose: str,
+        draws: Draws,
     ) -> Tensor:
         """Of x_r, noised on from r to the level: x_a = (alpha_a / alpha_r) x_r + sqrt(sigma_a^2 - ...) n."""
         # a flow model is not defined at sigma = 0 exactly
-        level = leap.level.clamp_min(1e-3) if self.schedule.is_flow else leap.level
-        ratio, std = self.schedule.kernel(leap.r, level)
+        level = rollout.level.clamp_min(1e-3) if self.schedule.is_flow else rollout.level
+        ratio, std = self.schedule.kernel(rollout.r, level)
         x_a = broadcast(ratio, x_r) * x_r + broadcast(std, x_r) * draws.normal(f"{purpose}.eps", x_r.shape[1:])
-        return discriminate(triple, adversary.features, x_a, level, leap.batch.cond)
+        return discriminator_logits(triple, gan_config.features, x_a, level, rollout.batch.cond)
 
 
-def jump(schedule: NoiseSchedule, x_t: Tensor, x0: Tensor, t: Time, r: Time) -> Tensor:
+def ddim_step(schedule: NoiseSchedule, x_t: Tensor, x0: Tensor, t: Time, r: Time) -> Tensor:
     """x_r = alpha_r x0 + sigma_r eps, with eps of (x_t, x0): a step of DDIM, of Euler for flow models."""
     return Transition(TransitionKind.DETERMINISTIC)(schedule, x_t, x0, t, r).mean

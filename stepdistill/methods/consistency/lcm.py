@@ -35,9 +35,9 @@ class LCM(Consistency[LCMConfig]):
     name = "lcm"
     transition = Transition(TransitionKind.RENOISE)
 
-    def function(self, x_t: Tensor, x0: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    def consistency_function(self, x_t: Tensor, x0: Tensor, t: Tensor, r: Tensor) -> Tensor:
         if self.schedule.is_flow or self.config.boundary == "none":
-            return super().function(x_t, x0, t, r)
+            return super().consistency_function(x_t, x0, t, r)
         skip, out = (broadcast(c, x_t) for c in boundary_scalings(t))
         return skip * full(x_t) + out * full(x0)
 

@@ -20,7 +20,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Needs, Progress, RoleKind, Rollout, Terms
-from stepdistill.methods.consistency.continuous import Continuous, ContinuousConfig, State
+from stepdistill.methods.consistency.continuous import Continuous, ContinuousConfig, TrigFlowStates
 from stepdistill.methods.gan import GanConfig, attach_gan, gan_critic_loss, gan_generator_loss
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 
@@ -61,7 +61,7 @@ class SCM(Continuous[SCMConfig]):
         super().prepare(triple, decode)
         self.decode = decode
         if self.config.gan.weight > 0:
-            attach_gan(triple, self.config.gan, self.setting, decode)
+            attach_gan(triple, self.config.gan, self.problem, decode)
 
     def updates(self, progress: Progress) -> Sequence[str]:
         return (GENERATOR, FAKE_SCORE) if self.config.gan.weight > 0 else (GENERATOR,)
@@ -75,9 +75,9 @@ class SCM(Continuous[SCMConfig]):
         sample = images
         if self.config.gan.weight > 0:
             other = self.angles(draws.uniform("gan.angle"))
-            other = torch.where(draws.uniform("gan.pure") < self.config.pure_noise, self.bridge.max_angle, other)
+            other = torch.where(draws.uniform("gan.pure") < self.config.pure_noise, self.trigflow.max_angle, other)
             noised = self._noised(images, other, draws, "gan.eps")
-            sample = triple.generator.x0(*self.bridge.native(noised, other), cond)
+            sample = triple.generator.x0(*self.trigflow.native(noised, other), cond)
         t = self.schedule.time_at_angle(angle)
         return NoisedImages(batch=batch, x_t=x, t=t, x0=sample, angle=angle, velocity=velocity)
 
@@ -89,7 +89,9 @@ class SCM(Continuous[SCMConfig]):
             critic, real, fake = gan_critic_loss(triple, self.config.gan, rollout.x0, batch, cond, draws, self.decode)
             logged = {"critic": critic.detach(), "d_real": real.mean(), "d_fake": fake.mean()}
             return Terms(self.config.gan.critic_weight * critic, logged)
-        terms = self.consistency_loss(State(rollout.x_t, rollout.angle, rollout.velocity, cond), triple, progress)
+        terms = self.consistency_loss(
+            TrigFlowStates(rollout.x_t, rollout.angle, rollout.velocity, cond), triple, progress
+        )
         if self.config.gan.weight == 0:
             return terms
         adversarial = gan_generator_loss(triple, self.config.gan, rollout.x0, cond, draws, self.decode)
@@ -99,8 +101,8 @@ class SCM(Continuous[SCMConfig]):
     def _noised(self, images: Tensor, angle: Tensor, draws: Draws, purpose: str) -> Tensor:
         """X_T of images; at the noisiest angle pure noise, which is what sampling starts from where alpha is not 0 there."""
         eps = draws.normal(purpose, images.shape[1:])
-        first = (angle >= self.bridge.max_angle).reshape(-1, *(1,) * (images.ndim - 1))
-        return torch.where(first, self.config.sigma_data * eps, self.bridge.state(images, eps, angle))
+        first = (angle >= self.trigflow.max_angle).reshape(-1, *(1,) * (images.ndim - 1))
+        return torch.where(first, self.config.sigma_data * eps, self.trigflow.state(images, eps, angle))
 
 
 def _images(batch: Batch) -> tuple[Tensor, Conditioning]:

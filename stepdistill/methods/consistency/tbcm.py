@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods.base import Batch, Progress, Rollout, Terms
-from stepdistill.methods.consistency.continuous import Continuous, ContinuousConfig, State, TangentConfig
+from stepdistill.methods.consistency.continuous import Continuous, ContinuousConfig, TangentConfig, TrigFlowStates
 from stepdistill.roles.triple import Triple
 
 
@@ -34,7 +34,7 @@ class TBCMConfig(ContinuousConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk(Rollout):
+class TeacherTrajectory(Rollout):
     """S states of B walks: x_t = X_T (S, B, ...) and t (S, B); x0 is the teacher's sample at the end, (B, ...).
 
     Attributes:
@@ -51,20 +51,20 @@ class TBCM(Continuous[TBCMConfig]):
     name = "tbcm"
 
     @torch.no_grad()
-    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Walk:
+    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> TeacherTrajectory:
         draws = draws.for_role("rollout")
-        angles = self._angles(draws)
+        angles = self._draw_angles(draws)
         x = self.config.sigma_data * draws.normal("noise", self.latent_shape(batch))
         states, velocities = [], []
         for angle, to in zip(angles, [*angles[1:], torch.zeros_like(angles[0])], strict=True):
             velocity = self.teacher(triple, x, angle, batch.cond, batch.null)
             states.append(x)
             velocities.append(velocity)
-            x = self.bridge.step(x, velocity, angle, to)
+            x = self.trigflow.step(x, velocity, angle, to)
         # where cos(T) is 0, so is g: there is nothing to learn from the first state
         first = 1 if self.schedule.zero_terminal_snr else 0
         kept = angles[first:]
-        return Walk(
+        return TeacherTrajectory(
             batch=batch,
             x_t=torch.stack(states[first:]),
             t=self.schedule.time_at_angle(kept),
@@ -78,18 +78,18 @@ class TBCM(Continuous[TBCMConfig]):
 
     def pieces(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Iterator[Terms]:
         """State after state: the memory of one, however long the walk."""
-        if not isinstance(rollout, Walk):
+        if not isinstance(rollout, TeacherTrajectory):
             raise TypeError(f"a rollout of {self.name} was expected, not a {type(rollout).__name__}")
         for x, angle, velocity in zip(rollout.x_t, rollout.angle, rollout.velocity, strict=True):
-            state = State(x, angle, velocity, rollout.batch.cond)
+            state = TrigFlowStates(x, angle, velocity, rollout.batch.cond)
             yield self.consistency_loss(state, triple, progress) * (1 / len(rollout.x_t))
 
-    def _angles(self, draws: Draws) -> Tensor:
+    def _draw_angles(self, draws: Draws) -> Tensor:
         """Angles of each walk, falling from the noisiest, (route_steps, B)."""
         low, high = self.angle_range
         # a route that ends short of pi/2 is the whole one, squeezed
-        route = reference_route(self.config.route_steps, self.config.route_shift) * (
-            self.bridge.max_angle / (math.pi / 2)
+        route = reference_angles(self.config.route_steps, self.config.route_shift) * (
+            self.trigflow.max_angle / (math.pi / 2)
         )
         lots = torch.stack([draws.uniform(f"angle{i}") for i in range(1, len(route))])
         route = route.to(lots.device)[:, None]
@@ -99,10 +99,10 @@ class TBCM(Continuous[TBCMConfig]):
             drawn = route[1:] + (route[:-1] - route[1:]) * lots
         else:
             drawn = self.angles(lots).sort(0, descending=True).values
-        return torch.cat([torch.full_like(lots[:1], self.bridge.max_angle), drawn.clamp(low, high)])
+        return torch.cat([torch.full_like(lots[:1], self.trigflow.max_angle), drawn.clamp(low, high)])
 
 
-def reference_route(steps: int, shift: float) -> Tensor:
+def reference_angles(steps: int, shift: float) -> Tensor:
     """Angles of the released route, falling from pi/2, float64 (steps,).
 
     Flow times that are even after one shift s t / (1 + (s - 1) t), from the noisiest of a thousand to the cleanest, and are

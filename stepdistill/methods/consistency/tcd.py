@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepdistill.methods.base import Problem, Progress
 from stepdistill.methods.consistency.discrete import Consistency, ConsistencyConfig
-from stepdistill.methods.timesteps import strategic
+from stepdistill.methods.student_recipe import tcd_transition
 
 
 class TCDConfig(ConsistencyConfig):
@@ -31,10 +31,10 @@ class TCD(Consistency[TCDConfig]):
     Config = TCDConfig
     name = "tcd"
 
-    def __init__(self, config: TCDConfig, setting: Problem) -> None:
-        super().__init__(config, setting)
+    def __init__(self, config: TCDConfig, problem: Problem) -> None:
+        super().__init__(config, problem)
         default = 0.0 if self.schedule.is_flow else 0.3
-        self.transition = strategic(self.schedule, default if config.eta is None else config.eta)
+        self.transition = tcd_transition(self.schedule, default if config.eta is None else config.eta)
 
     def end(self, start: Tensor, uniform: Tensor, progress: Progress) -> Tensor:
         return (uniform * start).long()

@@ -21,13 +21,18 @@ from torch import Tensor
 
 from stepdistill.config.reading import Settings
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.timesteps import edges, part_of
+from stepdistill.diffusion.timesteps import segment_edges, segment_of
 from stepdistill.errors import UserError
 from stepdistill.methods import parts
 from stepdistill.methods.base import STUDENT, Batch, Decode, Problem, Progress, RoleKind, Rollout, Stage, Terms
-from stepdistill.methods.consistency.discrete import AdversaryConfig, Consistency, ConsistencyConfig, Leap
+from stepdistill.methods.consistency.discrete import (
+    Consistency,
+    ConsistencyConfig,
+    ConsistencyGanConfig,
+    ConsistencyRollout,
+)
 from stepdistill.methods.gan import attach_discriminator
-from stepdistill.methods.timesteps import strategic
+from stepdistill.methods.student_recipe import tcd_transition
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 
 TRAJECTORY = "trajectory"
@@ -52,8 +57,8 @@ class ScoreConfig(Settings):
         "trajectory", description="the consistency model as this stage found it, or the guided teacher"
     )
     dm_weight: parts.DmWeight = "code"
-    dm_levels: parts.LevelConfig = parts.LevelConfig()
-    fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
+    dm_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig()
+    fake_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig(low=0.0, high=1.0)
 
 
 class TSCDConfig(ConsistencyConfig):
@@ -62,7 +67,7 @@ class TSCDConfig(ConsistencyConfig):
     )
     distance: parts.Distance = "l2"
     target: Literal["student", "ema"] = "ema"
-    gan: AdversaryConfig = AdversaryConfig(weight=0.0, features="fake_score")
+    gan: ConsistencyGanConfig = ConsistencyGanConfig(weight=0.0, features="fake_score")
     score: ScoreConfig | None = None
     eta: float | None = Field(None, ge=0, le=1, description="of the sampler; 1 by default, as for the unified LoRA")
 
@@ -74,7 +79,7 @@ class TSCDConfig(ConsistencyConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored(Leap):
+class OneStepRollout(ConsistencyRollout):
     """A leap, and the student's one-step sample of the same prompts from pure noise."""
 
     sample: Tensor
@@ -86,10 +91,10 @@ class TSCD(Consistency[TSCDConfig]):
     Config = TSCDConfig
     name = "tscd"
 
-    def __init__(self, config: TSCDConfig, setting: Problem) -> None:
-        self.edges = [edges(config.points, stage.segments) for stage in config.stages]
-        super().__init__(config, setting)
-        self.transition = strategic(self.schedule, 1.0 if config.eta is None else config.eta)
+    def __init__(self, config: TSCDConfig, problem: Problem) -> None:
+        self.segment_edges = [segment_edges(config.points, stage.segments) for stage in config.stages]
+        super().__init__(config, problem)
+        self.transition = tcd_transition(self.schedule, 1.0 if config.eta is None else config.eta)
         earlier = config.stages if config.score is not None else config.stages[:-1]
         endless = [stage.segments for stage in earlier if stage.iterations is None]
         if endless:
@@ -105,8 +110,8 @@ class TSCD(Consistency[TSCDConfig]):
         return found
 
     def end(self, start: Tensor, uniform: Tensor, progress: Progress) -> Tensor:
-        edge = self.edges[min(progress.stage, len(self.edges) - 1)].to(start.device)
-        floor = edge[part_of(start, edge)]
+        edge = self.segment_edges[min(progress.stage, len(self.segment_edges) - 1)].to(start.device)
+        floor = edge[segment_of(start, edge)]
         return floor + (uniform * (start - floor)).long()
 
     # ---------------------------------------------------------------- adversary and score
@@ -117,30 +122,30 @@ class TSCD(Consistency[TSCDConfig]):
             return {GENERATOR: "generator", FAKE_SCORE: "fake_score"}
         return super().roles(config)
 
-    def adversary(self, progress: Progress) -> AdversaryConfig:
-        share = self.config.stages[min(progress.stage, len(self.edges) - 1)].gan
+    def gan_config(self, progress: Progress) -> ConsistencyGanConfig:
+        share = self.config.stages[min(progress.stage, len(self.segment_edges) - 1)].gan
         return self.config.gan.model_copy(update={"weight": self.config.gan.weight * share})
 
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         super().prepare(triple, decode)
         if self.config.gan.weight > 0:
-            attach_discriminator(triple, self.setting, self.config.gan.width)
+            attach_discriminator(triple, self.problem, self.config.gan.width)
         if self.config.score is not None and self.config.score.real == "trajectory":
             triple.add_copy(TRAJECTORY, GENERATOR)
 
     def updates(self, progress: Progress) -> Sequence[str]:
         return (GENERATOR, FAKE_SCORE) if self._score(progress) is not None else super().updates(progress)
 
-    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Leap:
-        leap = super().rollout(batch, triple, progress, draws)
+    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> ConsistencyRollout:
+        rollout = super().rollout(batch, triple, progress, draws)
         if self._score(progress) is None:
-            return leap
-        noise = draws.for_role("rollout").normal("one", leap.x_t.shape[1:])
-        return Scored(**vars(leap), sample=triple.generator.x0(noise, self.ladder[0], leap.batch.cond))
+            return rollout
+        noise = draws.for_role("rollout").normal("one", rollout.x_t.shape[1:])
+        return OneStepRollout(**vars(rollout), sample=triple.generator.x0(noise, self.timesteps[0], rollout.batch.cond))
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         score = self._score(progress)
-        if score is None or not isinstance(rollout, Scored):
+        if score is None or not isinstance(rollout, OneStepRollout):
             return super().loss(role, rollout, triple, progress, draws)
         x, cond = rollout.sample, rollout.batch.cond
         if role == FAKE_SCORE:
@@ -148,12 +153,12 @@ class TSCD(Consistency[TSCDConfig]):
             eps = draws.normal("fake.eps", x.shape[1:])
             added = parts.fake_score_loss(triple.fake_score, x, t, eps, cond)
             logged = {"denoising": added.detach()}
-            if self.adversary(progress).weight == 0:
+            if self.gan_config(progress).weight == 0:
                 return Terms(added, logged)
             terms = super().loss(role, rollout, triple, progress, draws)
             return Terms(terms.total + added, {**terms.parts, **logged})
         # before the adversary: where a sharded network is left at its features, a later forward frees what backward needs
-        direction, logged = parts.matching_direction(
+        direction, logged = parts.distribution_matching_direction(
             x,
             cond,
             rollout.batch.null,
@@ -165,7 +170,7 @@ class TSCD(Consistency[TSCDConfig]):
             target=triple.denoiser(TRAJECTORY if score.real == "trajectory" else REAL_SCORE),
         )
         terms = super().loss(role, rollout, triple, progress, draws)
-        total = score.trajectory * terms.total + score.weight * parts.surrogate(x, direction)
+        total = score.trajectory * terms.total + score.weight * parts.surrogate_loss(x, direction)
         return Terms(total, {**terms.parts, **logged})
 
     def _score(self, progress: Progress) -> ScoreConfig | None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from stepdistill.methods.guidance.regression import Guided, GuidedConfig
+from stepdistill.methods.guidance.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
 from stepdistill.roles.triple import Mode
 
 
-class AGD(Guided[GuidedConfig]):
-    Config = GuidedConfig
+class AGD(GuidanceDistillation[GuidanceDistillationConfig]):
+    Config = GuidanceDistillationConfig
     name = "agd"
     modes: ClassVar[tuple[Mode, ...]] = ("adapter",)

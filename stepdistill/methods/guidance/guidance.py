@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from stepdistill.families.recipe import Recipe
-from stepdistill.methods.guidance.regression import Guided, GuidedConfig
+from stepdistill.methods.guidance.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
 
 
-class Guidance(Guided[GuidedConfig]):
-    Config = GuidedConfig
+class Guidance(GuidanceDistillation[GuidanceDistillationConfig]):
+    Config = GuidanceDistillationConfig
     name = "guidance"
 
     @classmethod
-    def network_guidance_range(cls, config: GuidedConfig) -> tuple[float, float] | None:
+    def network_guidance_range(cls, config: GuidanceDistillationConfig) -> tuple[float, float] | None:
         return config.guidance_range
 
     def recipe(self) -> Recipe:

@@ -35,7 +35,7 @@ class DecoupledConfig(FewStepConfig):
         description="noise levels: one for both terms; one each; both below the generator's own; CA alone below it",
     )
     matching: bool = Field(True, description="the matching term; without it a GAN or the moments must be the shield")
-    dm_levels: parts.LevelConfig = parts.LevelConfig()
+    dm_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig()
     ca_low: float = Field(
         0.02, ge=0, lt=1, description="least noisy level of CA, on the fraction axis before the shift"
     )
@@ -47,15 +47,15 @@ class Decoupled(FewStep[DecoupledConfig]):
     Config = DecoupledConfig
     name = "decoupled"
 
-    def __init__(self, config: DecoupledConfig, setting: Problem) -> None:
-        super().__init__(config, setting)
+    def __init__(self, config: DecoupledConfig, problem: Problem) -> None:
+        super().__init__(config, problem)
         if not config.matching and config.gan.weight == 0 and config.moments.weight == 0:
             raise UserError(
                 "method.matching is false and neither method.gan.weight nor method.moments.weight is set, so nothing bounds "
                 "CFG augmentation: turn one of the three on"
             )
 
-        last = float(self.schedule.fraction_at(torch.tensor(self.ladder[-1], dtype=torch.float64)))
+        last = float(self.schedule.fraction_at(torch.tensor(self.timesteps[-1], dtype=torch.float64)))
         if config.schedule in ("hybrid", "restricted") and last <= config.ca_low:
             raise UserError(
                 f"the last step of the ladder is at {last:.3g} of the noise axis and method.ca_low is {config.ca_low:g}, so CFG "
@@ -67,10 +67,10 @@ class Decoupled(FewStep[DecoupledConfig]):
         x, w = rollout.x0, self._guidance(progress)
         statistics: dict[str, Tensor] = {}
         augmentation, matching, gap = self._directions(rollout, triple, w, draws, statistics)
-        total = parts.surrogate(x, augmentation)
+        total = parts.surrogate_loss(x, augmentation)
         logged = {"ca": 0.5 * augmentation.square().mean(), "guidance": x.new_tensor(w)}
         if self.config.matching:
-            total = total + parts.surrogate(x, matching)
+            total = total + parts.surrogate_loss(x, matching)
             logged |= {"dm": 0.5 * matching.square().mean(), "score_gap": gap}
         return Terms(total, logged, statistics)
 
@@ -85,37 +85,43 @@ class Decoupled(FewStep[DecoupledConfig]):
             x_dm = self.schedule.add_noise(x, draws.normal("dm.eps", x.shape[1:]), t_dm)
             h = broadcast(self.weights(rollout, x_dm, t_dm, triple, statistics), x)
             if self.config.schedule == "coupled":
-                real, gain = triple.real_score.gain(x_dm, t_dm, cond, null, w)
+                real, guidance_delta = triple.real_score.guidance_delta(x_dm, t_dm, cond, null, w)
                 fake = triple.fake_score.x0(x_dm, t_dm, cond)
-                norm = parts.normaliser(x, real + gain, self.config.floor)
+                norm = parts.dmd_normalizer(x, real + guidance_delta, self.config.floor)
                 # both terms by the divergence's weight, as DMD2 weighs their sum
-                return -h * gain / norm, h * (fake - real) / norm, parts.score_gap(x, real + gain, fake)
-            t_ca = parts.times_below(self.schedule, draws.uniform("ca.t"), self.config.ca_low, self._ca_bound(t_gen))
+                return (
+                    -h * guidance_delta / norm,
+                    h * (fake - real) / norm,
+                    parts.score_gap(x, real + guidance_delta, fake),
+                )
+            t_ca = parts.draw_times_below(
+                self.schedule, draws.uniform("ca.t"), self.config.ca_low, self._ca_bound(t_gen)
+            )
             x_ca = self.schedule.add_noise(x, draws.normal("ca.eps", x.shape[1:]), t_ca)
-            conditional, gain = triple.real_score.gain(x_ca, t_ca, cond, null, w)
-            augmentation = -gain / parts.normaliser(x, conditional, self.config.floor)
+            conditional, guidance_delta = triple.real_score.guidance_delta(x_ca, t_ca, cond, null, w)
+            augmentation = -guidance_delta / parts.dmd_normalizer(x, conditional, self.config.floor)
             if not self.config.matching:
                 return augmentation, torch.zeros_like(augmentation), x.new_zeros(())
             real, fake = triple.real_score.x0(x_dm, t_dm, cond), triple.fake_score.x0(x_dm, t_dm, cond)
-            matching = h * (fake - real) / parts.normaliser(x, real, self.config.floor)
+            matching = h * (fake - real) / parts.dmd_normalizer(x, real, self.config.floor)
             return augmentation, matching, parts.score_gap(x, real, fake)
 
     def _dm_times(self, t_gen: Tensor, draws: Draws) -> Tensor:
         if self.config.schedule == "restricted":
             levels = self.config.dm_levels
-            high = self._own_level(t_gen).clamp_max(levels.high)
-            return parts.times_below(self.schedule, draws.uniform("dm.t"), levels.low, high)
+            high = self._generator_level(t_gen).clamp_max(levels.high)
+            return parts.draw_times_below(self.schedule, draws.uniform("dm.t"), levels.low, high)
         return self.config.dm_levels.levels().times(self.schedule, draws.uniform("dm.t"))
 
     def _ca_bound(self, t_gen: Tensor) -> Tensor:
         """Noisiest level of CA, before the shift: the generator's own, or that of DM where they are independent."""
         if self.config.schedule == "independent":
             return torch.full_like(t_gen, self.config.dm_levels.high)
-        return self._own_level(t_gen)
+        return self._generator_level(t_gen)
 
-    def _own_level(self, t_gen: Tensor) -> Tensor:
+    def _generator_level(self, t_gen: Tensor) -> Tensor:
         """Fraction of the noise axis that the generator's input was at: all of it at the first step, whatever it is told there."""
-        return torch.where(t_gen == self.ladder[0], torch.ones_like(t_gen), self.schedule.fraction_at(t_gen))
+        return torch.where(t_gen == self.timesteps[0], torch.ones_like(t_gen), self.schedule.fraction_at(t_gen))
 
     def _guidance(self, progress: Progress) -> float:
-        return parts.ramped(self.config.guidance, progress.updates.get(GENERATOR, 0), self.config.ramp)
+        return parts.ramped_guidance(self.config.guidance, progress.updates.get(GENERATOR, 0), self.config.ramp)

@@ -45,20 +45,20 @@ class DisBackConfig(FewStepConfig):
         0, ge=0, description="generator updates over which w - 1 grows from 0 once the teacher is the target; 0 is none"
     )
     dm_weight: parts.DmWeight = "code"
-    dm_levels: parts.LevelConfig = parts.LevelConfig()
+    dm_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig()
 
 
 class DisBack(FewStep[DisBackConfig]):
     Config = DisBackConfig
     name = "disback"
 
-    def __init__(self, config: DisBackConfig, setting: Problem) -> None:
-        super().__init__(config, setting)
+    def __init__(self, config: DisBackConfig, problem: Problem) -> None:
+        super().__init__(config, problem)
         self.targets = max(config.checkpoints - 1, 0)
-        self._shelf: TensorStore | None = None
+        self._store: TensorStore | None = None
         self._digests = torch.zeros(self.targets, 32, dtype=torch.uint8)
         self._recorded = 0
-        self._held = 0
+        self._loaded_target = 0
         """Which s'_i the role `target` is; 0 is the teacher."""
 
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
@@ -66,8 +66,8 @@ class DisBack(FewStep[DisBackConfig]):
         if self.targets:
             triple.add_role(TARGET, triple.layouts[FAKE_SCORE], trainable=False)
 
-    def attach_storage(self, shelf: TensorStore) -> None:
-        self._shelf = shelf
+    def attach_storage(self, store: TensorStore) -> None:
+        self._store = store
 
     def stages(self) -> Sequence[Stage]:
         backtrack = Stage(BACKTRACK)
@@ -77,11 +77,11 @@ class DisBack(FewStep[DisBackConfig]):
         # a fake score that came with the student of an earlier run would know its samples already
         return Stage(RECORD, length, reset=(FAKE_SCORE,)), backtrack
 
-    def _recording(self, progress: Progress) -> bool:
+    def _is_recording(self, progress: Progress) -> bool:
         return self.stages()[progress.stage].name == RECORD
 
     def updates(self, progress: Progress) -> Sequence[str]:
-        return (FAKE_SCORE,) if self._recording(progress) else super().updates(progress)
+        return (FAKE_SCORE,) if self._is_recording(progress) else super().updates(progress)
 
     # ---------------------------------------------------------------- the way there
 
@@ -89,8 +89,10 @@ class DisBack(FewStep[DisBackConfig]):
         """Keep s'_i once its iterations are over, with the next update where the last one was skipped."""
         super().after_update(role, statistics, triple, progress)
         due = min((progress.stage_iteration + 1) // self.config.record_every, self.targets)
-        if self._shelf is not None and self._recording(progress) and self._recorded < due:
-            self._digests[self._recorded] = self._shelf.put(_file(self._recorded + 1), changes(triple, FAKE_SCORE))
+        if self._store is not None and self._is_recording(progress) and self._recorded < due:
+            self._digests[self._recorded] = self._store.put(
+                _recorded_score_name(self._recorded + 1), changes(triple, FAKE_SCORE)
+            )
             self._recorded += 1
 
     # ---------------------------------------------------------------- the way back
@@ -102,27 +104,27 @@ class DisBack(FewStep[DisBackConfig]):
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         # before the first forward: a sharded network must not be written to while it is put together
         if GENERATOR in self.updates(progress):
-            self._hold(self.target(progress), triple)
+            self._load_target(self.target(progress), triple)
         return super().rollout(batch, triple, progress, draws)
 
-    def _hold(self, index: int, triple: Triple) -> None:
+    def _load_target(self, index: int, triple: Triple) -> None:
         """Make the role `target` s'_index. The teacher has a role of its own, and a plan has no shelf.
 
         Raises:
             UserError: its file is gone, is another, does not fit, or changes nothing.
         """
-        if index in (0, self._held) or self._shelf is None:
+        if index in (0, self._loaded_target) or self._store is None:
             return
-        if not load_changes(triple, TARGET, self._shelf.get(_file(index), self._digests[index - 1])):
+        if not load_changes(triple, TARGET, self._store.get(_recorded_score_name(index), self._digests[index - 1])):
             raise UserError(
-                f"the recorded score {_file(index)!r} equals the target before it, so the path does not lead anywhere: "
+                f"the recorded score {_recorded_score_name(index)!r} equals the target before it, so the path does not lead anywhere: "
                 "raise method.record_every or optimizers.fake_score.lr and start the run afresh"
             )
-        self._held = index
+        self._loaded_target = index
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         """The record is denoising alone: a GAN would move the fake score's features off the path, and learn a student at rest."""
-        if self._recording(progress):
+        if self._is_recording(progress):
             return self.denoising_loss(rollout, triple, draws)
         return super().loss(role, rollout, triple, progress, draws)
 
@@ -131,7 +133,7 @@ class DisBack(FewStep[DisBackConfig]):
         index, guidance = self.target(progress), 1.0
         if index == 0:
             done = progress.updates.get(GENERATOR, 0) - self.targets * self.config.interval
-            guidance = parts.ramped(self.config.guidance, done, self.config.ramp)
+            guidance = parts.ramped_guidance(self.config.guidance, done, self.config.ramp)
         terms = self.matching(
             rollout,
             triple,
@@ -152,7 +154,7 @@ class DisBack(FewStep[DisBackConfig]):
         return super().state_dict() | {
             "digests": self._digests.clone(),
             "recorded": torch.tensor(self._recorded),
-            "held": torch.tensor(self._held),
+            "held": torch.tensor(self._loaded_target),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -160,8 +162,8 @@ class DisBack(FewStep[DisBackConfig]):
         if not self.targets:
             return
         self._digests = state["digests"].clone()
-        self._recorded, self._held = int(state["recorded"]), int(state["held"])
+        self._recorded, self._loaded_target = int(state["recorded"]), int(state["held"])
 
 
-def _file(index: int) -> str:
+def _recorded_score_name(index: int) -> str:
     return f"path-{index:03d}"

@@ -16,7 +16,7 @@ from torch import Tensor
 DivergenceName = Literal[
     "reverse_kl", "forward_kl", "jensen_shannon", "softened", "squared_hellinger", "jeffreys", "neyman"
 ]
-WEIGHTS: Mapping[DivergenceName, Callable[[Tensor], Tensor]] = {
+WEIGHT_FUNCTIONS: Mapping[DivergenceName, Callable[[Tensor], Tensor]] = {
     "reverse_kl": torch.ones_like,
     "forward_kl": lambda r: r,
     "jensen_shannon": lambda r: r / (1 + r),
@@ -27,17 +27,17 @@ WEIGHTS: Mapping[DivergenceName, Callable[[Tensor], Tensor]] = {
 }
 """h(r) = r^2 f''(r)."""
 BINS = 10
-LOGIT, LEAST, MOST = 10.0, 0.1, 20.0
+MAX_LOGIT, MIN_RATIO, MAX_RATIO = 10.0, 0.1, 20.0
 """Bounds of |D| and of r."""
-DECAY = 0.9
+EMA_DECAY = 0.9
 """Of the running means, per generator update."""
 
 
-class RatioWeights:
+class DivergenceWeights:
     """Weights of samples by their density ratios, with the running means that keep both near 1."""
 
     def __init__(self, name: DivergenceName) -> None:
-        self.h = WEIGHTS[name]
+        self.h = WEIGHT_FUNCTIONS[name]
         self.ratio = torch.ones(BINS, dtype=torch.float64)
         self.weight = self.h(torch.ones((), dtype=torch.float64))
 
@@ -49,7 +49,7 @@ class RatioWeights:
             fraction: of the noise axis at which they are, (B,), in [0, 1].
         """
         bins = (fraction * BINS).long().clamp(0, BINS - 1).to(logits.device)
-        r = logits.detach().double().clamp(-LOGIT, LOGIT).exp().clamp(LEAST, MOST)
+        r = logits.detach().double().clamp(-MAX_LOGIT, MAX_LOGIT).exp().clamp(MIN_RATIO, MAX_RATIO)
         h = self.h(r / self.ratio.to(r.device)[bins])
         chosen = torch.nn.functional.one_hot(bins, BINS).double()
         statistics = {"h": h.mean()}
@@ -62,9 +62,9 @@ class RatioWeights:
         for k in range(BINS):
             if statistics[f"count.{k}"] > 0:
                 self.ratio[k].lerp_(
-                    self.ratio.new_tensor(statistics[f"ratio.{k}"] / statistics[f"count.{k}"]), 1 - DECAY
+                    self.ratio.new_tensor(statistics[f"ratio.{k}"] / statistics[f"count.{k}"]), 1 - EMA_DECAY
                 )
-        self.weight.lerp_(self.weight.new_tensor(statistics["h"]), 1 - DECAY)
+        self.weight.lerp_(self.weight.new_tensor(statistics["h"]), 1 - EMA_DECAY)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"divergence.ratio": self.ratio.clone(), "divergence.weight": self.weight.clone()}

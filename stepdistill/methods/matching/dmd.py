@@ -22,7 +22,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Method, Needs, Problem, Progress, RoleKind, Rollout, Terms
-from stepdistill.methods.timesteps import few_step_recipe, timesteps_of
+from stepdistill.methods.student_recipe import few_step_recipe, timesteps_of
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 
 
@@ -38,17 +38,17 @@ class DMDConfig(Settings):
     distance: Literal["l2", "huber"] = Field("l2", description="of the regression, in latent space")
     huber_c: float = Field(1e-3, gt=0)
     dm_weight: parts.DmWeight = "paper"
-    dm_levels: parts.LevelConfig = parts.LevelConfig()
-    fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
+    dm_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig()
+    fake_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig(low=0.0, high=1.0)
 
 
 class DMD(Method[DMDConfig]):
     Config = DMDConfig
 
-    def __init__(self, config: DMDConfig, setting: Problem) -> None:
-        super().__init__(config, setting)
+    def __init__(self, config: DMDConfig, problem: Problem) -> None:
+        super().__init__(config, problem)
         told = config.timestep
-        self.ladder = student_timesteps(self.schedule, 1) if told is None else timesteps_of(self.schedule, [told])
+        self.timesteps = student_timesteps(self.schedule, 1) if told is None else timesteps_of(self.schedule, [told])
         if config.matching == 0 and config.regression == 0:
             raise UserError("method.matching and method.regression are both 0, which leaves no loss: set one of them")
         self.transition = Transition(TransitionKind.RENOISE)
@@ -66,13 +66,13 @@ class DMD(Method[DMDConfig]):
 
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         x_t, t, x0 = parts.roll_out(
-            triple.generator, batch, self.ladder, self.transition, self.latent_shape(batch), draws, graph=True
+            triple.generator, batch, self.timesteps, self.transition, self.latent_shape(batch), draws, graph=True
         )
         pair_x0 = None
         if self.config.regression > 0:
             if batch.pair_noise is None or batch.pair_cond is None:
                 raise ValueError("a batch without pairs reached DMD's regression")
-            pair_x0 = triple.generator.x0(batch.pair_noise, self.ladder[0], batch.pair_cond)
+            pair_x0 = triple.generator.x0(batch.pair_noise, self.timesteps[0], batch.pair_cond)
         return Rollout(batch, x_t, t, x0, pair_x0)
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
@@ -84,7 +84,7 @@ class DMD(Method[DMDConfig]):
         total = x.new_zeros(())
         logged = parts.sample_statistics(rollout)
         if self.config.matching > 0:
-            matching, of_matching = self._matching(rollout, triple, draws)
+            matching, of_matching = self._distribution_matching(rollout, triple, draws)
             total = self.config.matching * matching
             logged |= of_matching
         if rollout.pair_x0 is not None and rollout.batch.pair_latents is not None:
@@ -94,8 +94,10 @@ class DMD(Method[DMDConfig]):
             logged["regression"] = regression.detach()
         return Terms(total, logged)
 
-    def _matching(self, rollout: Rollout, triple: Triple, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        direction, logged = parts.matching_direction(
+    def _distribution_matching(
+        self, rollout: Rollout, triple: Triple, draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        direction, logged = parts.distribution_matching_direction(
             rollout.x0,
             rollout.batch.cond,
             rollout.batch.null,
@@ -105,7 +107,7 @@ class DMD(Method[DMDConfig]):
             guidance=self.config.guidance,
             weight=self.config.dm_weight,
         )
-        return parts.surrogate(rollout.x0, direction), logged
+        return parts.surrogate_loss(rollout.x0, direction), logged
 
     def recipe(self) -> Recipe:
-        return few_step_recipe(self.setting, "dmd", self.ladder, self.transition, self.config.guidance)
+        return few_step_recipe(self.problem, "dmd", self.timesteps, self.transition, self.config.guidance)

@@ -16,7 +16,7 @@ from stepdistill.roles.triple import Triple
 
 class DMD2Config(FewStepConfig):
     dm_weight: parts.DmWeight = "code"
-    dm_levels: parts.LevelConfig = parts.LevelConfig()
+    dm_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig()
 
 
 class DMD2(FewStep[DMD2Config]):

@@ -24,9 +24,9 @@ from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Method, Needs, Problem, Progress, Rollout, Terms
 from stepdistill.methods.gan import GanConfig, attach_gan, gan_critic_loss, gan_generator_loss, logits_at
-from stepdistill.methods.matching.divergence import DivergenceName, RatioWeights
+from stepdistill.methods.matching.divergence import DivergenceName, DivergenceWeights
 from stepdistill.methods.preference.losses import RewardTermConfig, reward_loss
-from stepdistill.methods.timesteps import few_step_recipe, timesteps_of
+from stepdistill.methods.student_recipe import few_step_recipe, timesteps_of
 from stepdistill.roles.blending import blend_role
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
@@ -55,7 +55,7 @@ class StudentTimestepsConfig(Settings):
         description="lambda of the fake score's blend into the generator after each of its updates: psi <- lambda psi + "
         "(1 - lambda) theta, which lets a ratio of 1 or 2 be stable; 0 is off (SenseFlow, Flash-DMD; 0.97)",
     )
-    exits: parts.Exits = Field(
+    exits: parts.RolloutEnd = Field(
         "batch",
         description="the step that is trained: one for the whole batch, as published, or drawn for each sample, which gives "
         "the fake score all steps' samples at every update",
@@ -67,7 +67,7 @@ class StudentTimestepsConfig(Settings):
 
 
 class FewStepConfig(StudentTimestepsConfig):
-    fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
+    fake_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig(low=0.0, high=1.0)
     fake_space: Literal["native", "x0"] = "native"
     gan: GanConfig = GanConfig()
     divergence: DivergenceName = Field(
@@ -82,30 +82,32 @@ class FewStepConfig(StudentTimestepsConfig):
     transition: Literal["renoise", "deterministic"] = "renoise"
 
 
-LadderConfigT = TypeVar("LadderConfigT", bound=StudentTimestepsConfig)
+StudentTimestepsConfigT = TypeVar("StudentTimestepsConfigT", bound=StudentTimestepsConfig)
 FewStepConfigT = TypeVar("FewStepConfigT", bound=FewStepConfig)
 
 
-class FewStepStudent(Method[LadderConfigT]):
+class FewStepStudent(Method[StudentTimestepsConfigT]):
     """A ladder, and two time scales along it."""
 
-    def __init__(self, config: LadderConfigT, setting: Problem) -> None:
-        super().__init__(config, setting)
+    def __init__(self, config: StudentTimestepsConfigT, problem: Problem) -> None:
+        super().__init__(config, problem)
         if config.timesteps is not None:
-            self.ladder = timesteps_of(self.schedule, config.timesteps)
+            self.timesteps = timesteps_of(self.schedule, config.timesteps)
         else:
-            self.ladder = student_timesteps(self.schedule, config.steps)
-        odds = config.exit_odds
-        exits = len(self.exit_ladder)
-        if odds is not None and (len(odds) != exits or min(odds) < 0 or max(odds) <= 0):
+            self.timesteps = student_timesteps(self.schedule, config.steps)
+        end_step_weights = config.exit_odds
+        exits = len(self.rollout_timesteps)
+        if end_step_weights is not None and (
+            len(end_step_weights) != exits or min(end_step_weights) < 0 or max(end_step_weights) <= 0
+        ):
             raise UserError(
-                f"method.exit_odds is {odds} and rollouts are left at one of {exits} steps: give as many odds, none below 0"
+                f"method.exit_odds is {end_step_weights} and rollouts are left at one of {exits} steps: give as many odds, none below 0"
             )
 
     @property
-    def exit_ladder(self) -> Sequence[float]:
+    def rollout_timesteps(self) -> Sequence[float]:
         """The steps that a rollout may be left at: the first ones of the ladder, or all."""
-        return self.ladder
+        return self.timesteps
 
     def updates(self, progress: Progress) -> Sequence[str]:
         if progress.stage_iteration % self.config.ratio == 0:
@@ -123,8 +125,8 @@ class FewStep(FewStepStudent[FewStepConfigT]):
     name: str
     """In recipes."""
 
-    def __init__(self, config: FewStepConfigT, setting: Problem) -> None:
-        super().__init__(config, setting)
+    def __init__(self, config: FewStepConfigT, problem: Problem) -> None:
+        super().__init__(config, problem)
         self.transition = Transition(TransitionKind(config.transition))
         if config.exit_odds is not None and not config.simulate:
             raise UserError(
@@ -137,8 +139,8 @@ class FewStep(FewStepStudent[FewStepConfigT]):
                 "remove one of the two"
             )
         self.decode: Decode | None = None
-        self.ratios = RatioWeights(config.divergence) if config.divergence != "reverse_kl" else None
-        if self.ratios is not None and (config.gan.weight == 0 or config.gan.loss != "logistic"):
+        self.divergence_weights = DivergenceWeights(config.divergence) if config.divergence != "reverse_kl" else None
+        if self.divergence_weights is not None and (config.gan.weight == 0 or config.gan.loss != "logistic"):
             raise UserError(
                 f"method.divergence is {config.divergence!r}, which reads density ratios off a logistic GAN, and there is none: "
                 "set method.gan.weight and method.gan.loss: logistic, or method.divergence: reverse_kl"
@@ -156,7 +158,7 @@ class FewStep(FewStepStudent[FewStepConfigT]):
         if self.config.reward.on and decode is None:
             raise UserError("method.reward is set and the checkpoint has no autoencoder to decode with: remove it")
         if self.config.gan.weight > 0:
-            attach_gan(triple, self.config.gan, self.setting, decode)
+            attach_gan(triple, self.config.gan, self.problem, decode)
 
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         graph = GENERATOR in self.updates(progress)
@@ -164,29 +166,29 @@ class FewStep(FewStepStudent[FewStepConfigT]):
             x_t, t, x0 = parts.roll_out(
                 triple.generator,
                 batch,
-                self.exit_ladder,
+                self.rollout_timesteps,
                 self.transition,
                 self.latent_shape(batch),
                 draws,
                 graph=graph,
                 exits=self.config.exits,
-                odds=self.config.exit_odds,
+                end_step_weights=self.config.exit_odds,
             )
         else:
-            x_t, t, x0 = parts.noised_images(triple.generator, batch, self.ladder, draws, graph=graph)
+            x_t, t, x0 = parts.noised_images(triple.generator, batch, self.timesteps, draws, graph=graph)
         return Rollout(batch, x_t, t, x0)
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
-        rollout = replace(rollout, batch=self._told(rollout.batch))
+        rollout = replace(rollout, batch=self._with_sample_conditioning(rollout.batch))
         if role == FAKE_SCORE:
-            return self._critic_loss(rollout, triple, draws)
+            return self._fake_score_loss(rollout, triple, draws)
         terms = self.generator_loss(rollout, triple, progress, draws)
         terms = replace(terms, parts={**terms.parts, **parts.sample_statistics(rollout)})
         moments, gan = self.config.moments, self.config.gan
         if moments.weight > 0:
             terms = terms.plus("moments", moment_penalty(rollout.x0, moments.mean, moments.std), moments.weight)
         if gan.weight > 0:
-            x = self.contested(rollout)
+            x = self.discriminator_input(rollout)
             adversarial = gan_generator_loss(triple, gan, x, rollout.batch.cond, draws, self.decode)
             terms = terms.plus("gan", adversarial, gan.weight)
         if self.config.reward.on:
@@ -195,7 +197,7 @@ class FewStep(FewStepStudent[FewStepConfigT]):
             terms = replace(terms, total=terms.total + reward.weight * climbed, parts={**terms.parts, **logged})
         return terms
 
-    def contested(self, rollout: Rollout) -> Tensor:
+    def discriminator_input(self, rollout: Rollout) -> Tensor:
         """The sample that discriminator and generator are at odds about."""
         return rollout.x0
 
@@ -214,34 +216,34 @@ class FewStep(FewStepStudent[FewStepConfigT]):
         denoising = parts.fake_score_loss(triple.fake_score, x, t, eps, cond, self.config.fake_space)
         return Terms(denoising, {"denoising": denoising.detach()})
 
-    def _critic_loss(self, rollout: Rollout, triple: Triple, draws: Draws) -> Terms:
+    def _fake_score_loss(self, rollout: Rollout, triple: Triple, draws: Draws) -> Terms:
         """L_F, plus w_cls L_D on real and generated samples."""
         terms, batch, gan = self.denoising_loss(rollout, triple, draws), rollout.batch, self.config.gan
         if gan.weight == 0:
             return terms
-        contested = self.contested(rollout)
-        critic, real, fake = gan_critic_loss(triple, gan, contested, batch, batch.cond, draws, self.decode)
+        discriminator_input = self.discriminator_input(rollout)
+        critic, real, fake = gan_critic_loss(triple, gan, discriminator_input, batch, batch.cond, draws, self.decode)
         logged = {**terms.parts, "critic": critic.detach(), "d_real": real.mean(), "d_fake": fake.mean()}
         return Terms(terms.total + gan.critic_weight * critic, logged)
 
     def after_update(self, role: str, statistics: Mapping[str, float], triple: Triple, progress: Progress) -> None:
         super().after_update(role, statistics, triple, progress)
-        if role == GENERATOR and self.ratios is not None and statistics:
-            self.ratios.update(statistics)
+        if role == GENERATOR and self.divergence_weights is not None and statistics:
+            self.divergence_weights.update(statistics)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.ratios.state_dict() if self.ratios is not None else {}
+        return self.divergence_weights.state_dict() if self.divergence_weights is not None else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if self.ratios is not None:
-            self.ratios.load_state_dict(state)
+        if self.divergence_weights is not None:
+            self.divergence_weights.load_state_dict(state)
 
     def matching(
         self,
         rollout: Rollout,
         triple: Triple,
         draws: Draws,
-        levels: parts.LevelConfig,
+        levels: parts.NoiseLevelConfig,
         weight: parts.DmWeight,
         guidance: float | None = None,
         target: Denoiser | None = None,
@@ -255,7 +257,7 @@ class FewStep(FewStepStudent[FewStepConfigT]):
         def weigh(x_t: Tensor, t: Tensor) -> Tensor:
             return self.weights(rollout, x_t, t, triple, statistics)
 
-        direction, logged = parts.matching_direction(
+        direction, logged = parts.distribution_matching_direction(
             rollout.x0,
             rollout.batch.cond,
             rollout.batch.null,
@@ -267,29 +269,29 @@ class FewStep(FewStepStudent[FewStepConfigT]):
             weigh=weigh,
             target=target,
         )
-        return Terms(parts.surrogate(rollout.x0, direction), logged, statistics)
+        return Terms(parts.surrogate_loss(rollout.x0, direction), logged, statistics)
 
     @torch.no_grad()
     def weights(
         self, rollout: Rollout, x_t: Tensor, t: Tensor, triple: Triple, statistics: dict[str, Tensor]
     ) -> Tensor:
         """Each sample's weight of matching at (x_t, t), (B,); 1 for the reverse KL. What it learns from is put in `statistics`."""
-        if self.ratios is None:
+        if self.divergence_weights is None:
             return torch.ones_like(t)
         x, cond = rollout.x0.detach(), rollout.batch.cond
         logits = logits_at(triple, self.config.gan, x, x_t, t, cond, self.decode)
-        found, seen = self.ratios(logits, self.schedule.fraction_at(t))
+        found, seen = self.divergence_weights(logits, self.schedule.fraction_at(t))
         statistics.update(seen)
         return found
 
-    def _told(self, batch: Batch) -> Batch:
+    def _with_sample_conditioning(self, batch: Batch) -> Batch:
         """The batch with the conditioning of the generated samples: the images' own where rollouts start from images."""
         if self.config.simulate or batch.image_cond is None:
             return batch
         return replace(batch, cond=batch.image_cond, null=batch.null.sized_like(batch.image_cond))
 
     def recipe(self) -> Recipe:
-        return few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.guidance)
+        return few_step_recipe(self.problem, self.name, self.timesteps, self.transition, self.config.guidance)
 
 
 def moment_penalty(x: Tensor, mean: float, std: float) -> Tensor:

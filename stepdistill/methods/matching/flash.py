@@ -27,7 +27,13 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Needs, Problem, Progress, Rollout, Stage, Terms
 from stepdistill.methods.gan import GanConfig
 from stepdistill.methods.matching.few_step import FewStep, FewStepConfig
-from stepdistill.methods.preference.losses import REFERENCE, chosen_of, log_ratio, pairwise_loss, rewards_of
+from stepdistill.methods.preference.losses import (
+    REFERENCE,
+    compute_rewards,
+    log_ratio,
+    pairwise_loss,
+    select_candidates,
+)
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 
 
@@ -52,7 +58,7 @@ class FlashConfig(FewStepConfig):
     fake_blend: float = Field(0.97, ge=0, lt=1, description="lambda of the fake score's blend; 0 is off")
     gan: GanConfig = GanConfig(weight=1e-2, critic_weight=1.0, features="vision")
     dm_weight: parts.DmWeight = "code"
-    dm_levels: parts.LevelConfig = parts.LevelConfig()
+    dm_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig()
     rl: PreferenceConfig | None = Field(None, description="the joint stage; null is off")
 
 
@@ -73,9 +79,9 @@ class Flash(FewStep[FlashConfig]):
     Config = FlashConfig
     name = "flash"
 
-    def __init__(self, config: FlashConfig, setting: Problem) -> None:
-        super().__init__(config, setting)
-        if len(self.ladder) < 2:
+    def __init__(self, config: FlashConfig, problem: Problem) -> None:
+        super().__init__(config, problem)
+        if len(self.timesteps) < 2:
             raise UserError(
                 "method.steps is 1, and flash matches at all steps but the last, which the GAN trains: set it to 2 or more"
             )
@@ -87,14 +93,14 @@ class Flash(FewStep[FlashConfig]):
             )
         if not config.simulate:
             raise UserError("method.simulate is false, and flash trains on the student's own rollouts: remove the key")
-        if self.ratios is not None:
+        if self.divergence_weights is not None:
             raise UserError(
                 f"method.divergence is {config.divergence!r}, which reads density ratios off the GAN, and flash's sees the last step "
                 "alone, where nothing is matched: set it to reverse_kl"
             )
-        if config.rl is not None and not 1 <= self._ranked_steps(config.rl) < len(self.ladder):
+        if config.rl is not None and not 1 <= self._ranked_steps(config.rl) < len(self.timesteps):
             raise UserError(
-                f"method.rl.steps is {config.rl.steps} and the ladder has {len(self.ladder)} steps, of which the last has no "
+                f"method.rl.steps is {config.rl.steps} and the ladder has {len(self.timesteps)} steps, of which the last has no "
                 "noisy successor: give fewer"
             )
         if config.rl is not None and config.reward.on:
@@ -127,43 +133,49 @@ class Flash(FewStep[FlashConfig]):
     def updates(self, progress: Progress) -> Sequence[str]:
         """In the joint stage a period is the preference updates, one generator update of distillation, and the fake
         score's further ones."""
-        if not self._joint(progress):
+        if not self._is_joint_stage(progress):
             return super().updates(progress)
-        place = self._place(progress)
+        place = self._position_in_period(progress)
         return (GENERATOR,) if place < 0 else (GENERATOR, FAKE_SCORE) if place == 0 else (FAKE_SCORE,)
 
     @property
-    def exit_ladder(self) -> Sequence[float]:
-        return self.ladder[:-1]
+    def rollout_timesteps(self) -> Sequence[float]:
+        return self.timesteps[:-1]
 
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         rl = self.config.rl
-        if rl is not None and self._prefers(progress):
-            ladder, shape = self.ladder[: self._ranked_steps(rl)], self.latent_shape(batch)
+        if rl is not None and self._is_preference_update(progress):
+            timesteps, shape = self.timesteps[: self._ranked_steps(rl)], self.latent_shape(batch)
             return Rollout(
-                batch, *parts.roll_out(triple.generator, batch, ladder, self.transition, shape, draws, graph=True)
+                batch, *parts.roll_out(triple.generator, batch, timesteps, self.transition, shape, draws, graph=True)
             )
         matched = super().rollout(batch, triple, progress, draws)
         return FlashRollout(
-            batch, matched.x_t, matched.t, matched.x0, last=self._last(matched, triple, draws.for_role("rollout"))
+            batch,
+            matched.x_t,
+            matched.t,
+            matched.x0,
+            last=self._sample_last_step(matched, triple, draws.for_role("rollout")),
         )
 
-    def _last(self, rollout: Rollout, triple: Triple, draws: Draws) -> Tensor:
+    def _sample_last_step(self, rollout: Rollout, triple: Triple, draws: Draws) -> Tensor:
         """Walk on to the clean end without graph, noise that sample to the last step's level, and answer there."""
         cond, shape = rollout.batch.cond, rollout.x0.shape[1:]
         with torch.no_grad():
-            x0 = parts.walk_on(triple.generator, rollout, self.ladder, self.transition, draws, self.config.exits)
-            t = self.ladder[-1]
+            x0 = parts.finish_rollout(
+                triple.generator, rollout, self.timesteps, self.transition, draws, self.config.exits
+            )
+            t = self.timesteps[-1]
             x_t = self.schedule.add_noise(x0, draws.normal("last", shape), t)
         with torch.set_grad_enabled(rollout.x0.requires_grad):
             return triple.generator.x0(x_t, t, cond)
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
-        if self.config.rl is not None and self._prefers(progress):
+        if self.config.rl is not None and self._is_preference_update(progress):
             return self._preference_loss(self.config.rl, rollout, triple, draws)
         return super().loss(role, rollout, triple, progress, draws)
 
-    def contested(self, rollout: Rollout) -> Tensor:
+    def discriminator_input(self, rollout: Rollout) -> Tensor:
         if not isinstance(rollout, FlashRollout) or rollout.last is None:
             raise TypeError("flash was given another method's rollout")
         return rollout.last
@@ -179,10 +191,10 @@ class Flash(FewStep[FlashConfig]):
         with torch.no_grad():
             reference = triple.denoiser(REFERENCE).x0(rollout.x_t, rollout.t, cond)
             eps = [draws.normal(f"successor{k}", rollout.x0.shape[1:]) for k in range(rl.candidates)]
-            s = self._below(rollout.t)
+            s = self._next_timesteps(rollout.t)
             successors = [self.schedule.add_noise(rollout.x0.detach(), noise, s) for noise in eps]
             rewards = torch.stack([self._reward(z, s, rollout.batch, triple) for z in successors])
-            best, worst = (chosen_of(successors, index) for index in (rewards.argmax(0), rewards.argmin(0)))
+            best, worst = (select_candidates(successors, index) for index in (rewards.argmax(0), rewards.argmin(0)))
         alpha, sigma = self.schedule.levels(s, rollout.x0)
         mean, anchor = alpha * rollout.x0, alpha * reference
         gap = log_ratio(best, mean, anchor, sigma) - log_ratio(worst, mean, anchor, sigma)
@@ -198,23 +210,23 @@ class Flash(FewStep[FlashConfig]):
 
     def _reward(self, z: Tensor, s: Tensor, batch: Batch, triple: Triple) -> Tensor:
         """Of the noisy latents z at times s: that of the teacher's estimate of the image, decoded, (B,)."""
-        return rewards_of(triple.real_score.x0(z, s, batch.cond), batch.prompts, triple, self.decode)
+        return compute_rewards(triple.real_score.x0(z, s, batch.cond), batch.prompts, triple, self.decode)
 
-    def _below(self, t: Tensor) -> Tensor:
+    def _next_timesteps(self, t: Tensor) -> Tensor:
         """The step of the ladder after each sample's own."""
-        ladder = torch.tensor(self.ladder, dtype=torch.float64, device=t.device)
-        return ladder[(ladder[None] >= t[:, None]).sum(1)]
+        timesteps = torch.tensor(self.timesteps, dtype=torch.float64, device=t.device)
+        return timesteps[(timesteps[None] >= t[:, None]).sum(1)]
 
     def _ranked_steps(self, rl: PreferenceConfig) -> int:
-        return rl.steps if rl.steps is not None else max(1, len(self.ladder) - 2)
+        return rl.steps if rl.steps is not None else max(1, len(self.timesteps) - 2)
 
-    def _joint(self, progress: Progress) -> bool:
+    def _is_joint_stage(self, progress: Progress) -> bool:
         return self.config.rl is not None and progress.stage == 1
 
-    def _place(self, progress: Progress) -> int:
+    def _position_in_period(self, progress: Progress) -> int:
         """Within a period of the joint stage: below 0 for preferences, 0 for the generator's distillation."""
         ahead = self.config.rl.per_distillation if self.config.rl is not None else 0
         return progress.stage_iteration % (ahead + self.config.ratio) - ahead
 
-    def _prefers(self, progress: Progress) -> bool:
-        return self._joint(progress) and self._place(progress) < 0
+    def _is_preference_update(self, progress: Progress) -> bool:
+        return self._is_joint_stage(progress) and self._position_in_period(progress) < 0

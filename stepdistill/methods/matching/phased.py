@@ -29,7 +29,7 @@ from stepdistill.families.recipe import Recipe
 from stepdistill.methods import parts
 from stepdistill.methods.base import STUDENT, Batch, Decode, Needs, Problem, Progress, Rollout, Stage, Terms
 from stepdistill.methods.matching.few_step import FewStepStudent, StudentTimestepsConfig
-from stepdistill.methods.timesteps import few_step_recipe
+from stepdistill.methods.student_recipe import few_step_recipe
 from stepdistill.roles.sampler import by_turns, walk
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 
@@ -50,8 +50,8 @@ class PhasedConfig(StudentTimestepsConfig):
         "code",
         description="code: DMD's normaliser in x0, as released; exact_kl: unit-weight KL at x_s, as in the paper",
     )
-    dm_levels: parts.LevelConfig = parts.LevelConfig()
-    fake_levels: parts.LevelConfig = parts.LevelConfig(low=0.0, high=1.0)
+    dm_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig()
+    fake_levels: parts.NoiseLevelConfig = parts.NoiseLevelConfig(low=0.0, high=1.0)
     margin: float = Field(
         0.02, gt=0, lt=1, description="least distance of t from a noisy s, on the fraction axis before the shift"
     )
@@ -69,13 +69,13 @@ class Phase:
 class Phased(FewStepStudent[PhasedConfig]):
     Config = PhasedConfig
 
-    def __init__(self, config: PhasedConfig, setting: Problem) -> None:
-        super().__init__(config, setting)
+    def __init__(self, config: PhasedConfig, problem: Problem) -> None:
+        super().__init__(config, problem)
         self.transition = Transition(TransitionKind.DETERMINISTIC)
-        firsts = self._firsts()
-        ends = [self.ladder[first] for first in firsts[1:]] + [self.transition.final_time(self.schedule)]
-        self.phases = [Phase(a, b, s) for a, b, s in zip(firsts, [*firsts[1:], len(self.ladder)], ends, strict=True)]
-        self.lengths = self._lengths()
+        firsts = self._phase_starts()
+        ends = [self.timesteps[first] for first in firsts[1:]] + [self.transition.final_time(self.schedule)]
+        self.phases = [Phase(a, b, s) for a, b, s in zip(firsts, [*firsts[1:], len(self.timesteps)], ends, strict=True)]
+        self.phase_lengths = self._phase_lengths()
         for phase in self.phases:
             for levels in (config.dm_levels, config.fake_levels):
                 self._levels(levels, phase)
@@ -85,29 +85,29 @@ class Phased(FewStepStudent[PhasedConfig]):
                     f"{phase.last}: give every phase a step with odds above 0"
                 )
 
-    def _firsts(self) -> list[int]:
+    def _phase_starts(self) -> list[int]:
         """The first step of every phase."""
-        chosen, steps = self.config.phases, len(self.ladder)
+        chosen, steps = self.config.phases, len(self.timesteps)
         if isinstance(chosen, int):
             if chosen > steps:
                 raise UserError(f"method.phases is {chosen} and the ladder has {steps} steps: ask for {steps} at most")
             return [k * steps // chosen for k in range(chosen)]
-        if any(t not in self.ladder[1:] for t in chosen) or sorted(set(chosen), reverse=True) != chosen:
+        if any(t not in self.timesteps[1:] for t in chosen) or sorted(set(chosen), reverse=True) != chosen:
             raise UserError(
-                f"method.phases is {chosen}, and phases begin at falling entries of the ladder {list(self.ladder)} below its "
+                f"method.phases is {chosen}, and phases begin at falling entries of the ladder {list(self.timesteps)} below its "
                 "first: choose among them, or give a number of phases"
             )
-        return [0, *(self.ladder.index(t) for t in chosen)]
+        return [0, *(self.timesteps.index(t) for t in chosen)]
 
-    def _lengths(self) -> list[int]:
+    def _phase_lengths(self) -> list[int]:
         """Iterations of every phase but the last."""
         given, count = self.config.phase_iterations, len(self.phases) - 1
-        lengths = [given] * count if isinstance(given, int) else list(given or [])
-        if len(lengths) != count:
+        phase_lengths = [given] * count if isinstance(given, int) else list(given or [])
+        if len(phase_lengths) != count:
             raise UserError(
                 f"method.phase_iterations is {given} and {count} phases come before the last: give one number, or {count}"
             )
-        return lengths
+        return phase_lengths
 
     @classmethod
     def needs(cls, config: PhasedConfig) -> Needs:
@@ -117,10 +117,10 @@ class Phased(FewStepStudent[PhasedConfig]):
         """Phases; the student of one becomes an expert as the next begins, and both roles go back to the teacher."""
         later = [
             Stage(f"phase_{k + 1}", length, ((STUDENT, expert_name(k)),), (GENERATOR, FAKE_SCORE))
-            for k, length in enumerate([*self.lengths, None])
+            for k, length in enumerate([*self.phase_lengths, None])
             if k > 0
         ]
-        return (Stage("phase_1", self.lengths[0] if self.lengths else None), *later)
+        return (Stage("phase_1", self.phase_lengths[0] if self.phase_lengths else None), *later)
 
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         for k in range(1, len(self.phases)):
@@ -137,21 +137,21 @@ class Phased(FewStepStudent[PhasedConfig]):
         x = draws.for_role("rollout").normal("noise", shape)
         if phase.first:
             roles = self.recipe().by_step(self.experts(GENERATOR, progress.stage))
-            predict = by_turns(triple, self.ladder, roles, batch.cond)
+            predict = by_turns(triple, self.timesteps, roles, batch.cond)
             with torch.no_grad():
-                steps = walk(predict, self.schedule, x, self.ladder, self.transition, lambda _: torch.zeros_like(x))
+                steps = walk(predict, self.schedule, x, self.timesteps, self.transition, lambda _: torch.zeros_like(x))
                 x = next(islice(steps, phase.first - 1, None)).x_s
-        odds = self.config.exit_odds
+        end_step_weights = self.config.exit_odds
         x_t, t, x0 = parts.roll_out(
             triple.generator,
             batch,
-            self.ladder[phase.first : phase.last],
+            self.timesteps[phase.first : phase.last],
             self.transition,
             shape,
             draws,
             graph=GENERATOR in self.updates(progress),
             exits=self.config.exits,
-            odds=None if odds is None else odds[phase.first : phase.last],
+            end_step_weights=None if end_step_weights is None else end_step_weights[phase.first : phase.last],
             start=x,
         )
         return Rollout(batch, x_t, t, x0)
@@ -160,7 +160,7 @@ class Phased(FewStepStudent[PhasedConfig]):
         phase = self.phases[progress.stage]
         x_s = self.transition(self.schedule, rollout.x_t, rollout.x0, rollout.t, phase.s).mean
         if role == FAKE_SCORE:
-            return self._critic_loss(x_s, phase, rollout, triple, draws)
+            return self._fake_score_loss(x_s, phase, rollout, triple, draws)
         return self._generator_loss(x_s, phase, rollout, triple, draws)
 
     def _generator_loss(self, x_s: Tensor, phase: Phase, rollout: Rollout, triple: Triple, draws: Draws) -> Terms:
@@ -168,7 +168,7 @@ class Phased(FewStepStudent[PhasedConfig]):
 
         x_s = a x0 + b x_t, so that a direction in x0 is one in x_s up to a scalar, which a normaliser takes away.
         """
-        direction, logged = parts.matching_direction(
+        direction, logged = parts.distribution_matching_direction(
             rollout.x0,
             rollout.batch.cond,
             rollout.batch.null,
@@ -181,11 +181,11 @@ class Phased(FewStepStudent[PhasedConfig]):
         )
         logged |= parts.sample_statistics(rollout)
         if self.config.dm_weight == "code":
-            return Terms(parts.surrogate(rollout.x0, direction), logged)
+            return Terms(parts.surrogate_loss(rollout.x0, direction), logged)
         alpha_s, _ = self.schedule.levels(phase.s, x_s)
-        return Terms(parts.surrogate(x_s, direction / alpha_s), logged)
+        return Terms(parts.surrogate_loss(x_s, direction / alpha_s), logged)
 
-    def _critic_loss(self, x_s: Tensor, phase: Phase, rollout: Rollout, triple: Triple, draws: Draws) -> Terms:
+    def _fake_score_loss(self, x_s: Tensor, phase: Phase, rollout: Rollout, triple: Triple, draws: Draws) -> Terms:
         """L_F = min(1, 10 sigma_{t|s}^2) ||pred(x_t) - target||^2 in the network's own prediction type."""
         t = self._levels(self.config.fake_levels, phase).levels().times(self.schedule, draws.uniform("fake.t"))
         eps = draws.normal("fake.eps", x_s.shape[1:])
@@ -199,7 +199,7 @@ class Phased(FewStepStudent[PhasedConfig]):
         loss = error.mean()
         return Terms(loss, {"denoising": loss.detach()})
 
-    def _levels(self, levels: parts.LevelConfig, phase: Phase) -> parts.LevelConfig:
+    def _levels(self, levels: parts.NoiseLevelConfig, phase: Phase) -> parts.NoiseLevelConfig:
         """Levels of a phase, (s, 1) within `levels`."""
         if phase.s == self.schedule.clean_time:
             return levels
@@ -217,7 +217,7 @@ class Phased(FewStepStudent[PhasedConfig]):
         return levels.model_copy(update={"low": low})
 
     def recipe(self) -> Recipe:
-        recipe = few_step_recipe(self.setting, "phased", self.ladder, self.transition, self.config.guidance)
+        recipe = few_step_recipe(self.problem, "phased", self.timesteps, self.transition, self.config.guidance)
         calls = tuple(phase.last - phase.first for phase in self.phases)
         return replace(recipe, experts=calls) if len(calls) > 1 else recipe
 

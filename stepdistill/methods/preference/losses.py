@@ -50,7 +50,7 @@ def log_ratio(x: Tensor, mean: Tensor, reference: Tensor, std: Tensor) -> Tensor
     return ((x - middle) * (mean - reference) / std.square()).flatten(1).sum(1)
 
 
-def within(log_ratios: Tensor, trust: float) -> Tensor:
+def clamp_log_ratios(log_ratios: Tensor, trust: float) -> Tensor:
     """Log ratios whose ratio is clamped to 1 -+ `trust`, where no gradient is left; 0 is off."""
     if trust == 0:
         return log_ratios
@@ -63,14 +63,14 @@ def pairwise_loss(argument: Tensor) -> Tensor:
     return -F.logsigmoid(argument)
 
 
-def chosen_of(candidates: Sequence[Tensor], index: Tensor) -> Tensor:
+def select_candidates(candidates: Sequence[Tensor], index: Tensor) -> Tensor:
     """Row b of the candidate that index[b] names."""
     stacked = torch.stack(list(candidates), 1)
     place = index.reshape(-1, 1, *(1,) * (stacked.ndim - 2)).expand(-1, 1, *stacked.shape[2:])
     return stacked.gather(1, place)[:, 0]
 
 
-def rewards_of(latents: Tensor, prompts: Sequence[str], triple: Triple, decode: Decode | None) -> Tensor:
+def compute_rewards(latents: Tensor, prompts: Sequence[str], triple: Triple, decode: Decode | None) -> Tensor:
     """The reward of every sample, (B,), with graph where the latents have one; the autoencoder is frozen."""
     if decode is None:
         raise ValueError("a reward was asked for without a decoder")
@@ -86,7 +86,7 @@ def reward_loss(
     Raises:
         UserError: the reward cannot be differentiated.
     """
-    rewards = rewards_of(latents, prompts, triple, decode)
+    rewards = compute_rewards(latents, prompts, triple, decode)
     if latents.requires_grad and not rewards.requires_grad:
         raise UserError(
             "the reward has no gradient and is to be climbed: name a differentiable one, or rank samples by it with method.name: pso"

@@ -39,12 +39,12 @@ from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Needs, Problem, Progress, Rollout, Terms
-from stepdistill.methods.preference.losses import log_ratio, pairwise_loss, rewards_of, within
+from stepdistill.methods.preference.losses import clamp_log_ratios, compute_rewards, log_ratio, pairwise_loss
 from stepdistill.methods.preference.tuning import Tuning, TuningConfig
 from stepdistill.roles.sampler import sample, walk
 from stepdistill.roles.triple import Triple
 
-BETA = {"online": 50.0, "offline": 200.0, "hinge": 5.0}
+DEFAULT_BETA = {"online": 50.0, "offline": 200.0, "hinge": 5.0}
 """Published for the first and the last; between them the transitions' own weights, which are 135 to 320 for SDXL."""
 
 
@@ -89,7 +89,7 @@ class PSOConfig(TuningConfig):
 
 
 @dataclass(frozen=True)
-class Walks(Rollout):
+class TrajectoryPairs(Rollout):
     """Two walks for each prompt, the second one's rows after the first one's.
 
     Attributes:
@@ -104,7 +104,7 @@ class Walks(Rollout):
 
 
 @dataclass(frozen=True)
-class Pairs(Rollout):
+class ImagePairs(Rollout):
     """Winners as x0 and x_t, and what they are compared with, told the winners' captions.
 
     Attributes:
@@ -121,19 +121,19 @@ class PSO(Tuning[PSOConfig]):
     Config = PSOConfig
     name = "pso"
 
-    def __init__(self, config: PSOConfig, setting: Problem) -> None:
-        super().__init__(config, setting)
+    def __init__(self, config: PSOConfig, problem: Problem) -> None:
+        super().__init__(config, problem)
         self.kernel = (
             self.transition if config.kernel is None else Transition(TransitionKind(config.kernel), config.strength)
         )
-        self.beta = config.beta or BETA["hinge" if config.loss == "hinge" else config.form]
+        self.beta = config.beta or DEFAULT_BETA["hinge" if config.loss == "hinge" else config.form]
         exact = config.form == "online" or config.weighting == "transition"
-        if exact and len(self.ladder) < 2:
+        if exact and len(self.timesteps) < 2:
             raise UserError(
                 "the student has one step, which has no random transition to compare: set method.steps to 2 or more, or "
                 "method.form: offline with method.weighting: denoising"
             )
-        if exact and self._step(torch.zeros(1, 1), torch.zeros(1, 1), 0).deterministic:
+        if exact and self._step(torch.zeros(1, 1), torch.zeros(1, 1), 0).is_deterministic:
             raise UserError(
                 f"method.transition is {config.transition!r} as it is configured, whose steps have no density: set method.kernel "
                 "to renoise or ancestral, which tuning then walks"
@@ -162,22 +162,26 @@ class PSO(Tuning[PSOConfig]):
 
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         draws = draws.for_role("rollout")
-        return self._walks(batch, triple, draws) if self.config.form == "online" else self._pairs(batch, triple, draws)
+        return (
+            self._sample_trajectories(batch, triple, draws)
+            if self.config.form == "online"
+            else self._noise_pairs(batch, triple, draws)
+        )
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         return Terms.sum(self.pieces(role, rollout, triple, progress, draws))
 
     def pieces(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Iterator[Terms]:
-        if not isinstance(rollout, Walks):
+        if not isinstance(rollout, TrajectoryPairs):
             yield self._offline_loss(rollout, triple)
             return
-        for index in range(len(self.ladder) - 1):
-            yield self._online_loss(rollout, index, triple) * (1 / (len(self.ladder) - 1))
+        for index in range(len(self.timesteps) - 1):
+            yield self._online_loss(rollout, index, triple) * (1 / (len(self.timesteps) - 1))
 
     # ---------------------------------------------------------------- online
 
     @torch.no_grad()
-    def _walks(self, batch: Batch, triple: Triple, draws: Draws) -> Walks:
+    def _sample_trajectories(self, batch: Batch, triple: Triple, draws: Draws) -> TrajectoryPairs:
         shape, states, ends, log_probs, rewards = self.latent_shape(batch), [], [], [], []
         for side in ("first", "second"):
             steps = list(
@@ -185,7 +189,7 @@ class PSO(Tuning[PSOConfig]):
                     lambda x, t: triple.generator.x0(x, t, batch.cond),
                     self.schedule,
                     draws.normal(f"{side}.noise", shape),
-                    self.ladder,
+                    self.timesteps,
                     self.kernel,
                     lambda index, side=side: draws.normal(f"{side}.fresh{index}", shape),  # type: ignore[misc]
                 )
@@ -193,24 +197,24 @@ class PSO(Tuning[PSOConfig]):
             states.append(torch.stack([step.x_t for step in steps]))
             ends.append(steps[-1].x_s)
             log_probs.append(torch.stack([step.gaussian.log_prob(step.x_s) for step in steps[:-1]]) / math.prod(shape))
-            rewards.append(rewards_of(ends[-1], batch.prompts, triple, self.decode))
-        t = torch.full((len(batch),), self.ladder[0], dtype=torch.float64, device=ends[0].device)
-        return Walks(
+            rewards.append(compute_rewards(ends[-1], batch.prompts, triple, self.decode))
+        t = torch.full((len(batch),), self.timesteps[0], dtype=torch.float64, device=ends[0].device)
+        return TrajectoryPairs(
             batch, states[0][0], t, ends[0], None, torch.cat(states, 1), torch.cat(log_probs, 1), torch.cat(rewards)
         )
 
-    def _online_loss(self, walks: Walks, index: int, triple: Triple) -> Terms:
+    def _online_loss(self, walks: TrajectoryPairs, index: int, triple: Triple) -> Terms:
         """-log sigmoid(beta (s_1 log rho_1 + s_2 log rho_2)) of one transition; s = (1, -1) where the first sample won."""
         if walks.states is None or walks.log_probs is None or walks.rewards is None:
             raise TypeError("pso was given another method's rollout")
-        x_t, x_s, t = walks.states[index], walks.states[index + 1], self.ladder[index]
+        x_t, x_s, t = walks.states[index], walks.states[index + 1], self.timesteps[index]
         cond = Conditioning.cat([walks.batch.cond, walks.batch.cond])
         with torch.no_grad():
             before = self._step(x_t, self.reference(triple).x0(x_t, t, cond), index)
         now = self._step(x_t, triple.generator.x0(x_t, t, cond), index)
         elements = x_t[0].numel()
         ratios = log_ratio(x_s, now.mean, before.mean, now.std) / elements
-        first, second = within(ratios, self.config.trust).chunk(2)
+        first, second = clamp_log_ratios(ratios, self.config.trust).chunk(2)
         one, other = walks.rewards.chunk(2)
         # a tie has no gradient, and a loss of log 2
         argument = self.beta * (one - other).sign() * (first - second)
@@ -231,16 +235,16 @@ class PSO(Tuning[PSOConfig]):
 
     # ---------------------------------------------------------------- offline
 
-    def _pairs(self, batch: Batch, triple: Triple, draws: Draws) -> Pairs:
+    def _noise_pairs(self, batch: Batch, triple: Triple, draws: Draws) -> ImagePairs:
         """Winners and losers, noised by the same eps to the same time of the ladder, one for each pair."""
         if batch.images is None or batch.image_cond is None:
             raise ValueError("a batch without images reached offline pairs")
-        count = len(self.ladder) - (self.config.weighting == "transition")
+        count = len(self.timesteps) - (self.config.weighting == "transition")
         index = (draws.uniform("step") * count).long()
-        t = torch.tensor(self.ladder, dtype=torch.float64, device=index.device)[index]
+        t = torch.tensor(self.timesteps, dtype=torch.float64, device=index.device)[index]
         eps, losers = draws.normal("eps", batch.images.shape[1:]), self._losers(batch, triple, draws)
         x_t = self.schedule.add_noise(batch.images, eps, t)
-        return Pairs(batch, x_t, t, batch.images, None, index, losers, self.schedule.add_noise(losers, eps, t))
+        return ImagePairs(batch, x_t, t, batch.images, None, index, losers, self.schedule.add_noise(losers, eps, t))
 
     @torch.no_grad()
     def _losers(self, batch: Batch, triple: Triple, draws: Draws) -> Tensor:
@@ -258,7 +262,7 @@ class PSO(Tuning[PSOConfig]):
             lambda x, t: reference.x0(x, t, cond),
             self.schedule,
             draws.normal("loser.noise", shape),
-            self.ladder,
+            self.timesteps,
             self.transition,
             lambda index: draws.normal(f"loser.fresh{index}", shape),
         )
@@ -269,7 +273,7 @@ class PSO(Tuning[PSOConfig]):
         Given losers are nobody's samples, and fitting them would blur: there the anchor is to what the untuned model makes of
         them.
         """
-        if not isinstance(pairs, Pairs) or pairs.losers is None or pairs.loser_x_t is None or pairs.index is None:
+        if not isinstance(pairs, ImagePairs) or pairs.losers is None or pairs.loser_x_t is None or pairs.index is None:
             raise TypeError("pso was given another method's rollout")
         config, image_cond = self.config, pairs.batch.image_cond
         if image_cond is None:
@@ -290,7 +294,7 @@ class PSO(Tuning[PSOConfig]):
         else:
             ratios = self.error(before, x0, t) - losses
             if config.weighting == "transition":
-                ratios = self._expected(x_t, x0, found, before, torch.cat([pairs.index, pairs.index]))
+                ratios = self._expected_log_ratios(x_t, x0, found, before, torch.cat([pairs.index, pairs.index]))
             for_win, for_lose = ratios.chunk(2)
             argument = self.beta * (for_win - config.kappa * for_lose)
             preference = pairwise_loss(argument)
@@ -303,12 +307,12 @@ class PSO(Tuning[PSOConfig]):
         held = self.error(found, before, t).chunk(2)[1] if given else lose
         return terms.plus("anchor", held.mean(), config.anchor)
 
-    def _expected(self, x_t: Tensor, x0: Tensor, found: Tensor, before: Tensor, index: Tensor) -> Tensor:
+    def _expected_log_ratios(self, x_t: Tensor, x0: Tensor, found: Tensor, before: Tensor, index: Tensor) -> Tensor:
         """E log p/p_ref of the kernel's next state, per element, (B,), where that follows the image x0 and not an estimate."""
         true, now, ref = (self._step(x_t, of, index) for of in (x0, found, before))
         return log_ratio(true.mean, now.mean, ref.mean, now.std) / x0[0].numel()
 
     def _step(self, x_t: Tensor, x0: Tensor, index: int | Tensor) -> Gaussian:
         """The kernel's transition from a step of the ladder to the next; `index` of the step, one or (B,)."""
-        ladder = torch.tensor(self.ladder, dtype=torch.float64, device=x_t.device)
-        return self.kernel(self.schedule, x_t, x0, ladder[index], ladder[index + 1])
+        timesteps = torch.tensor(self.timesteps, dtype=torch.float64, device=x_t.device)
+        return self.kernel(self.schedule, x_t, x0, timesteps[index], timesteps[index + 1])

@@ -45,7 +45,7 @@ class RewardConfig(TuningConfig):
 
 
 @dataclass(frozen=True)
-class Graded(Rollout):
+class RewardedRollout(Rollout):
     """x0 is what is rewarded, x_t and t where the student was asked last.
 
     Attributes:
@@ -54,7 +54,7 @@ class Graded(Rollout):
     """
 
     states: Tensor | None = None
-    answers: Tensor | None = None
+    predictions: Tensor | None = None
     times: Tensor | None = None
 
 
@@ -64,9 +64,9 @@ class RewardTuning(Tuning[RewardConfig]):
     Config = RewardConfig
     name = "reward"
 
-    def __init__(self, config: RewardConfig, setting: Problem) -> None:
-        super().__init__(config, setting)
-        steps = len(self.ladder)
+    def __init__(self, config: RewardConfig, problem: Problem) -> None:
+        super().__init__(config, problem)
+        steps = len(self.timesteps)
         self.late = config.late if config.late is not None else max(1, steps // 2)
         for key, count in (("last", config.last), ("late", self.late)):
             if count > steps:
@@ -84,12 +84,19 @@ class RewardTuning(Tuning[RewardConfig]):
     def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> Rollout:
         shape = self.latent_shape(batch)
         if self.config.form == "late":
-            odds = [float(index >= len(self.ladder) - self.late) for index in range(len(self.ladder))]
+            end_step_weights = [float(index >= len(self.timesteps) - self.late) for index in range(len(self.timesteps))]
             x_t, t, x0 = parts.roll_out(
-                triple.generator, batch, self.ladder, self.transition, shape, draws, graph=True, odds=odds
+                triple.generator,
+                batch,
+                self.timesteps,
+                self.transition,
+                shape,
+                draws,
+                graph=True,
+                end_step_weights=end_step_weights,
             )
-            return Graded(batch, x_t, t, x0, None, x_t[None], x0[None], t[None])
-        draws, first = draws.for_role("rollout"), self.ladder[-self.config.last]
+            return RewardedRollout(batch, x_t, t, x0, None, x_t[None], x0[None], t[None])
+        draws, first = draws.for_role("rollout"), self.timesteps[-self.config.last]
 
         def predict(x_t: Tensor, t: float) -> Tensor:
             with torch.set_grad_enabled(t <= first):
@@ -100,16 +107,16 @@ class RewardTuning(Tuning[RewardConfig]):
                 predict,
                 self.schedule,
                 draws.normal("noise", shape),
-                self.ladder,
+                self.timesteps,
                 self.transition,
                 lambda index: draws.normal(f"fresh{index}", shape),
             )
         )
         kept, end = steps[-self.config.last :], steps[-1]
         times = torch.tensor([step.t for step in kept], dtype=torch.float64, device=end.x_t.device)
-        states, answers = torch.stack([step.x_t for step in kept]), torch.stack([step.x0 for step in kept])
+        states, predictions = torch.stack([step.x_t for step in kept]), torch.stack([step.x0 for step in kept])
         times = times[:, None].expand(-1, len(batch))
-        return Graded(batch, end.x_t, times[-1], end.x_s, None, states, answers, times)
+        return RewardedRollout(batch, end.x_t, times[-1], end.x_s, None, states, predictions, times)
 
     def loss(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Terms:
         prompts, config = rollout.batch.prompts, self.config
@@ -117,19 +124,19 @@ class RewardTuning(Tuning[RewardConfig]):
         terms = Terms(config.weight * climbed, {**logged, **parts.sample_statistics(rollout)})
         if config.stay == 0:
             return terms
-        return terms.plus("stay", self._change(rollout, triple), config.stay)
+        return terms.plus("stay", self._change_from_reference(rollout, triple), config.stay)
 
-    def _change(self, rollout: Rollout, triple: Triple) -> Tensor:
+    def _change_from_reference(self, rollout: Rollout, triple: Triple) -> Tensor:
         """Mean over the graph's steps of the squared change of what the student says where it is now."""
         if (
-            not isinstance(rollout, Graded)
+            not isinstance(rollout, RewardedRollout)
             or rollout.states is None
-            or rollout.answers is None
+            or rollout.predictions is None
             or rollout.times is None
         ):
             raise TypeError("reward was given another method's rollout")
         changes = []
-        for x_t, t, x0 in zip(rollout.states.detach(), rollout.times, rollout.answers, strict=True):
+        for x_t, t, x0 in zip(rollout.states.detach(), rollout.times, rollout.predictions, strict=True):
             with torch.no_grad():
                 before = self.reference(triple).x0(x_t, t, rollout.batch.cond)
             changes.append(self.error(x0, before, t).mean())

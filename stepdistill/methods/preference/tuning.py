@@ -19,7 +19,7 @@ from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods.base import Decode, Method, Problem, Progress, RoleKind
 from stepdistill.methods.preference.losses import REFERENCE
-from stepdistill.methods.timesteps import few_step_recipe, timesteps_of
+from stepdistill.methods.student_recipe import few_step_recipe, timesteps_of
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.triple import GENERATOR, REAL_SCORE, Triple
 
@@ -43,12 +43,12 @@ class Tuning(Method[TuningConfigT]):
     name: str
     """In recipes."""
 
-    def __init__(self, config: TuningConfigT, setting: Problem) -> None:
-        super().__init__(config, setting)
+    def __init__(self, config: TuningConfigT, problem: Problem) -> None:
+        super().__init__(config, problem)
         if config.timesteps is not None:
-            self.ladder = timesteps_of(self.schedule, config.timesteps)
+            self.timesteps = timesteps_of(self.schedule, config.timesteps)
         else:
-            self.ladder = student_timesteps(self.schedule, config.steps)
+            self.timesteps = student_timesteps(self.schedule, config.steps)
         kind = TransitionKind(config.transition)
         self.transition = Transition(kind, config.gamma if kind is TransitionKind.TCD else 1.0)
         self.decode: Decode | None = None
@@ -59,12 +59,12 @@ class Tuning(Method[TuningConfigT]):
 
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         self.decode = decode
-        if self.setting.initialised:
+        if self.problem.initialised:
             triple.add_copy(REFERENCE, GENERATOR)
 
     @property
     def beside(self) -> str:
-        return REFERENCE if self.setting.initialised else REAL_SCORE
+        return REFERENCE if self.problem.initialised else REAL_SCORE
 
     def reference(self, triple: Triple) -> Denoiser:
         """The student before it was tuned."""
@@ -82,4 +82,4 @@ class Tuning(Method[TuningConfigT]):
         return (GENERATOR,)
 
     def recipe(self) -> Recipe:
-        return few_step_recipe(self.setting, self.name, self.ladder, self.transition, self.config.guidance)
+        return few_step_recipe(self.problem, self.name, self.timesteps, self.transition, self.config.guidance)

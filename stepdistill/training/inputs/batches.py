@@ -73,7 +73,7 @@ class BatchSource:
         """(height, width) in pixels of a micro-batch, which lies in one iteration."""
         plan = self.session.plan
         if plan.buckets is None or self.bucket_order is None:
-            return plan.setting.size
+            return plan.problem.size
         return plan.buckets.sizes[self.bucket_order.place(samples[0]).bucket]
 
     @torch.no_grad()

@@ -237,7 +237,7 @@ def _fill_text(plan: RunSetup, texts: Mapping[str, str], entries: EncodingCache,
             return 0
         _announce(entries, len(todo), len(texts) + 1, "texts")
         checkpoint = _load(plan, "text", device)
-        sizes = [ImageSize.plain(*plan.setting.size)]
+        sizes = [ImageSize.plain(*plan.problem.size)]
         for key, text in tqdm(todo.items(), desc="text", unit="prompt", dynamic_ncols=True):
             is_null, family = key == null, plan.family
             cond = family.null(checkpoint, sizes, text) if is_null else family.encode(checkpoint, [text], sizes)

@@ -76,14 +76,14 @@ class Grid:
         self.session, self.folder, self.guidance = session, folder, guidance
         self.shows = folder is not None and session.checkpoint.pipeline is not None
         prompts = [plan.prompts[i % len(plan.prompts)] for i in range(count)]
-        sizes = [ImageSize.plain(*plan.setting.size)] * count
+        sizes = [ImageSize.plain(*plan.problem.size)] * count
         self.draws = [
             Draws(
                 plan.config.training.seed, 0, "grid", range(k * count, (k + 1) * count), session.device, session.dtype
             )
             for k in range(seeds)
         ]
-        self.noises = [draws.normal("noise", plan.setting.latent_shape) for draws in self.draws]
+        self.noises = [draws.normal("noise", plan.problem.latent_shape) for draws in self.draws]
         with torch.no_grad():
             self.cond, self.null = session.encoder.text(prompts, sizes), session.encoder.null(sizes)
         self.teacher_steps = teacher_steps

@@ -29,12 +29,12 @@ from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.methods.base import Batch, Method, Needs, Progress, RoleKind, Rollout, Terms
-from stepdistill.methods.timesteps import few_step_recipe
+from stepdistill.methods.student_recipe import few_step_recipe
 from stepdistill.roles.sampler import GuidedState, guided_state, guided_trajectory, relative_error
 from stepdistill.roles.triple import GENERATOR, Triple
 
 
-class GuidedConfig(Settings):
+class GuidanceDistillationConfig(Settings):
     guidance: float = Field(gt=1, description="w of the recipe, of grids and of the proof")
     guidance_range: tuple[float, float] | None = Field(
         (1.0, 12.0), description="w is drawn evenly from here, for each sample; null for `guidance` always"
@@ -54,7 +54,7 @@ class GuidedConfig(Settings):
     walk_steps: int = Field(10, ge=1, description="teacher steps of a walk on the fly, of two network calls each")
 
     @model_validator(mode="after")
-    def _ordered(self) -> GuidedConfig:
+    def _ordered(self) -> GuidanceDistillationConfig:
         low, high = self.drawn
         if not 0 <= low <= self.guidance <= high:
             raise ValueError(f"guidance {self.guidance:g} is not within guidance_range [{low:g}, {high:g}]")
@@ -66,11 +66,11 @@ class GuidedConfig(Settings):
         return self.guidance_range or (self.guidance, self.guidance)
 
 
-ConfigT = TypeVar("ConfigT", bound=GuidedConfig)
+ConfigT = TypeVar("ConfigT", bound=GuidanceDistillationConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidedStates(Rollout):
+class GuidedRollout(Rollout):
     """S states of B walks: x_t (S, B, ...) and t (S, B); x0 is the guided one at the last of them, (B, ...).
 
     Attributes:
@@ -84,7 +84,7 @@ class GuidedStates(Rollout):
     told: Conditioning
 
 
-class Guided(Method[ConfigT]):
+class GuidanceDistillation(Method[ConfigT]):
     name: str
     """In recipes."""
 
@@ -104,12 +104,12 @@ class Guided(Method[ConfigT]):
         return (GENERATOR,)
 
     @torch.no_grad()
-    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> GuidedStates:
+    def rollout(self, batch: Batch, triple: Triple, progress: Progress, draws: Draws) -> GuidedRollout:
         states, told = self._states(batch, triple, draws.for_role("rollout"))
         if self.network_guidance_range(self.config) is None:
             told = replace(told, guidance=None)
         last, schedule = states[-1], self.schedule
-        return GuidedStates(
+        return GuidedRollout(
             batch=batch,
             x_t=torch.stack([state.x_t for state in states]),
             t=torch.stack([state.t for state in states]),
@@ -124,7 +124,7 @@ class Guided(Method[ConfigT]):
 
     def pieces(self, role: str, rollout: Rollout, triple: Triple, progress: Progress, draws: Draws) -> Iterator[Terms]:
         """State after state: the memory of one, however long the walk."""
-        assert isinstance(rollout, GuidedStates)
+        assert isinstance(rollout, GuidedRollout)
         for x_t, t, target, plain in zip(rollout.x_t, rollout.t, rollout.target, rollout.plain, strict=True):
             found = triple.generator.raw(x_t, t, rollout.told)
             error = relative_error(found, target)
@@ -135,9 +135,9 @@ class Guided(Method[ConfigT]):
 
     def recipe(self) -> Recipe:
         """The base's sampler on its trailing ladder, its guidance off."""
-        ladder = trailing_timesteps(self.schedule, self.config.steps)
+        timesteps = trailing_timesteps(self.schedule, self.config.steps)
         transition = Transition(TransitionKind.DETERMINISTIC)
-        plain = few_step_recipe(self.setting, self.name, ladder, transition, self.config.guidance)
+        plain = few_step_recipe(self.problem, self.name, timesteps, transition, self.config.guidance)
         return replace(plain, told_guidance=self.config.guidance)
 
     def _states(self, batch: Batch, triple: Triple, draws: Draws) -> tuple[list[GuidedState], Conditioning]:
@@ -169,4 +169,4 @@ class Guided(Method[ConfigT]):
         lot, count = draws.uniform("times"), self.config.walk_steps
         fractions = [torch.ones_like(lot), *(1 - (index + lot) / count for index in range(count))]
         # a flow model is not defined at its clean end
-        return [self.schedule.time_at(p.clamp_min(1e-3) if self.schedule.is_flow else p) for p in fractions]
+        return [self.schedule.time_at_fraction(p.clamp_min(1e-3) if self.schedule.is_flow else p) for p in fractions]

@@ -16,7 +16,7 @@ from stepdistill.methods.base import Problem
 
 
 def few_step_recipe(
-    setting: Problem, method: str, ladder: Sequence[float], transition: Transition, baked_guidance: float
+    problem: Problem, method: str, timesteps: Sequence[float], transition: Transition, baked_guidance: float
 ) -> Recipe:
     """The stock scheduler that walks this ladder with this transition.
 
@@ -25,7 +25,7 @@ def few_step_recipe(
     Raises:
         UserError: no stock scheduler does.
     """
-    schedule = setting.schedule
+    schedule = problem.schedule
     if transition.kind is TransitionKind.DETERMINISTIC and schedule.zero_terminal_snr and not schedule.is_flow:
         # stock Euler starts a zero-SNR ladder at sigma 4096 and takes the noise off again, in float32; TCD's at eta 0 is DDIM
         transition = Transition(TransitionKind.TCD, 0.0)
@@ -49,37 +49,40 @@ def few_step_recipe(
         config["original_inference_steps"] = schedule.train_steps  # any whole timestep may stand in a ladder
     elif ancestral:
         # with "trailing" the first call would see noise of std sigma, as above
-        config |= {"timestep_spacing": "leading", "steps_offset": _evenly_down_to(ladder, schedule.train_steps)}
+        config |= {
+            "timestep_spacing": "leading",
+            "steps_offset": _ancestral_steps_offset(timesteps, schedule.train_steps),
+        }
     return Recipe(
         scheduler_class=name,
         scheduler_config=config,
-        num_inference_steps=len(ladder),
+        num_inference_steps=len(timesteps),
         prediction_type=schedule.prediction.value,
-        timesteps=() if schedule.is_flow or ancestral else tuple(round(t) for t in ladder),
-        spaced=tuple(round(t) for t in ladder) if ancestral else (),
-        sigmas=tuple(schedule.fraction_at(torch.tensor(ladder, dtype=torch.float64)).tolist())
+        timesteps=() if schedule.is_flow or ancestral else tuple(round(t) for t in timesteps),
+        spaced=tuple(round(t) for t in timesteps) if ancestral else (),
+        sigmas=tuple(schedule.fraction_at(torch.tensor(timesteps, dtype=torch.float64)).tolist())
         if schedule.is_flow
         else (),
         call={"eta": transition.strength} if transition.kind is TransitionKind.TCD and transition.strength else {},
-        base=setting.base,
+        base=problem.base,
         method=method,
         baked_guidance=baked_guidance,
-        resolution=setting.size,
+        resolution=problem.size,
     )
 
 
-def _evenly_down_to(ladder: Sequence[float], train_steps: int) -> int:
+def _ancestral_steps_offset(timesteps: Sequence[float], train_steps: int) -> int:
     """The last timestep of a ladder whose steps are as even as EulerAncestral's own, which takes no other."""
-    gap = train_steps // len(ladder)
-    if any(round(a) - round(b) != gap for a, b in pairwise(ladder)):
+    gap = train_steps // len(timesteps)
+    if any(round(a) - round(b) != gap for a, b in pairwise(timesteps)):
         raise UserError(
-            f"the ladder {[round(t) for t in ladder]} is walked with the 'ancestral' transition, whose stock scheduler takes steps of "
+            f"the ladder {[round(t) for t in timesteps]} is walked with the 'ancestral' transition, whose stock scheduler takes steps of "
             f"{gap} timesteps here alone: leave method.timesteps out, or choose another transition"
         )
-    return round(ladder[-1])
+    return round(timesteps[-1])
 
 
-def strategic(schedule: NoiseSchedule, eta: float) -> Transition:
+def tcd_transition(schedule: NoiseSchedule, eta: float) -> Transition:
     """TCD's sampler: jump to (1 - eta) of the next time, then noise back up to it.
 
     Stock schedulers do so for VP models; for flow models they know its two ends, Euler (0) and re-noising (1).
@@ -98,12 +101,17 @@ def strategic(schedule: NoiseSchedule, eta: float) -> Transition:
 
 def timesteps_of(schedule: NoiseSchedule, timesteps: Sequence[float]) -> tuple[float, ...]:
     """A ladder written by hand, checked: native times, strictly falling, within the schedule."""
-    ladder = tuple(float(t) for t in timesteps)
+    timesteps = tuple(float(t) for t in timesteps)
     top = schedule.terminal_time
-    if not ladder or any(a <= b for a, b in pairwise(ladder)) or ladder[0] > top or ladder[-1] <= schedule.clean_time:
+    if (
+        not timesteps
+        or any(a <= b for a, b in pairwise(timesteps))
+        or timesteps[0] > top
+        or timesteps[-1] <= schedule.clean_time
+    ):
         raise UserError(
             f"method.timesteps is {list(timesteps)}, but a ladder falls strictly and lies in ({schedule.clean_time:g}, {top:g}]: mend it"
         )
-    if not schedule.is_flow and any(t != round(t) for t in ladder):
+    if not schedule.is_flow and any(t != round(t) for t in timesteps):
         raise UserError(f"method.timesteps is {list(timesteps)}, but stock schedulers take whole timesteps: round them")
-    return ladder
+    return timesteps
