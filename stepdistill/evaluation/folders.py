@@ -25,7 +25,7 @@ from stepdistill.evaluation.measure import (
 )
 from stepdistill.evaluation.networks.features import FeatureExtractor
 from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, text_hash
-from stepdistill.evaluation.reports.html_report import Picture
+from stepdistill.evaluation.reports.html_report import ReportImage
 from stepdistill.evaluation.reports.report import Report, ReportRow, ReportSource
 from stepdistill.evaluation.reports.writing import make_record, write_report
 from stepdistill.files.disk_errors import disk_errors_as_user_errors
@@ -161,13 +161,13 @@ def _prompts_of(source: ImageSource) -> PromptSet:
     return PromptSet(tuple(texts), (), text_hash(texts))
 
 
-def _pictures(source: ImageSource, row: str, prompts: PromptSet) -> list[Picture]:
+def _pictures(source: ImageSource, row: str, prompts: PromptSet) -> list[ReportImage]:
     if source.is_statistics:
         return []
     files = source.files()
     chosen = range(0, len(files), max(1, len(files) // NUM_REPORT_IMAGES))[:NUM_REPORT_IMAGES]
     images = read_images([files[i] for i in chosen])
     return [
-        Picture(row, prompts.prompts[i] if prompts.prompts else files[i].name, image)
+        ReportImage(row, prompts.prompts[i] if prompts.prompts else files[i].name, image)
         for i, image in zip(chosen, images, strict=True)
     ]

@@ -34,7 +34,7 @@ from stepdistill.evaluation.measure import (
 from stepdistill.evaluation.metrics.win_rate import win_rate
 from stepdistill.evaluation.networks.features import FeatureExtractor
 from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, metric_label, text_hash
-from stepdistill.evaluation.reports.html_report import Picture
+from stepdistill.evaluation.reports.html_report import ReportImage
 from stepdistill.evaluation.reports.report import Report, ReportRow, ReportSource
 from stepdistill.evaluation.reports.writing import make_record, write_report
 from stepdistill.evaluation.scorers import ScoreArray
@@ -255,11 +255,11 @@ def _is_self_comparison(metric: Metric, own: ImageSetFeatures, truth: ImageSetFe
     return truth is not None and own.statistics is truth.statistics and metric not in alone
 
 
-def _pictures(drawn: Mapping[str, GeneratedImages], prompts: PromptSet, kept: bool) -> list[Picture]:
+def _pictures(drawn: Mapping[str, GeneratedImages], prompts: PromptSet, kept: bool) -> list[ReportImage]:
     """Chooses a few images of each row for the page, at the same prompts. This is a collective."""
     chosen = range(0, len(prompts), max(1, len(prompts) // NUM_REPORT_IMAGES))[:NUM_REPORT_IMAGES]
     return [
-        Picture(name, prompts.prompts[i], image, f"images/{name}/{i:05d}.png" if kept else None)
+        ReportImage(name, prompts.prompts[i], image, f"images/{name}/{i:05d}.png" if kept else None)
         for name, images in drawn.items()
         for i, image in zip(chosen, images.images_at(chosen), strict=True)
     ]

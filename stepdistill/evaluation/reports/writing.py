@@ -13,7 +13,7 @@ from stepdistill.evaluation.fashion import FIRST_SEED
 from stepdistill.evaluation.measure import ImageSetFeatures
 from stepdistill.evaluation.networks.features import FeatureExtractor
 from stepdistill.evaluation.protocols import Protocol
-from stepdistill.evaluation.reports.html_report import Picture, html_page
+from stepdistill.evaluation.reports.html_report import ReportImage, html_page
 from stepdistill.evaluation.reports.report import ProtocolRecord, Report, markdown
 from stepdistill.files.atomic import write_atomically
 from stepdistill.files.disk_errors import disk_errors_as_user_errors
@@ -62,7 +62,7 @@ def make_record(
     )
 
 
-def write_report(report: Report, output: Path, pictures: Sequence[Picture], stats: Path | None) -> None:
+def write_report(report: Report, output: Path, pictures: Sequence[ReportImage], stats: Path | None) -> None:
     """Writes the three files of a report; on a full disk, none of them is left.
 
     report.json comes first, because a page that cannot be drawn must not lose hours of numbers.
