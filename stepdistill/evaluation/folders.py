@@ -117,7 +117,7 @@ def evaluate_folder(
     found = {**values.metrics, **scored.means}
     described = scorers.record() + (", lossy files allowed" if source.allow_lossy else "")
     name = str(source.reference) if source.reference is not None else ""
-    record = make_record("folders", protocol, prompts.sha256, own.count, extractor, truth, name, described)
+    record = make_record("folders", protocol, prompts, own.count, extractor, truth, name, described)
     row = ReportRow(source.images.resolve().name, None, None, None, "images from a folder", own.count, None, found)
     notes = (*(f"{metric} could not be computed" for metric in metrics if metric not in found), *scored.notes)
     report = Report(record, (row,), values.noise_floor, notes=notes, source=origin)
@@ -135,7 +135,7 @@ def check_needs(metrics: tuple[Metric, ...], reference: Path | None) -> None:
     needing = [metric for metric in metrics if metric not in METRICS_WITHOUT_NETWORK]
     if needing and reference is None:
         raise UserError(
-            f"{', '.join(needing)} compare the images with a reference: give --reference, or --metrics without them "
+            f"no reference was given, which these metrics need: {', '.join(needing)}; give --reference, or choose --metrics without one "
             f"({', '.join(sorted(METRICS_WITHOUT_NETWORK))})"
         )
 

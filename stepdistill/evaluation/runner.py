@@ -136,7 +136,7 @@ def evaluate_samplers(
     rows, notes, floor = _rows(samplers, evaluation, measured, truth, drawn, scored)
     where = str(evaluation.reference or protocol.reference.kind)
     record = make_record(
-        evaluation.name, protocol, prompts.sha256, len(prompts), extractor, truth, where, evaluation.scorers.record()
+        evaluation.name, protocol, prompts, len(prompts), extractor, truth, where, evaluation.scorers.record()
     )
     wins = _win_rates({name: found.values for name, found in scored.items()}, prompts)
     report = Report(record, tuple(rows), floor, wins, tuple(notes), source)

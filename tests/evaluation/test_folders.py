@@ -47,6 +47,7 @@ def test_rewards_and_clip_score_of_a_folder_read_captions_or_a_prompt_file(
         label = name.replace(str(clip), clip.name)
         assert beside.rows[0].metrics[label] == pytest.approx(expected, abs=1e-6)
     assert f"clip[{clip.name},gigagan]" in beside.rows[0].metrics
+    assert beside.record.seeds == ""  # nothing was drawn
     (folder / "2.txt").unlink()
     with pytest.raises(UserError, match=r"1 of 3 images .* have no caption \(first: '2.png'\)"):
         stepdistill.evaluate_images(folder, None, tmp_path / "other", **scored)
