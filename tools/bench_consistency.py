@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stepdistill.config.schema import load_config
-from stepdistill.training.evaluation_hook import Seen
+from stepdistill.training.evaluation_hook import EvaluationResult
 from stepdistill.training.run import train
 from stepdistill.training.session import Session
 
@@ -47,9 +47,9 @@ class Meter:
         self.loaded = _highest()
         self.times: list[tuple[float, float]] = []
 
-    def __call__(self, iteration: int) -> Seen:
+    def __call__(self, iteration: int) -> EvaluationResult:
         self.times.append((time.process_time(), time.perf_counter()))
-        return Seen({}, None)
+        return EvaluationResult({}, None)
 
     def cost(self) -> Cost:
         (used, begun), (using, ended) = self.times[0], self.times[-1]

@@ -43,7 +43,7 @@ from stepdistill.families.sd3 import T5_TOKENS
 from stepdistill.files.atomic import write_atomically
 from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.planning.network_calls import CallCounter
-from stepdistill.training.evaluation_hook import Seen
+from stepdistill.training.evaluation_hook import EvaluationResult
 from stepdistill.training.run import train
 from stepdistill.training.session import DTYPES, Session
 
@@ -88,9 +88,9 @@ class Budget:
         self.counter = CallCounter(session.triple)
         self.counter.__enter__()
 
-    def __call__(self, iteration: int) -> Seen:
+    def __call__(self, iteration: int) -> EvaluationResult:
         self.met = sum(self.spent().values()) >= self.calls
-        return Seen({}, None, enough=self.met)
+        return EvaluationResult({}, None, should_stop=self.met)
 
     def spent(self) -> dict[str, int]:
         """Rows by role that was asked. Forwards that are left at the features count whole."""
@@ -145,7 +145,7 @@ def run_cell(name: str, entry: EntryConfig, comparison: ComparisonConfig, seed: 
         raise UserError(
             f"{name} with seed {seed} was stopped at iteration {outcome.iteration}: run it again, cells are whole"
         )
-    form = api.natural_format(config)
+    form = api.default_export_format(config)
     artifact = api.export(folder / "run", form, folder / "student", device="cpu")
     rows = measure(artifact, None if form == "pipeline" else config.model.path, images)
     shutil.rmtree(folder)

@@ -36,13 +36,13 @@ TRACKERS: Mapping[str, type[tracking.GeneralTracker]] = {"tensorboard": tracking
 
 
 def slow_sync(value: str) -> None:
-    sync = checkpoint._sync
+    sync = checkpoint._fsync
 
     def slow(path: Any) -> None:
         time.sleep(float(value))
         sync(path)
 
-    checkpoint._sync = slow
+    checkpoint._fsync = slow
 
 
 def slow_iteration(value: str) -> None:

@@ -123,10 +123,10 @@ def measure(
 @torch.no_grad()
 def errors(session: Session, w: float, steps: int, prompts: Sequence[str]) -> tuple[float, float]:
     """Mean relative error of the adapter and of the prompt alone, over all states of guided walks of these prompts."""
-    plan, triple = session.plan, session.triple
-    sizes = [ImageSize.plain(*plan.problem.size)] * len(prompts)
+    setup, triple = session.setup, session.triple
+    sizes = [ImageSize.plain(*setup.problem.size)] * len(prompts)
     cond, null = session.encoder.text(list(prompts), sizes), session.encoder.null(sizes)
-    noise = torch.randn(len(prompts), *plan.problem.latent_shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(len(prompts), *setup.problem.latent_shape, generator=torch.Generator().manual_seed(1))
     noise = noise.to(session.device)
     times = [
         noise.new_full((len(prompts),), t, dtype=torch.float64) for t in trailing_timesteps(triple.schedule, steps)

@@ -35,7 +35,7 @@ from stepdistill.evaluation.networks.judge import Judge
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.files.atomic import write_atomically
 from stepdistill.rewards import load_reward
-from stepdistill.training.monitoring.grids import as_floats, save_images, student_latents
+from stepdistill.training.monitoring.grids import images_to_tensor, save_images, student_latents
 from stepdistill.training.run import open_run, train
 from stepdistill.training.session import Session
 
@@ -71,7 +71,7 @@ class Measured:
 @torch.no_grad()
 def drawn(session: Session, prompts: Sequence[str], repeats: int, purpose: str) -> Pixels:
     """Samples (P, R, H, W, 3) of a run's student; the same noise whatever the run."""
-    shape, size = session.plan.problem.latent_shape, ImageSize.plain(*session.plan.problem.size)
+    shape, size = session.setup.problem.latent_shape, ImageSize.plain(*session.setup.problem.size)
     rows = [(prompt, k * repeats + r) for k, prompt in enumerate(prompts) for r in range(repeats)]
     found = []
     for start in range(0, len(rows), BATCH):
@@ -79,7 +79,7 @@ def drawn(session: Session, prompts: Sequence[str], repeats: int, purpose: str) 
         draws = Draws(0, 0, purpose, [number for _, number in part], session.device, session.dtype)
         cond = session.encoder.text([prompt for prompt, _ in part], [size] * len(part))
         latents = student_latents(session, session.student, cond, draws.normal("noise", shape), draws)
-        images = session.plan.family.decode(session.checkpoint, latents)
+        images = session.setup.family.decode(session.checkpoint, latents)
         found.append((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     pixels = np.concatenate(found)
     return pixels.reshape(len(prompts), repeats, *pixels.shape[1:])
@@ -90,7 +90,7 @@ def attribute_of(name: str, images: Pixels, prompts: Sequence[str]) -> NDArray[n
     reward, flat = load_reward(name), images.reshape(-1, *images.shape[2:])
     repeated = [prompt for prompt in prompts for _ in range(images.shape[1])]
     with torch.no_grad():
-        found: Tensor = reward(as_floats(flat), repeated)
+        found: Tensor = reward(images_to_tensor(flat), repeated)
     return found.double().numpy().reshape(images.shape[:2])
 
 

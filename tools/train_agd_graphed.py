@@ -33,8 +33,8 @@ from stepdistill.methods.guidance.guidance_distillation import GuidedRollout
 from stepdistill.roles.triple import GENERATOR
 from stepdistill.training.distributed import Processes
 from stepdistill.training.iteration import compute_loss
-from stepdistill.training.options import products
-from stepdistill.training.run import find_start
+from stepdistill.training.option_checks import float32_precision
+from stepdistill.training.run import find_resume_checkpoint
 from stepdistill.training.run_folder.logs import write_config
 from stepdistill.training.session import EMA, Session, open_session
 from stepdistill.training.setup import RunSetup, prepare
@@ -108,10 +108,10 @@ class Gradient:
 
 def _conditionings(session: Session, states: TrajectoryStates) -> tuple[Conditioning, Tensor]:
     """What each prompt says, and the row of it for each index of the prompt list."""
-    plan, prompts = session.plan, session.plan.prompts
+    setup, prompts = session.setup, session.setup.prompts
     texts = list(dict.fromkeys(prompts[index] for index in range(len(prompts))))
     places = {text: row for row, text in enumerate(texts)}
-    sizes = [ImageSize.plain(*plan.problem.size)] * len(texts)
+    sizes = [ImageSize.plain(*setup.problem.size)] * len(texts)
     with torch.no_grad():
         parts = [
             session.encoder.text(texts[start : start + ENCODED], sizes[start : start + ENCODED])
@@ -123,19 +123,19 @@ def _conditionings(session: Session, states: TrajectoryStates) -> tuple[Conditio
 
 def train(config: RunConfig, folder: Path) -> Trainer:
     """The whole run, into a folder. Raises UserError as `stepdistill train`, and where the config asks for more than a graph does."""
-    find_start(config, folder, None)
-    plan, training = prepare(config), config.training
-    _check(plan)
+    find_resume_checkpoint(config, folder, None)
+    setup, training = prepare(config), config.training
+    _check(setup)
     processes = Processes(Accelerator(cpu=training.device == "cpu"), training)
-    trainer = Trainer(open_session(plan, processes.device), folder, processes)
+    trainer = Trainer(open_session(setup, processes.device), folder, processes)
     session, device = trainer.session, processes.device
-    if plan.trajectories is None:
+    if setup.trajectories is None:
         raise ValueError("a run on trajectories has none")
-    whole = plan.trajectories.whole()
+    whole = setup.trajectories.whole()
     states = TrajectoryStates(**{item.name: vars(whole)[item.name].to(device) for item in fields(whole)})
     write_config(folder, config.model_copy(update={"output": str(folder)}))
-    order = EpochOrder(len(plan.trajectories), derive_seed(training.seed, "trajectories"))
-    with products(training.tf32):
+    order = EpochOrder(len(setup.trajectories), derive_seed(training.seed, "trajectories"))
+    with float32_precision(training.tf32):
         _updates(Gradient(session, states, training.batch_size), trainer, order, training)
     trainer.counters.iteration = trainer.counters.updates[GENERATOR] = training.max_steps
     if not trainer.save():
@@ -161,11 +161,11 @@ def _updates(gradient: Gradient, trainer: Trainer, order: EpochOrder, training: 
             logger.info("update %d, %.1f s: error %.5f, %.2f x below no adapter", told, spent, error, plain / error)
 
 
-def _check(plan: RunSetup) -> None:
-    training = plan.config.training
+def _check(setup: RunSetup) -> None:
+    training = setup.config.training
     asked = {
-        "method.name": (plan.config.method_name, "agd"),
-        "method.source": (plan.config.method.get("source"), "trajectories"),
+        "method.name": (setup.config.method_name, "agd"),
+        "method.source": (setup.config.method.get("source"), "trajectories"),
         "training.accumulation": (training.accumulation, 1),
     }
     for key, (found, wanted) in asked.items():

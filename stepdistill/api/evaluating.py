@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from stepdistill.api.evaluation_options import FolderOptions, MeasuringOptions, ModelOptions, command_of, parse_options
 from stepdistill.api.run_evaluation import as_run_evaluation, local_base
-from stepdistill.api.training import dtype_of, export, natural_format
+from stepdistill.api.training import default_export_format, export, parse_dtype
 from stepdistill.config.schema import load_config
 from stepdistill.errors import UserError
 from stepdistill.evaluation.folders import ImageSource, check_needs, evaluate_folder
@@ -52,7 +52,7 @@ from stepdistill.inference.artifact import (
     load_base,
     supports_negative_prompt,
 )
-from stepdistill.training.session import place_of
+from stepdistill.training.session import process_device
 
 
 def evaluate(model: str, output: str | Path, **options: Any) -> Report:
@@ -86,14 +86,14 @@ def evaluate_images(images: str | Path, reference: str | Path | None, output: st
 
 def measure_model(model: str, output: str | Path, options: ModelOptions) -> Report:
     """Does the work of `evaluate`, with checked options."""
-    origin = _origin(options, [model, "--output", str(output)], model, options.lora or "")
+    origin = _loaded_from(options, [model, "--output", str(output)], model, options.lora or "")
     if options.scheduler is not None and options.scheduler not in SCHEDULERS:
         raise UserError(f"the scheduler {options.scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
     check_folder_is_writable(Path(output))
     options = as_run_evaluation(model, options)
     protocol = _changed(load_protocol(options.protocol or "prompts"), options)
     prompts = prompt_set(protocol, options.prompts, options.num_images, options.seeds_per_prompt)
-    device = place_of(options.device)
+    device = process_device(options.device)
     evaluation = Evaluation(
         options.protocol or "prompts", protocol, prompts, _extractor(protocol, device, options.download),
         Path(options.reference) if options.reference is not None else None, _scorers(options, device),
@@ -107,7 +107,7 @@ def measure_model(model: str, output: str | Path, options: ModelOptions) -> Repo
 
 def measure_folder(images: str | Path, output: str | Path, options: FolderOptions) -> Report:
     """Does the work of `evaluate_images`, with checked options."""
-    origin = _origin(options, ["--images", str(images), "--output", str(output)], "", "")
+    origin = _loaded_from(options, ["--images", str(images), "--output", str(output)], "", "")
     check_output_folder(Path(output))
     if options.save_statistics is not None:
         check_file_is_writable(Path(options.save_statistics))
@@ -122,7 +122,7 @@ def measure_folder(images: str | Path, output: str | Path, options: FolderOption
         metrics=tuple(expand_metric_names(default if options.metrics is None else options.metrics)),
     )
     check_needs(protocol.metrics, reference)
-    device = place_of(options.device)
+    device = process_device(options.device)
     wants_network = needs_network(protocol.metrics) or options.save_statistics is not None
     extractor = load_extractor(
         protocol.features, resize=protocol.resize, device=device, download=options.download
@@ -155,7 +155,7 @@ def _locked(output: Path) -> AbstractContextManager[None]:
     return locked_folder(output, "evaluation") if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
-def _origin(options: MeasuringOptions, leading: list[str], model: str, lora: str) -> ReportSource:
+def _loaded_from(options: MeasuringOptions, leading: list[str], model: str, lora: str) -> ReportSource:
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return ReportSource(command_of(options, *leading), date, model, lora)
 
@@ -180,7 +180,7 @@ def _samplers(
     base: str, adapter: Path | None, options: ModelOptions, protocol: Protocol, device: torch.device
 ) -> list[Sampler]:
     """Loads the networks and makes one sampler per row, the teacher's first."""
-    artifact = load_artifact(local_base(base, download=options.download), adapter, dtype_of(options.dtype), device)
+    artifact = load_artifact(local_base(base, download=options.download), adapter, parse_dtype(options.dtype), device)
     recipe = artifact.recipe
     own_w = options.guidance if options.guidance is not None else (recipe.w if recipe else 7.5)
     own_steps = list(options.steps) or [recipe.num_inference_steps if recipe else 50]
@@ -191,7 +191,7 @@ def _samplers(
         teacher = student
         if recipe is not None:
             source = local_base(recipe.base, download=options.download)
-            origin = Artifact(load_base(source, recipe, dtype_of(options.dtype), device), None)
+            origin = Artifact(load_base(source, recipe, parse_dtype(options.dtype), device), None)
             teacher = Candidate(origin, _network_hash(origin))
         w = options.teacher_guidance
         if w is None:
@@ -279,7 +279,7 @@ def _student_of(
     if lora is not None:
         raise UserError(f"{model!r} is a run, which has its own student: leave --lora out")
     config = load_config(run / "config.yaml")
-    form = natural_format(config)
+    form = default_export_format(config)
     export(run, form, scratch, device=str(place))
     stats = run / "stats.jsonl"
     return (str(scratch), None, stats) if form == "pipeline" else (config.model.path, scratch, stats)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge
 
-from stepdistill.config.registry import nearest
+from stepdistill.config.registry import suggestion_for
 from stepdistill.errors import UserError
 
 S = TypeVar("S", bound="MeasuringOptions")
@@ -156,7 +156,7 @@ def parse_options(section: type[S], given: Mapping[str, object]) -> S:
     if section is ModelOptions and (size := values.pop("size", None)) is not None:
         values["height"], values["width"] = size  # type: ignore[misc]
     if odd := next((name for name in values if name not in field_names(section)), None):
-        raise UserError(f"the evaluation has no option {odd!r}: {nearest(odd, field_names(section))}")
+        raise UserError(f"the evaluation has no option {odd!r}: {suggestion_for(odd, field_names(section))}")
     values = {name: _from_text(name, value) for name, value in values.items()}
     try:
         return TypeAdapter(section).validate_python(values)

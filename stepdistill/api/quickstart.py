@@ -30,7 +30,7 @@ from stepdistill.exporting.export import EXPORT_FILES, check_output_folder
 from stepdistill.exporting.model_card import usage_snippet
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.artifact import draw, load_artifact
-from stepdistill.training.monitoring.grids import as_floats, save_images, tile
+from stepdistill.training.monitoring.grids import images_to_tensor, make_image_grid, save_images
 
 logger = logging.getLogger(__name__)
 TEACHER_STEPS, BATCH = 50, 64
@@ -201,5 +201,5 @@ def draw_grid(
     rows = [np.concatenate(list(teacher))]
     for name in ("base", "base_same_recipe", "student"):
         rows.append(np.stack([np.asarray(Image.open(folder / "images" / name / f"{i:05d}.png")) for i in chosen]))
-    picture = tile([as_floats(row) for row in rows])
+    picture = make_image_grid([images_to_tensor(row) for row in rows])
     picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(folder / "grid.png")

@@ -18,7 +18,7 @@ from stepdistill.config.registry import load_method
 from stepdistill.config.schema import RunConfig
 from stepdistill.data.prompts import read_prompts
 from stepdistill.errors import UserError
-from stepdistill.evaluation.during_training import Goal, StudentEvaluation
+from stepdistill.evaluation.during_training import EvaluationSetup, StudentEvaluation
 from stepdistill.exporting.export import ExportFormat, check_output_folder, export_student
 from stepdistill.exporting.model_card import push_to_hub as push
 from stepdistill.exporting.proof import QuantizedStudent, final_latents
@@ -29,23 +29,31 @@ from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.rewards import load_reward
 from stepdistill.roles.triple import Mode
 from stepdistill.training.collect import CollectConfig, collect
-from stepdistill.training.description import describe
-from stepdistill.training.distributed import check_launcher, sharding_asked
-from stepdistill.training.initial import initial_checkpoint
-from stepdistill.training.inputs.caching import Filled, fill
-from stepdistill.training.monitoring.grids import as_floats, save_images, tile
-from stepdistill.training.options import check_training_options, products
-from stepdistill.training.run import Outcome, find_start, open_run, run_config, train
-from stepdistill.training.session import DTYPES, Session, device_of
+from stepdistill.training.description import describe_run
+from stepdistill.training.distributed import check_launcher, is_sharding_requested
+from stepdistill.training.initialization import find_initial_checkpoint
+from stepdistill.training.inputs.caching import CacheSummary, fill_caches
+from stepdistill.training.monitoring.grids import images_to_tensor, make_image_grid, save_images
+from stepdistill.training.option_checks import check_training_options, float32_precision
+from stepdistill.training.run import Outcome, find_resume_checkpoint, open_run, run_config, train
+from stepdistill.training.session import DTYPES, Session, resolve_device
 from stepdistill.training.setup import prepare
 
 __all__ = [
-    "CollectConfig", "cache", "collect", "distill", "dry_run", "export", "leave_processes", "load_teacher", "sample",
+    "CollectConfig",
+    "cache",
+    "collect",
+    "destroy_process_group",
+    "distill",
+    "dry_run",
+    "export",
+    "load_teacher",
+    "sample",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 PROOF_IMAGES = 2
-GRID_LIMIT = 256
+MAX_GRID_IMAGES = 256
 """Images that a grid shows at most."""
 
 
@@ -57,12 +65,12 @@ def distill(config: RunConfig, output: str | Path | None = None, resume: str | N
     return train(config, output, resume, lambda session, folder: StudentEvaluation(session, folder, section))
 
 
-def cache(config: RunConfig) -> Filled:
+def cache(config: RunConfig) -> CacheSummary:
     """Fill the caches of a training config, so that its training finds them warm. See `training.caching.fill`."""
-    return fill(prepare(config))
+    return fill_caches(prepare(config))
 
 
-def leave_processes() -> None:
+def destroy_process_group() -> None:
     """End the group of processes that a distributed `distill` or `collect` joined; nothing where there is one process."""
     PartialState().destroy_process_group()
 
@@ -74,29 +82,29 @@ def dry_run(config: RunConfig, output: str | Path | None = None, resume: str | N
         UserError: whatever training would refuse before it loads a weight.
     """
     check_launcher(config.training)
-    find_start(config, Path(output or config.output), resume)
-    plan = prepare(config)
+    find_resume_checkpoint(config, Path(output or config.output), resume)
+    setup = prepare(config)
     if config.init is not None:
-        initial_checkpoint(Path(config.init))
+        find_initial_checkpoint(Path(config.init))
     with torch.device("meta"):  # outlines: their names and options are what a dry run can check
-        for reward in (plan.needs.reward, plan.needs.held_out):
+        for reward in (setup.needs.reward, setup.needs.held_out):
             if reward is not None:
                 load_reward(reward)
     if config.evaluation is not None:
-        Goal.of(config.evaluation)
+        EvaluationSetup.of(config.evaluation)
     adapter = config.model.guidance_adapter
     if adapter is not None and not Path(adapter).exists():
         raise UserError(
             f"model.guidance_adapter is {adapter!r}, and there is no such file: give an exported adapter or its folder"
         )
-    device = device_of(config.training.device)
-    check_training_options(config, plan.roles, plan.needs, device, sharded=sharding_asked(config.training))
-    return describe(plan)
+    device = resolve_device(config.training.device)
+    check_training_options(config, setup.roles, setup.needs, device, sharded=is_sharding_requested(config.training))
+    return describe_run(setup)
 
 
 def load_teacher(model: str, dtype: str = "float32", device: str | None = None) -> Checkpoint:
     """Load a checkpoint: diffusers folder, hub id, single `.safetensors` file, or `builtin:teacher`. Raises UserError."""
-    return load_checkpoint(inspect_checkpoint(resolve(model)), dtype_of(dtype), device_of(device))
+    return load_checkpoint(inspect_checkpoint(resolve(model)), parse_dtype(dtype), resolve_device(device))
 
 
 def export(
@@ -123,7 +131,7 @@ def export(
     check_output_folder(Path(output))
     # a half-precision base is widened, and a GPU's convolutions have all 24 bits: the proof is exact, and the LoRA's float32
     # weights are the same on any
-    with locked_folder(Path(output), "export"), products(tf32=False):
+    with locked_folder(Path(output), "export"), float32_precision(tf32=False):
         quantized = _quantized_student(run, device, checkpoint)
         session, iteration = open_run(run, device, full_precision=True, checkpoint=checkpoint)
         logger.info("exporting the %s of iteration %d", session.student.replace("_", " "), iteration)
@@ -144,14 +152,14 @@ def export(
     return folder
 
 
-def natural_format(config: RunConfig) -> ExportFormat:
+def default_export_format(config: RunConfig) -> ExportFormat:
     """What holds all of the student that a run of this config trains, in the smallest files that stock diffusers loads."""
     forms: dict[Mode, ExportFormat] = {"lora": "diffusers-lora", "full": "pipeline", "adapter": "guidance-adapter"}
     form = forms[config.roles.generator.mode]
     method = load_method(config.method_name)
-    told = method.network_guidance_range(method.Config.model_validate(config.method_options)) is not None
+    receives_guidance = method.network_guidance_range(method.Config.model_validate(config.method_options)) is not None
     # an embedding is no part of a LoRA
-    return "pipeline" if told and form == "diffusers-lora" else form
+    return "pipeline" if receives_guidance and form == "diffusers-lora" else form
 
 
 def sample(
@@ -189,7 +197,7 @@ def sample(
     listed = [prompt] if prompt is not None else list(read_prompts(str(prompts)).texts)
     texts = [text for text in listed for _ in range(num_images)]
     artifact = load_artifact(
-        resolve(model), Path(lora) if lora is not None else None, dtype_of(dtype), device_of(device)
+        resolve(model), Path(lora) if lora is not None else None, parse_dtype(dtype), resolve_device(device)
     )
     size = (height, width) if height is not None and width is not None else None
     images = draw(
@@ -200,17 +208,17 @@ def sample(
     paths: list[Path] = []
     shown: list[torch.Tensor] = []
     for batch in images:
-        shown.append(as_floats(batch[: max(0, GRID_LIMIT - len(paths))]))
+        shown.append(images_to_tensor(batch[: max(0, MAX_GRID_IMAGES - len(paths))]))
         paths += save_images(batch, folder, len(paths))
     drawn = torch.cat(shown)
     columns = num_images if num_images > 1 else min(8, len(drawn))
-    tile(list(drawn.split(columns))).save(folder / "grid.png")
+    make_image_grid(list(drawn.split(columns))).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     return paths
 
 
 def _proof_prompts(session: Session) -> list[str]:
-    prompts = session.plan.prompts
+    prompts = session.setup.prompts
     return [prompts[i % len(prompts)] for i in range(PROOF_IMAGES)]
 
 
@@ -227,7 +235,7 @@ def _quantized_student(
     return QuantizedStudent(f"a base in {model.quantization} ({model.dtype} elsewhere)", latents.cpu())
 
 
-def dtype_of(name: str) -> torch.dtype:
+def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"the dtype {name!r} is not known: use one of {', '.join(DTYPES)}")
     return DTYPES[name]

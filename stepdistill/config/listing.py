@@ -11,30 +11,30 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from stepdistill.config.reading import Settings, section_of
+from stepdistill.config.reading import Settings, nested_section
 
 
-def option_lines(section: type[Settings], defaults: BaseModel | None = None, margin: str = "") -> Iterator[str]:
+def option_lines(section: type[Settings], defaults: BaseModel | None = None, indent: str = "") -> Iterator[str]:
     """A line for each option of a section, those of sections within it below it; commented out where it is off by default, or a list.
 
     defaults: values to show in place of the class's own.
     """
     for name, field in section.model_fields.items():
         value = field.get_default(call_default_factory=True) if defaults is None else dict(defaults)[name]
-        within, said = section_of(field.annotation), f"; {field.description}" if field.description else ""
+        within, said = nested_section(field.annotation), f"; {field.description}" if field.description else ""
         if within is None or isinstance(value, list):
-            yield f"{margin}{name}: {_value(field, value, defaults)}  # {_meaning(field)}"
+            yield f"{indent}{name}: {_value(field, value, defaults)}  # {_meaning(field)}"
             if within is not None:
-                yield from option_lines(within, None, margin + "#   ")
+                yield from option_lines(within, None, indent + "#   ")
         elif isinstance(value, BaseModel):
-            yield f"{margin}{name}:" + said.replace("; ", "  # ", 1)
-            yield from option_lines(within, value, margin + "  ")
+            yield f"{indent}{name}:" + said.replace("; ", "  # ", 1)
+            yield from option_lines(within, value, indent + "  ")
         elif field.is_required() and defaults is None:
-            yield f"{margin}{name}:  # required{said}"
-            yield from option_lines(within, None, margin + "  ")
+            yield f"{indent}{name}:  # required{said}"
+            yield from option_lines(within, None, indent + "  ")
         else:
-            yield f"{margin}{name}: null  # or a section{said}"
-            yield from option_lines(within, None, margin + "#   ")
+            yield f"{indent}{name}: null  # or a section{said}"
+            yield from option_lines(within, None, indent + "#   ")
 
 
 def _value(field: FieldInfo, value: Any, defaults: BaseModel | None) -> str:
@@ -47,7 +47,9 @@ def _value(field: FieldInfo, value: Any, defaults: BaseModel | None) -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    said = " ".join([kind(field.annotation), *_bounds(field.metadata)]) + (", required" if field.is_required() else "")
+    said = " ".join([annotation_text(field.annotation), *_bounds(field.metadata)]) + (
+        ", required" if field.is_required() else ""
+    )
     return f"{said}; {field.description}" if field.description else said
 
 
@@ -66,17 +68,17 @@ def _bounds(constraints: Iterable[object]) -> Iterator[str]:
                 yield f"of {count} at least"
 
 
-def kind(annotation: Any) -> str:
+def annotation_text(annotation: Any) -> str:
     """An annotation in a reader's words."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return kind(inner[0])
+        return annotation_text(inner[0])
     if origin is Literal:
         return " | ".join(map(str, inner))
     if origin in (Union, types.UnionType):
-        return " | ".join(kind(one) for one in inner)
+        return " | ".join(annotation_text(one) for one in inner)
     if annotation in (None, type(None)):
         return "null"
     if origin is not None:
-        return f"{origin.__name__}[{', '.join(kind(one) for one in inner if one is not Ellipsis)}]"
+        return f"{origin.__name__}[{', '.join(annotation_text(one) for one in inner if one is not Ellipsis)}]"
     return str(annotation.__name__) if isinstance(annotation, type) else str(annotation)

@@ -42,60 +42,62 @@ from stepdistill.evaluation.protocols import (
 from stepdistill.evaluation.reports.report import LOWER_IS_BETTER
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.roles.triple import GENERATOR
-from stepdistill.training.evaluation_hook import Seen
+from stepdistill.training.evaluation_hook import EvaluationResult
 from stepdistill.training.monitoring.grids import student_latents
 from stepdistill.training.run_folder import checkpoints
-from stepdistill.training.run_folder.logs import EVALUATION, LineFile
+from stepdistill.training.run_folder.logs import EVALUATION, JsonLinesFile
 from stepdistill.training.session import Session
 
 BATCH = 16
-DECISIVE = ("fid", "fd_infinity", "kid", "cmmd", "precision", "recall", "density", "coverage", "diversity")
+BEST_METRICS = ("fid", "fd_infinity", "kid", "cmmd", "precision", "recall", "density", "coverage", "diversity")
 """Metrics that can decide which checkpoint is best: lower or higher is better."""
 
 
 @dataclass(frozen=True)
-class Goal:
+class EvaluationSetup:
     """What the `evaluation` section of a config asks for, before anything is loaded.
 
     Attributes:
         protocol: the protocol of the section.
         metrics: what is computed.
         prompts: prompts and seeds.
-        place: the reference: a folder of images, or statistics.
+        reference_path: a folder of images, or statistics.
     """
 
     protocol: Protocol
     metrics: tuple[Metric, ...]
     prompts: PromptSet
-    place: Path
+    reference_path: Path
 
     @classmethod
-    def of(cls, config: EvaluationConfig) -> Goal:
+    def of(cls, config: EvaluationConfig) -> EvaluationSetup:
         """Checks a section; raises UserError for an unknown protocol or metric, and if prompts or reference are missing."""
         protocol = load_protocol(config.protocol)
         metrics = tuple(m for m in expand_metric_names(config.metrics) if m != "prompt_accuracy")
-        if config.best not in metrics or config.best not in DECISIVE:
+        if config.best not in metrics or config.best not in BEST_METRICS:
             raise UserError(
                 f"evaluation.best is {config.best!r}, and one of evaluation.metrics with a better side is wanted: use one of "
-                f"{', '.join(m for m in metrics if m in DECISIVE) or 'fid'}"
+                f"{', '.join(m for m in metrics if m in BEST_METRICS) or 'fid'}"
             )
         prompts = prompt_set(protocol, config.prompts, config.images)
-        place = config.reference or (FOLDER / protocol.reference.builtin if protocol.reference.builtin else None)
-        if place is None:
+        reference_path = config.reference or (
+            FOLDER / protocol.reference.builtin if protocol.reference.builtin else None
+        )
+        if reference_path is None:
             raise UserError("evaluation.reference is not set: give a folder of images, or statistics")
-        if not Path(place).exists():
+        if not Path(reference_path).exists():
             raise UserError(
-                f"evaluation.reference is {str(place)!r}, and nothing is there: give a folder of images, or statistics"
+                f"evaluation.reference is {str(reference_path)!r}, and nothing is there: give a folder of images, or statistics"
             )
-        return cls(protocol, metrics, prompts, Path(place))
+        return cls(protocol, metrics, prompts, Path(reference_path))
 
 
 class StudentEvaluation:
     """Draws the protocol's images with the networks in training and measures them.
 
     Args:
-        session: the session of the run.
-        folder: the folder of the run.
+        session: the run's.
+        folder: the run's.
         config: its `evaluation` section.
 
     Raises:
@@ -103,17 +105,21 @@ class StudentEvaluation:
     """
 
     def __init__(self, session: Session, folder: Path, config: EvaluationConfig) -> None:
-        self.session, self.folder, self.every, self.decides = session, folder, config.every, config.best
-        self.log = LineFile(folder / EVALUATION)
-        goal = Goal.of(config)
-        protocol, self.metrics, self.prompts = goal.protocol, goal.metrics, goal.prompts
+        self.session, self.folder, self.every, self.best_metric = session, folder, config.every, config.best
+        self.log = JsonLinesFile(folder / EVALUATION)
+        evaluation_setup = EvaluationSetup.of(config)
+        protocol, self.metrics, self.prompts = (
+            evaluation_setup.protocol,
+            evaluation_setup.metrics,
+            evaluation_setup.prompts,
+        )
         self.extractor = load_extractor(
             config.features or protocol.features, resize=protocol.resize, device=session.device
         )
         self.protocol, self.chain = protocol, protocol.chain.chain()
         self.keep_features = bool(METRICS_NEEDING_FEATURES & set(self.metrics))
         self.reference = read_reference(
-            goal.place,
+            evaluation_setup.reference_path,
             self.extractor,
             keep_features=self.keep_features,
             chain=self.chain,
@@ -121,35 +127,35 @@ class StudentEvaluation:
         )
         check_metrics(self.metrics, self.reference, len(self.prompts))
 
-    def __call__(self, iteration: int) -> Seen:
+    def __call__(self, iteration: int) -> EvaluationResult:
         """Measures the raw weights and, if there is one, the EMA; the student that would be exported decides the best checkpoint."""
         values: dict[str, float] = {}
         decisive: float | None = None
         for role in dict.fromkeys((GENERATOR, self.session.student)):
-            own = measure_images(self._pictures(role), self.extractor, keep_features=self.keep_features)
-            found = self._metrics(merge(own, len(self.prompts)))
+            own = measure_images(self._generate_images(role), self.extractor, keep_features=self.keep_features)
+            found = self._compute_metrics(merge(own, len(self.prompts)))
             count = self.protocol.prompts.count
             values |= {
                 f"evaluation/{role}/{metric_label(name, len(self.prompts), count)}": value
                 for name, value in found.items()
             }
-            decisive = found.get(self.decides)
+            decisive = found.get(self.best_metric)
         if PartialState().is_main_process:
             self.log.append(iteration, values)
         # the main process decides for all, because it rewrites the file that the decision reads
-        main = PartialState().is_main_process
-        if decisive is None or not gather_object([main and self._is_best(decisive)])[0]:
-            return Seen(values, None)
-        return Seen(values, {"iteration": iteration, "metric": self.decides, "value": decisive})
+        is_main_process = PartialState().is_main_process
+        if decisive is None or not gather_object([is_main_process and self._is_best(decisive)])[0]:
+            return EvaluationResult(values, None)
+        return EvaluationResult(values, {"iteration": iteration, "metric": self.best_metric, "value": decisive})
 
-    def _metrics(self, measured: ImageSetFeatures) -> dict[str, float]:
+    def _compute_metrics(self, measured: ImageSetFeatures) -> dict[str, float]:
         return compute_metrics(
             measured, self.reference, self.metrics, np.random.default_rng(0), self.prompts.prompts
         ).metrics
 
     @torch.no_grad()
-    def _pictures(self, role: str) -> Iterator[ImageArray]:
-        session, plan = self.session, self.session.plan
+    def _generate_images(self, role: str) -> Iterator[ImageArray]:
+        session, setup = self.session, self.session.setup
         state = PartialState()
         indices = indices_of_rank(len(self.prompts), state.process_index, state.num_processes)
         # the main process has the most images; all processes must call a sharded network equally often
@@ -159,11 +165,11 @@ class StudentEvaluation:
             rows = mine or range(1)
             draws = Draws(0, 0, "evaluation", [self.prompts.seeds[i] for i in rows], session.device, session.dtype)
             texts = [self.prompts.prompts[i] for i in rows]
-            cond = session.encoder.text(texts, [ImageSize.plain(*plan.problem.size)] * len(rows))
-            noise = draws.normal("noise", plan.problem.latent_shape)
+            cond = session.encoder.text(texts, [ImageSize.plain(*setup.problem.size)] * len(rows))
+            noise = draws.normal("noise", setup.problem.latent_shape)
             latents = student_latents(session, role, cond, noise, draws)[: len(mine)]
             for latent in latents:
-                decoded = plan.family.decode(session.checkpoint, latent[None]).float()
+                decoded = setup.family.decode(session.checkpoint, latent[None]).float()
                 if not torch.isfinite(decoded).all():  # clamping would hide infinity
                     raise UserError(
                         f"the {role} draws NaN or infinity at this iteration's evaluation: lower the learning rate, or resume from an "
@@ -172,8 +178,8 @@ class StudentEvaluation:
                 yield self.chain(as_uint8(decoded.clamp(0, 1), (0, 1), self.protocol.quantize)[0])
 
     def _is_best(self, value: float) -> bool:
-        before = checkpoints.best_facts(self.folder / "checkpoints")
-        if before is None or before["metric"] != self.decides:
+        before = checkpoints.read_best_metadata(self.folder / "checkpoints")
+        if before is None or before["metric"] != self.best_metric:
             return True
         best = float(before["value"])
-        return value < best if self.decides in LOWER_IS_BETTER else value > best
+        return value < best if self.best_metric in LOWER_IS_BETTER else value > best

@@ -126,7 +126,7 @@ def evaluate_folder(
         provenance = {} if extractor is None else feature_provenance(extractor, chain)
         with disk_errors_as_user_errors(save_statistics):
             own.statistics.save(save_statistics, provenance, **kept)
-    write_report(report, output, _pictures(source, row.name, prompts), None)
+    write_report(report, output, _report_images(source, row.name, prompts), None)
     return report
 
 
@@ -161,7 +161,7 @@ def _prompts_of(source: ImageSource) -> PromptSet:
     return PromptSet(tuple(texts), (), text_hash(texts))
 
 
-def _pictures(source: ImageSource, row: str, prompts: PromptSet) -> list[ReportImage]:
+def _report_images(source: ImageSource, row: str, prompts: PromptSet) -> list[ReportImage]:
     if source.is_statistics:
         return []
     files = source.files()

@@ -140,7 +140,7 @@ def evaluate_samplers(
     )
     wins = _win_rates({name: found.values for name, found in scored.items()}, prompts)
     report = Report(record, tuple(rows), floor, wins, tuple(notes), source)
-    write_report(report, output, _pictures(drawn, prompts, evaluation.keep_images), stats)
+    write_report(report, output, _report_images(drawn, prompts, evaluation.keep_images), stats)
     return report
 
 
@@ -255,7 +255,7 @@ def _is_self_comparison(metric: Metric, own: ImageSetFeatures, truth: ImageSetFe
     return truth is not None and own.statistics is truth.statistics and metric not in alone
 
 
-def _pictures(drawn: Mapping[str, GeneratedImages], prompts: PromptSet, kept: bool) -> list[ReportImage]:
+def _report_images(drawn: Mapping[str, GeneratedImages], prompts: PromptSet, kept: bool) -> list[ReportImage]:
     """Chooses a few images of each row for the page, at the same prompts. This is a collective."""
     chosen = range(0, len(prompts), max(1, len(prompts) // NUM_REPORT_IMAGES))[:NUM_REPORT_IMAGES]
     return [

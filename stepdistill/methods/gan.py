@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config.reading import Switch
+from stepdistill.config.reading import WeightedTermConfig
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
@@ -20,7 +20,7 @@ from stepdistill.roles.triple import FAKE_SCORE, Triple
 DISCRIMINATOR_HEAD = "discriminator"
 
 
-class GanConfig(Switch):
+class GanConfig(WeightedTermConfig):
     """Adversarial term on features of noised samples (DMD2, section 4.3), or of decoded images (SenseFlow, Flash-DMD)."""
 
     weight: float = Field(0.0, ge=0, description="in the generator's loss; 0 turns the GAN off")

@@ -18,10 +18,10 @@ from stepdistill.planning.meter import Flops
 from stepdistill.planning.network_calls import CallStatistics, count_network_calls
 from stepdistill.planning.report import GB, Compute, Disk, Forecast, NetworkCalls
 from stepdistill.planning.trace import ENCODE_IMAGES, ENCODE_TEXT, Trace, build_on_meta, trace
-from stepdistill.training.inputs.caching import image_bytes, prompt_bytes
-from stepdistill.training.options import check_combinations
+from stepdistill.training.inputs.caching import bytes_per_image, bytes_per_prompt
+from stepdistill.training.option_checks import check_combinations
 from stepdistill.training.session import Session
-from stepdistill.training.setup import RunSetup, without_data
+from stepdistill.training.setup import RunSetup, prepare_without_data
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Planner:
             UserError: the config cannot work, or its architecture is not known here.
         """
         source = find_architecture(config.model)
-        simplified_setup = without_data(_simplified_config(config), source.info)
+        simplified_setup = prepare_without_data(_simplified_config(config), source.info)
         check_combinations(
             config, simplified_setup.roles, simplified_setup.needs, sharded=config.training.sharding == "full"
         )
@@ -95,10 +95,10 @@ class Planner:
             disk=_disk(simplified_setup, sizes, config),
         )
 
-    def _trace_run(self, plan: RunSetup) -> TracedRun:
-        key = plan.config.model_dump_json()
+    def _trace_run(self, setup: RunSetup) -> TracedRun:
+        key = setup.config.model_dump_json()
         if key not in self._traces:
-            session, call_statistics = build_on_meta(plan), count_network_calls(plan)
+            session, call_statistics = build_on_meta(setup), count_network_calls(setup)
             self._traces[key] = TracedRun(session, call_statistics, trace(session, call_statistics))
         return self._traces[key]
 
@@ -160,14 +160,14 @@ def _compute(call_statistics: CallStatistics, traced: Trace, config: RunConfig, 
     )
 
 
-def _disk(plan: RunSetup, sizes: Sizes, config: RunConfig) -> Disk:
-    prompt, source = prompt_bytes(plan), str(config.data.prompts)
+def _disk(setup: RunSetup, sizes: Sizes, config: RunConfig) -> Disk:
+    prompt, source = bytes_per_prompt(setup), str(config.data.prompts)
     present = source.startswith(BUILTIN_PREFIX) or Path(source).is_file()
     prompts = len(read_prompts(source, config.data.prompt_column)) if present else None
     saved = sum(sizes.roles.values()) + sizes.heads + sizes.ema + sum(sizes.optimizers.values())
     return Disk(
         prompt=prompt,
-        image=image_bytes(plan, plan.problem.size) if plan.needs.images else 0,
+        image=bytes_per_image(setup, setup.problem.size) if setup.needs.images else 0,
         text_cache=None if prompts is None else prompts * prompt,
         checkpoint=saved,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stepdistill.config.registry import nearest
+from stepdistill.config.registry import suggestion_for
 from stepdistill.errors import UserError
 
 UTILISATION = 0.4
@@ -52,5 +52,5 @@ def find_gpu(name: str) -> Gpu:
     known = {gpu.name: gpu for gpu in GPUS}
     found = known.get(name.lower().removeprefix("rtx").strip("- "))
     if found is None:
-        raise UserError(f"there are no figures for the card {name!r}: {nearest(name, tuple(known))}")
+        raise UserError(f"there are no figures for the card {name!r}: {suggestion_for(name, tuple(known))}")
     return found

@@ -53,7 +53,7 @@ class Sizes:
 
 def sizes_of(session: Session, config: RunConfig) -> Sizes:
     """Sizes of an outlined session, held as the config says."""
-    triple, plan = session.triple, session.plan
+    triple, setup = session.triple, session.setup
     base = {key: value for key, value in triple.base.named_parameters() if ".lora_" not in key}
     linear = linear_weights(triple.base)
     kind = config.model.quantization
@@ -65,14 +65,14 @@ def sizes_of(session: Session, config: RunConfig) -> Sizes:
     configured = {"generator": config.optimizers.generator, "fake_score": config.optimizers.fake_score}
     optimizers = {
         role: optimizer_size(triple.parameters(role).values(), configured[section])
-        for role, section in plan.roles.items()
+        for role, section in setup.roles.items()
     }
     words = {"lora": "LoRA", "full": "full", "adapter": "guidance adapters"}
     held = {role: words[triple.layouts[role].mode] for role in roles}
     parameters = [
         Parameters(name=f"{REAL_SCORE} (the base)", count=_count(base.values()), trained=False),
         *(
-            Parameters(name=f"{role} ({held[role]})", count=_count(own.values()), trained=role in plan.roles)
+            Parameters(name=f"{role} ({held[role]})", count=_count(own.values()), trained=role in setup.roles)
             for role, own in roles.items()
         ),
         Parameters(name="heads", count=sum(_count(head.parameters()) for head in heads), trained=True),

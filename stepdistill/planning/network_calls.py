@@ -154,12 +154,12 @@ class CountingHooks(IterationHooks):
             self.on_loss(role, piece, terms.total)
 
 
-def count_network_calls(plan: RunSetup) -> CallStatistics:
+def count_network_calls(setup: RunSetup) -> CallStatistics:
     """Walk through iterations of the whole run with a network of a hundred weights in place of the model's.
 
     Every lot is drawn as process 0 of the run itself will draw it, so that the counts of these iterations are its own.
     """
-    method, training = plan.method_class(plan.method_config, plan.problem), plan.config.training
+    method, training = setup.method_class(setup.method_config, setup.problem), setup.config.training
     count = min(training.max_steps, MAX_SCHEDULED_ITERATIONS)
     due: dict[tuple[str, ...], list[int]] = {}
     for progress in iterate_progress(method, count):
@@ -170,7 +170,7 @@ def count_network_calls(plan: RunSetup) -> CallStatistics:
     )
     if count <= COUNTED_ITERATIONS:
         walked = set(range(count))
-    toy, triple, batch = _toy_run(plan)
+    toy, triple, batch = _toy_run(setup)
     found: dict[tuple[str, ...], list[tuple[Progress, CallCounts]]] = {}
     with torch.no_grad():
         toy.prepare(triple, _toy_images)
@@ -239,16 +239,16 @@ def _choose_iterations_to_trace(
     return chosen
 
 
-def _toy_run(plan: RunSetup) -> tuple[Method[Any], Triple, Batch]:
+def _toy_run(setup: RunSetup) -> tuple[Method[Any], Triple, Batch]:
     """The method posed on a Gaussian in two dimensions, with full roles and a batch of the run's own size."""
-    schedule, rows = plan.problem.schedule, plan.config.training.batch_size
+    schedule, rows = setup.problem.schedule, setup.config.training.batch_size
     gaussian = Mixture(torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 1.0)
     network = MixtureNetwork(gaussian, schedule, width=8)
-    problem = replace(plan.problem, latent_shape=(2, 1, 1), feature_channels=8, feature_size=(1, 1))
-    triple = Triple(network, Analytic(), schedule, {role: RoleLayout("full") for role in plan.roles})
+    problem = replace(setup.problem, latent_shape=(2, 1, 1), feature_channels=8, feature_size=(1, 1))
+    triple = Triple(network, Analytic(), schedule, {role: RoleLayout("full") for role in setup.roles})
     mean = FunctionReward(lambda images, prompts: images.mean((1, 2, 3)))
     triple.frozen = {VISION: _ToyVision(), REWARD: mean, HELD_OUT: mean}
     cond, latents = Conditioning(torch.ones(rows, 1, 1)), torch.zeros(rows, 2, 1, 1)
     states = GuidedState(latents, torch.full((rows,), 1e-3, dtype=torch.float64), latents, torch.zeros(rows))
     batch = Batch(cond, cond, latents, cond, latents, latents, cond, states, cond.told(1.0), losers=latents)
-    return plan.method_class(plan.method_config, problem), triple, batch
+    return setup.method_class(setup.method_config, problem), triple, batch

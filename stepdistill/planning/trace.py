@@ -21,7 +21,7 @@ from stepdistill.planning.meter import Flops, Meter, upcast_norm_inputs
 from stepdistill.planning.network_calls import CallCounter, CallStatistics, CountingHooks
 from stepdistill.roles.sampler import GuidedState
 from stepdistill.training.iteration import run_iteration
-from stepdistill.training.session import DTYPES, Session, assemble
+from stepdistill.training.session import DTYPES, Session, build_session
 from stepdistill.training.setup import RunSetup
 
 ENCODE_TEXT, ENCODE_IMAGES, SAMPLE_GRID = "encode text", "encode images", "draw grid"
@@ -76,11 +76,11 @@ def auxiliary_modules(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     }
 
 
-def build_on_meta(plan: RunSetup) -> Session:
+def build_on_meta(setup: RunSetup) -> Session:
     """The session that training would open, every weight on the meta device."""
-    checkpoint = plan.family.build_on_meta(plan.info, DTYPES[plan.config.model.dtype])
+    checkpoint = setup.family.build_on_meta(setup.info, DTYPES[setup.config.model.dtype])
     with torch.device("meta"):
-        return assemble(plan, checkpoint, torch.device("meta"))
+        return build_session(setup, checkpoint, torch.device("meta"))
 
 
 def trace(session: Session, call_statistics: CallStatistics) -> Trace:
@@ -95,7 +95,7 @@ def trace(session: Session, call_statistics: CallStatistics) -> Trace:
         return _Tracer(session).run(call_statistics)
     except DataDependentOutputError as error:
         raise UserError(
-            f"the method {session.plan.config.method_name!r} lets a network's output decide what is computed ({error}), which "
+            f"the method {session.setup.config.method_name!r} lets a network's output decide what is computed ({error}), which "
             "cannot be planned: measure a short run of it instead"
         ) from None
 
@@ -104,8 +104,8 @@ class _Tracer:
     """A session whose weights are ghosts, and the meter that watches them."""
 
     def __init__(self, session: Session) -> None:
-        self.session, self.plan = session, session.plan
-        self.training = self.plan.config.training
+        self.session, self.setup = session, session.setup
+        self.training = self.setup.config.training
         self.meter = Meter()
         self.phases: list[Phase] = []
         if session.device.type == "meta":
@@ -167,28 +167,28 @@ class _Tracer:
     @torch.no_grad()
     def _batch(self) -> Batch:
         """A micro-batch of the shapes that `BatchSource` makes."""
-        plan, checkpoint, rows = self.plan, self.session.checkpoint, self.training.batch_size
-        needs = plan.needs
-        sizes, prompts = [ImageSize.plain(*plan.problem.size)] * rows, [""] * rows
+        setup, checkpoint, rows = self.setup, self.session.checkpoint, self.training.batch_size
+        needs = setup.needs
+        sizes, prompts = [ImageSize.plain(*setup.problem.size)] * rows, [""] * rows
         with self._measured_phase(ENCODE_TEXT):
-            cond = plan.family.encode(checkpoint, prompts, sizes)
-            null = plan.family.null(checkpoint, sizes, plan.config.model.negative_prompt)
+            cond = setup.family.encode(checkpoint, prompts, sizes)
+            null = setup.family.null(checkpoint, sizes, setup.config.model.negative_prompt)
             again = (
-                plan.family.encode(checkpoint, prompts, sizes)
+                setup.family.encode(checkpoint, prompts, sizes)
                 if needs.images or needs.pairs or needs.trajectories
                 else None
             )
-        latents = torch.zeros(rows, *plan.problem.latent_shape, dtype=self.session.dtype, device=self.session.device)
+        latents = torch.zeros(rows, *setup.problem.latent_shape, dtype=self.session.dtype, device=self.session.device)
         batch = Batch(cond, null, prompts=tuple(prompts))
         if needs.images:
-            images = torch.zeros(rows, 3, *plan.problem.size, device=self.session.device)
+            images = torch.zeros(rows, 3, *setup.problem.size, device=self.session.device)
             with self._measured_phase(ENCODE_IMAGES):
-                encoded = plan.family.encode_images(checkpoint, images, latents).to(self.session.dtype)
+                encoded = setup.family.encode_images(checkpoint, images, latents).to(self.session.dtype)
             batch = replace(batch, images=encoded, image_cond=again, losers=encoded if needs.losers else None)
         if needs.pairs:
             batch = replace(batch, pair_noise=latents, pair_latents=latents, pair_cond=again)
         if needs.trajectories and again is not None:
-            t = torch.full((rows,), min(DUMMY_TIMESTEP, plan.problem.schedule.terminal_time), dtype=torch.float64)
+            t = torch.full((rows,), min(DUMMY_TIMESTEP, setup.problem.schedule.terminal_time), dtype=torch.float64)
             states = GuidedState(latents, t, latents, torch.zeros(rows, dtype=self.session.dtype))
             batch = replace(batch, states=states, states_cond=again.told(1.0))
         return batch
@@ -196,14 +196,14 @@ class _Tracer:
     @torch.no_grad()
     def _grid(self, batch: Batch) -> None:
         """The dearest moments of a sample grid: the guided teacher on all its prompts at once, and one image decoded."""
-        session, plan = self.session, self.plan
+        session, setup = self.session, self.setup
         rows, guidance = [0] * self.training.grid_prompts, session.method.recipe().baked_guidance
-        noise = torch.zeros(len(rows), *plan.problem.latent_shape, dtype=session.dtype, device=session.device)
+        noise = torch.zeros(len(rows), *setup.problem.latent_shape, dtype=session.dtype, device=session.device)
         with self._measured_phase(SAMPLE_GRID):
             cond, null = batch.cond[rows], batch.null[rows]
-            time = min(DUMMY_TIMESTEP, plan.problem.schedule.terminal_time)
+            time = min(DUMMY_TIMESTEP, setup.problem.schedule.terminal_time)
             latents = session.triple.real_score.guided(noise, time, cond, null, guidance)
-            plan.family.decode(session.checkpoint, latents[:1])
+            setup.family.decode(session.checkpoint, latents[:1])
 
     # ---------------------------------------------------------------- the meter
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepdistill.config.registry import nearest
+from stepdistill.config.registry import suggestion_for
 from stepdistill.data.fashion import COLOURS, GARMENTS, parse_caption
 from stepdistill.errors import UserError
 from stepdistill.frozen.critic import Critic
@@ -79,7 +79,7 @@ def load(option: str, *, download: bool = True) -> Reward:
     """Loads the reward `garment`, `colour`, `brightness` or `sharpness`; nothing is ever downloaded."""
     known = ("garment", "colour", *MEASURES)
     if option not in known:
-        raise UserError(f"the reward 'critic' has no option {option!r}: {nearest(option, known)}")
+        raise UserError(f"the reward 'critic' has no option {option!r}: {suggestion_for(option, known)}")
     if option in MEASURES:
         return PixelReward(MEASURES[option])
     return AttributeReward(load_critic(), option == "colour")

@@ -13,7 +13,7 @@ from pathlib import PurePath
 
 from torch import Tensor
 
-from stepdistill.config.registry import REWARDS, nearest
+from stepdistill.config.registry import REWARDS, suggestion_for
 from stepdistill.errors import UserError
 from stepdistill.rewards.base import FunctionReward, Reward, RewardLoader, WeightedSum
 
@@ -93,7 +93,7 @@ def _import_function(name: str) -> Callable[[Tensor, Sequence[str]], Tensor]:
     module, _, attribute = name.partition(":")
     if not attribute:
         raise UserError(
-            f"there is no reward named {name!r}, so give MODULE:FUNCTION or change it: {nearest(name, tuple(REWARDS))}"
+            f"there is no reward named {name!r}, so give MODULE:FUNCTION or change it: {suggestion_for(name, tuple(REWARDS))}"
         )
     try:
         function = vars(import_module(module))[attribute]

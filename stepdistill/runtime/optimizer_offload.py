@@ -25,21 +25,21 @@ class OffloadedState:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._parked: dict[tuple[Tensor, str], tuple[torch.device, Tensor]] = {}
+        self._cpu_copies: dict[tuple[Tensor, str], tuple[torch.device, Tensor]] = {}
 
     def fetch(self) -> None:
         """Every tensor back to where it was released from."""
-        for (parameter, name), (device, parked) in self._parked.items():
+        for (parameter, name), (device, parked) in self._cpu_copies.items():
             self._state[parameter][name] = parked.to(device, non_blocking=True)
 
     def release(self) -> None:
         """Every tensor to main memory."""
         for parameter, name, value in list(self._on_device()):
-            if (parameter, name) in self._parked:
-                self._parked[parameter, name][1].copy_(value)
+            if (parameter, name) in self._cpu_copies:
+                self._cpu_copies[parameter, name][1].copy_(value)
             else:
-                self._parked[parameter, name] = value.device, to_main_memory(value)
-            self._state[parameter][name] = self._parked[parameter, name][1]
+                self._cpu_copies[parameter, name] = value.device, to_main_memory(value)
+            self._state[parameter][name] = self._cpu_copies[parameter, name][1]
 
     def _on_device(self) -> Iterator[tuple[Tensor, str, Tensor]]:
         for parameter, values in self._state.items():

@@ -16,16 +16,14 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.assets import resolve
-from stepdistill.config.reading import Settings
+from stepdistill.config.collection import CollectConfig, CollectionKind
 from stepdistill.config.registry import load_family
-from stepdistill.config.schema import ModelConfig
 from stepdistill.data.latents.latent_shards import ShardWriter, noise_for
-from stepdistill.data.latents.shard_index import CollectionKind, Fingerprint, StoredDtype
+from stepdistill.data.latents.shard_index import Fingerprint
 from stepdistill.data.latents.trajectories import TrajectoryWriter
 from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.diffusion.draws import Draws, derive_seed, generator
@@ -41,32 +39,9 @@ from stepdistill.roles.sampler import guided_trajectory, teacher_sample
 from stepdistill.runtime.kernels import compile_blocks, lay_out
 from stepdistill.training.monitoring.grids import student_latents
 from stepdistill.training.run import open_run
-from stepdistill.training.session import DTYPES, place_of
+from stepdistill.training.session import DTYPES, process_device
 
 WriterT = TypeVar("WriterT", bound=ShardWriter)
-
-
-class CollectConfig(Settings):
-    """What to draw, and how much of it."""
-
-    model: ModelConfig | None = Field(None, description="the teacher, for pairs and teacher samples")
-    run: str | None = Field(None, description="a training run, whose student draws samples")
-    prompts: str
-    prompt_column: str | None = None
-    count: int = Field(gt=0, description="latents to draw")
-    guidance: float = Field(1.0, ge=1, description="teacher guidance scale w; 1 is off")
-    guidance_range: tuple[float, float] = Field(
-        (1.0, 12.0), description="of trajectories: w is drawn evenly from here, one for each"
-    )
-    steps: int = Field(50, gt=0, description="steps of the teacher's deterministic solver (DDIM or Euler, trailing)")
-    keep: int | None = Field(None, gt=0, description="states kept of each trajectory, a random subset; all by default")
-    dtype: StoredDtype = Field("float16", description="that trajectories are stored in")
-    seed: int = 0
-    batch_size: int = Field(8, gt=0)
-    shard_size: int | None = Field(
-        None, gt=0, description="latents, or trajectories, in a file; 256 latents or 16 trajectories by default"
-    )
-    device: str | None = None
 
 
 def collect(kind: CollectionKind, config: CollectConfig, output: str | Path, resume: bool = False) -> int:
@@ -75,7 +50,7 @@ def collect(kind: CollectionKind, config: CollectConfig, output: str | Path, res
     Raises:
         UserError: a non-empty folder without `resume`, pairs of a student, or data made by another config.
     """
-    folder, place = Path(output), place_of(config.device)
+    folder, device = Path(output), process_device(config.device)
     check_folder_is_writable(folder)
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise UserError(
@@ -90,20 +65,22 @@ def collect(kind: CollectionKind, config: CollectConfig, output: str | Path, res
             f"{kind} are made by a deterministic teacher, and 'run' names a student: set 'model', or collect samples"
         )
     if kind == "trajectories":
-        return _collect_trajectories(config, folder, place)
+        return _collect_trajectories(config, folder, device)
     prompts = read_prompts(config.prompts, config.prompt_column)
-    source = _Teacher(config, place) if config.model is not None else _Student(config, place)
+    source = _TeacherSource(config, device) if config.model is not None else _Student(config, device)
     fingerprint = _fingerprint(config, source, prompts)
-    with _alone(lambda: ShardWriter(folder, kind, fingerprint, config.shard_size or 256)) as writer:
+    with _on_main_process(lambda: ShardWriter(folder, kind, fingerprint, config.shard_size or 256)) as writer:
         done = _completed(writer)
-        draws = _drawn(config, prompts, done, "latent", lambda texts, seeds: {"latents": source.draw(texts, seeds)})
+        draws = _draw_batches(
+            config, prompts, done, "latent", lambda texts, seeds: {"latents": source.draw(texts, seeds)}
+        )
         for rows in draws:
             if writer is not None:
                 writer.write(rows["seed"], rows["latents"], rows["prompt"])
     return max(done, config.count)
 
 
-def _collect_trajectories(config: CollectConfig, folder: Path, place: torch.device) -> int:
+def _collect_trajectories(config: CollectConfig, folder: Path, device: torch.device) -> int:
     """Guided walks with one w each; see `collect`."""
     low, high = config.guidance_range
     keep = config.keep or config.steps
@@ -112,19 +89,23 @@ def _collect_trajectories(config: CollectConfig, folder: Path, place: torch.devi
             f"guidance_range is [{low:g}, {high:g}] and {keep} states are kept of {config.steps} steps: give a rising range from 0 up, "
             "and keep no more states than steps"
         )
-    prompts, teacher = read_prompts(config.prompts, config.prompt_column), _Teacher(config, place)
+    prompts, teacher = read_prompts(config.prompts, config.prompt_column), _TeacherSource(config, device)
     if teacher.denoiser.guide is not None:
         raise UserError("trajectories are of a teacher that is guided by two calls: remove model.guidance_adapter")
     fingerprint = replace(_fingerprint(config, teacher, prompts), guidance=0.0, guidance_range=(low, high), keep=keep)
-    with _alone(lambda: TrajectoryWriter(folder, fingerprint, config.shard_size or 16, config.dtype)) as writer:
+    with _on_main_process(
+        lambda: TrajectoryWriter(folder, fingerprint, config.shard_size or 16, config.dtype)
+    ) as writer:
         done = _completed(writer)
-        for rows in _drawn(config, prompts, done, "trajectory", lambda texts, seeds: teacher.walks(texts, seeds, keep)):
+        for rows in _draw_batches(
+            config, prompts, done, "trajectory", lambda texts, seeds: teacher.draw_trajectories(texts, seeds, keep)
+        ):
             if writer is not None:
                 writer.write_trajectories(rows)
     return max(done, config.count)
 
 
-def _fingerprint(config: CollectConfig, source: _Teacher | _Student, prompts: PromptList) -> Fingerprint:
+def _fingerprint(config: CollectConfig, source: _TeacherSource | _Student, prompts: PromptList) -> Fingerprint:
     return Fingerprint(
         model=source.name,
         guidance=config.guidance,
@@ -140,14 +121,14 @@ def _fingerprint(config: CollectConfig, source: _Teacher | _Student, prompts: Pr
 
 
 @contextmanager
-def _alone(made: Callable[[], WriterT]) -> Iterator[WriterT | None]:
+def _on_main_process(make_writer: Callable[[], WriterT]) -> Iterator[WriterT | None]:
     """A writer in the main process alone, None in the others."""
     state = PartialState()
     state.wait_for_everyone()  # all have looked at the folder as it was
     if not state.is_main_process:
         yield None
         return
-    writer = made()
+    writer = make_writer()
     with writer:
         yield writer
 
@@ -157,7 +138,7 @@ def _completed(writer: ShardWriter | None) -> int:
     return int(gather_object([0 if writer is None else writer.completed])[0])
 
 
-def _drawn(
+def _draw_batches(
     config: CollectConfig,
     prompts: PromptList,
     done: int,
@@ -185,10 +166,10 @@ def _drawn(
                 bar.update(len(rows["seed"]))
 
 
-class _Teacher:
+class _TeacherSource:
     """Deterministic, guided draws of a checkpoint."""
 
-    def __init__(self, config: CollectConfig, place: torch.device) -> None:
+    def __init__(self, config: CollectConfig, device: torch.device) -> None:
         if config.model is None:
             raise ValueError("no model in the config")
         model = config.model
@@ -199,7 +180,7 @@ class _Teacher:
         self.shape = info.latent_shape(self.size)
         self.schedule: NoiseSchedule = info.schedule.for_tokens(self.shape[1] * self.shape[2] // 4)
         self.family = load_family(info.family)
-        self.device = place
+        self.device = device
         self.checkpoint = load_checkpoint(info, DTYPES[model.dtype], self.device, quantization=model.quantization)
         lay_out(self.checkpoint.network, model.attention, model.channels_last)
         if model.compile:
@@ -220,7 +201,7 @@ class _Teacher:
         return teacher_sample(self.denoiser, cond, null, noise, self.config.steps, self.config.guidance)
 
     @torch.no_grad()
-    def walks(self, texts: list[str], seeds: list[int], keep: int) -> dict[str, torch.Tensor]:
+    def draw_trajectories(self, texts: list[str], seeds: list[int], keep: int) -> dict[str, torch.Tensor]:
         """Columns of a trajectory folder, but for seeds and prompts. Each walk depends on its seed alone."""
         sizes = [ImageSize.plain(*self.size)] * len(texts)
         cond = self.family.encode(self.checkpoint, texts, sizes)
@@ -249,20 +230,20 @@ class _Teacher:
 class _Student:
     """Draws of a run's student by its recipe."""
 
-    def __init__(self, config: CollectConfig, place: torch.device) -> None:
+    def __init__(self, config: CollectConfig, device: torch.device) -> None:
         if config.run is None:
             raise ValueError("no run in the config")
-        self.session, iteration = open_run(config.run, str(place))
-        plan = self.session.plan
-        self.name, self.precision = f"{config.run}@{iteration}", plan.config.model.dtype
-        self.size = plan.problem.size
+        self.session, iteration = open_run(config.run, str(device))
+        setup = self.session.setup
+        self.name, self.precision = f"{config.run}@{iteration}", setup.config.model.dtype
+        self.size = setup.problem.size
         self.sampler = self.session.recipe.scheduler_class
 
     @torch.no_grad()
     def draw(self, texts: list[str], seeds: list[int]) -> torch.Tensor:
-        session, plan = self.session, self.session.plan
+        session, setup = self.session, self.session.setup
         cond = session.encoder.text(texts, [ImageSize.plain(*self.size)] * len(texts))
-        shape = plan.problem.latent_shape
+        shape = setup.problem.latent_shape
         noise = torch.stack([noise_for(seed, shape) for seed in seeds]).to(session.device, session.dtype)
         draws = Draws(0, 0, "collect", seeds, session.device, session.dtype)
         return student_latents(session, session.student, cond, noise, draws)

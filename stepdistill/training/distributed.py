@@ -22,7 +22,7 @@ from stepdistill.errors import UserError
 from stepdistill.roles.triple import Triple
 from stepdistill.runtime.sharding import whole
 
-BUCKET = 1 << 26
+GRADIENT_BUCKET_NUMEL = 1 << 26
 """Elements of gradients that travel together: all of a LoRA's, and a quarter gigabyte of a full network's at a time."""
 
 
@@ -37,7 +37,7 @@ def check_launcher(config: TrainingConfig, environment: Mapping[str, str] = os.e
             "the launcher asks for DeepSpeed, whose engine holds one network with one optimizer, and a triple has several of "
             "both: launch with configs/accelerate/fsdp2_8gpu.yaml to shard, or ddp_8gpu.yaml to replicate"
         )
-    fsdp, alone = _fsdp_asked(environment), int(environment.get("WORLD_SIZE", "1")) == 1
+    fsdp, alone = _is_fsdp_requested(environment), int(environment.get("WORLD_SIZE", "1")) == 1
     if fsdp and environment.get("FSDP_VERSION", "1") != "2":
         raise UserError(
             "the launcher asks for FSDP version 1, which flattens parameters and so cannot tell adapters apart: "
@@ -48,20 +48,20 @@ def check_launcher(config: TrainingConfig, environment: Mapping[str, str] = os.e
             "the launcher asks for fsdp_cpu_ram_efficient_loading, which leaves the text encoders empty on all processes but "
             "one: set it to false in its config"
         )
-    if alone and sharding_asked(config, environment):
+    if alone and is_sharding_requested(config, environment):
         raise UserError(
             "sharding was asked for and there is one process, which would hold everything: start several with "
             "'torchrun --nproc_per_node N -m stepdistill.cli train ...', or set training.sharding to 'replicated'"
         )
 
 
-def sharding_asked(config: TrainingConfig, environment: Mapping[str, str] = os.environ) -> bool:
+def is_sharding_requested(config: TrainingConfig, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether config or launcher want networks shared out: the environment is asked, and not the accelerator, which turns
     FSDP into DDP on the CPU without saying so."""
-    return config.sharding == "full" or (config.sharding == "auto" and _fsdp_asked(environment))
+    return config.sharding == "full" or (config.sharding == "auto" and _is_fsdp_requested(environment))
 
 
-def _fsdp_asked(environment: Mapping[str, str]) -> bool:
+def _is_fsdp_requested(environment: Mapping[str, str]) -> bool:
     return environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
@@ -76,9 +76,9 @@ class Processes:
     def __init__(self, accelerator: Accelerator, config: TrainingConfig) -> None:
         self.accelerator = accelerator
         self.index, self.count = accelerator.process_index, accelerator.num_processes
-        self.main = accelerator.is_main_process
+        self.is_main_process = accelerator.is_main_process
         self.device = accelerator.device
-        self.sharded = sharding_asked(config) and self.count > 1
+        self.sharded = is_sharding_requested(config) and self.count > 1
 
     def place(self, triple: Triple) -> None:
         """Shard the triple's networks, or make sure that every process starts from the first one's roles."""
@@ -108,7 +108,7 @@ class Processes:
         for parameter in mine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets(parameter.grad for parameter in mine if parameter.grad is not None):
+        for bucket in _gradient_buckets(parameter.grad for parameter in mine if parameter.grad is not None):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             torch.distributed.all_reduce(flat)
             flat /= self.count
@@ -125,7 +125,7 @@ class Processes:
             stacked /= self.count
         return dict(zip(values, stacked.tolist(), strict=True))
 
-    def wait(self) -> None:
+    def wait_for_everyone(self) -> None:
         """Until every process is here: what one of them looks for in a shared folder, no other may be changing yet."""
         if self.count > 1:
             torch.distributed.barrier()
@@ -143,7 +143,7 @@ class Processes:
         kept = {}
         for key, tensor in tensors.items():
             value = whole(tensor)
-            if self.main:
+            if self.is_main_process:
                 kept[key] = value.detach().cpu()
         return kept
 
@@ -157,11 +157,11 @@ class Processes:
         return [other.cpu() for other in found]
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def _gradient_buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors of one dtype and BUCKET elements together, or one that is larger alone."""
     bucket: list[Tensor] = []
     for tensor in tensors:
-        full = sum(other.numel() for other in bucket) + tensor.numel() > BUCKET
+        full = sum(other.numel() for other in bucket) + tensor.numel() > GRADIENT_BUCKET_NUMEL
         if bucket and (full or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket = []

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Seen:
+class EvaluationResult:
     """What a watcher found.
 
     Attributes:
@@ -19,7 +19,7 @@ class Seen:
 
     values: Mapping[str, float]
     best: Mapping[str, str | int | float] | None
-    enough: bool = False
+    should_stop: bool = False
 
 
 class EvaluationHook(Protocol):
@@ -27,4 +27,4 @@ class EvaluationHook(Protocol):
 
     every: int
 
-    def __call__(self, iteration: int) -> Seen: ...
+    def __call__(self, iteration: int) -> EvaluationResult: ...

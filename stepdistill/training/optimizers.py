@@ -16,14 +16,14 @@ from stepdistill.errors import UserError
 from stepdistill.runtime.optimizer_offload import OffloadedState
 from stepdistill.runtime.sharding import laid_out_like, norm
 
-CODES = ("qmap1", "qmap2")
+CODEBOOK_KEYS = ("qmap1", "qmap2")
 """What the 256 codes of 8-bit moments mean: one tensor for all parameters, saved once."""
-SIGNS = {"state1": "adamw8bit", "momentum_buffer": "muon"}
+KIND_BY_STATE_KEY = {"state1": "adamw8bit", "momentum_buffer": "muon"}
 """What only one kind's state holds -> that kind."""
 MUON_SINCE = "2.9"
 
 
-def rate(config: OptimizerConfig, update: int) -> float:
+def learning_rate_at(config: OptimizerConfig, update: int) -> float:
     """Learning rate of the update with index `update` (0-based): linear warm-up, held, then constant, linear or cosine."""
     if update < config.warmup:
         return config.lr * (update + 1) / config.warmup
@@ -56,9 +56,11 @@ class RoleOptimizer:
         self.config = config
         self.parameters = dict(parameters)
         owned = list(self.parameters.values())
-        self.parts = KINDS[config.kind](owned, config)
-        self._part = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
-        self._offloaded = [OffloadedState(part.state) for part in self.parts] if offload else []
+        self.optimizers = OPTIMIZER_FACTORIES[config.kind](owned, config)
+        self._optimizer_of = {
+            p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+        }
+        self._offloaded = [OffloadedState(optimizer.state) for optimizer in self.optimizers] if offload else []
 
     def clip(self) -> Tensor:
         """Norm of the summed gradient before clipping, float64 scalar; gradients are clipped in place."""
@@ -72,24 +74,24 @@ class RoleOptimizer:
 
     def step(self, update: int) -> float:
         """Apply the gradients with the rate of this update, and return the rate."""
-        lr = rate(self.config, update)
+        lr = learning_rate_at(self.config, update)
         for offloaded in self._offloaded:
             offloaded.fetch()
-        for part in self.parts:
-            for group in part.param_groups:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
                 group["lr"] = lr
-            part.step()
+            optimizer.step()
         for offloaded in self._offloaded:
             offloaded.release()
         return lr
 
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """What the optimizer keeps for a parameter, by its own names; empty before the first step."""
-        state: dict[str, Any] = self._part[parameter].state.get(parameter, {})
+        state: dict[str, Any] = self._optimizer_of[parameter].state.get(parameter, {})
         return state
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -100,7 +102,7 @@ class RoleOptimizer:
         `qmap1` and `qmap2` (see CODES).
         """
         return {
-            f"{'' if key in CODES else name}|{key}": torch.as_tensor(value)
+            f"{'' if key in CODEBOOK_KEYS else name}|{key}": torch.as_tensor(value)
             for name, parameter in self.parameters.items()
             for key, value in self.state_of(parameter).items()
         }
@@ -116,7 +118,7 @@ class RoleOptimizer:
             name, _, quantity = key.rpartition("|")
             found.setdefault(name, {})[quantity] = value
         codes = {key: value.to(self._device) for key, value in found.pop("", {}).items()}
-        signs = {SIGNS[key] for values in found.values() for key in values if key in SIGNS}
+        signs = {KIND_BY_STATE_KEY[key] for values in found.values() for key in values if key in KIND_BY_STATE_KEY}
         saved = next(iter(signs), "adamw")
         if found and saved != self._kind:
             raise UserError(
@@ -124,21 +126,23 @@ class RoleOptimizer:
             )
         for name, parameter in self.parameters.items():
             if name in found:
-                values = {key: self._placed(key, value, parameter) for key, value in found[name].items()}
-                self._part[parameter].state[parameter] = {**values, **codes} if "absmax1" in values else values
+                values = {key: self._to_optimizer_layout(key, value, parameter) for key, value in found[name].items()}
+                self._optimizer_of[parameter].state[parameter] = {**values, **codes} if "absmax1" in values else values
         for offloaded in self._offloaded:
             offloaded.release()
 
     @property
     def _kind(self) -> str:
         """As a saved state tells: Muon that has no matrix is AdamW."""
-        return "adamw" if self.config.kind == "muon" and not any(map(is_matrix, self._part)) else self.config.kind
+        return (
+            "adamw" if self.config.kind == "muon" and not any(map(is_matrix, self._optimizer_of)) else self.config.kind
+        )
 
     @property
     def _device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
-    def _placed(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor | int:
+    def _to_optimizer_layout(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor | int:
         """A saved value as the optimizer holds it."""
         if key != "step":
             placed = laid_out_like(parameter, value.clone())
@@ -148,7 +152,7 @@ class RoleOptimizer:
         if self.config.kind == "adamw8bit":
             return int(value)
         # fused AdamW keeps its step counts beside the parameters
-        fused = self._part[parameter].param_groups[0]["fused"]
+        fused = self._optimizer_of[parameter].param_groups[0]["fused"]
         return value.to(parameter.device if fused else "cpu", copy=True)
 
 
@@ -199,7 +203,7 @@ def _muon(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[t
     check_muon()
     matrices = [parameter for parameter in parameters if is_matrix(parameter)]
     others = [parameter for parameter in parameters if not is_matrix(parameter)]
-    parts: list[torch.optim.Optimizer] = _adamw(others, config) if others else []
+    optimizers: list[torch.optim.Optimizer] = _adamw(others, config) if others else []
     if matrices:
         muon = torch.optim.Muon(
             matrices,
@@ -208,8 +212,8 @@ def _muon(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[t
             weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-        parts.append(muon)
-    return parts
+        optimizers.append(muon)
+    return optimizers
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -225,4 +229,4 @@ def _adamw8bit(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> l
     return [AdamW8bit(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)]
 
 
-KINDS = {"adamw": _adamw, "adamw8bit": _adamw8bit, "muon": _muon}
+OPTIMIZER_FACTORIES = {"adamw": _adamw, "adamw8bit": _adamw8bit, "muon": _muon}

@@ -14,26 +14,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
+from stepdistill.config.paths import with_absolute_paths
 from stepdistill.config.schema import ModelConfig, RunConfig, load_config
 from stepdistill.errors import UserError
 from stepdistill.files.locks import locked_folder
 from stepdistill.files.outputs import check_folder_is_writable
-from stepdistill.training.description import describe
+from stepdistill.training.description import describe_run
 from stepdistill.training.distributed import Processes, check_launcher
 from stepdistill.training.evaluation_hook import EvaluationHook
-from stepdistill.training.inputs.caching import warm
-from stepdistill.training.options import check_training_options, products
+from stepdistill.training.inputs.caching import open_caches
+from stepdistill.training.option_checks import check_training_options, float32_precision
 from stepdistill.training.run_folder import checkpoints
-from stepdistill.training.run_folder.environment import RECORDED
+from stepdistill.training.run_folder.environment import RECORDED_CONFIG_KEYS
 from stepdistill.training.run_folder.logs import CONFIG, write_config
-from stepdistill.training.session import Session, device_of, open_session
+from stepdistill.training.session import Session, open_session, resolve_device
 from stepdistill.training.setup import prepare
 from stepdistill.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-EXACT_ONLY = ("dtype", "attention", "compile", "channels_last")
+HELD_BY_FINGERPRINT = ("path", "family", "config_dir")
+"""Keys of `model` that say where the base lies; whether it is the same is told by the fingerprint of its weights."""
+RESUMABLE_MODEL_KEYS = ("dtype", "attention", "compile", "channels_last")
 """Keys of `model` that a resume may change, at the price of exactness."""
-HARMLESS = frozenset(
+KEYS_WITHOUT_EFFECT = frozenset(
     f"training.{key}"
     for key in (
         "max_steps",
@@ -49,7 +52,7 @@ HARMLESS = frozenset(
     )
 )
 """Keys that change nothing that a run computes from; nor does any below `training.alarms`."""
-PATIENCE = timedelta(hours=12)
+PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
 """How long processes wait for one another: one of them fills a cache, or writes a large checkpoint."""
 
 
@@ -74,7 +77,7 @@ def train(
     config: RunConfig,
     output: str | Path | None = None,
     resume: str | None = None,
-    watcher: Callable[[Session, Path], EvaluationHook] | None = None,
+    make_evaluation_hook: Callable[[Session, Path], EvaluationHook] | None = None,
 ) -> Outcome:
     """Run a config into a folder, or continue it.
 
@@ -90,56 +93,58 @@ def train(
     folder = Path(output or config.output)
     # the other processes of a run share the lock of its first
     with locked_folder(folder, "training") if os.environ.get("RANK", "0") == "0" else nullcontext():
-        return _train(config, folder, resume, watcher)
+        return _train(config, folder, resume, make_evaluation_hook)
 
 
 def _train(
     config: RunConfig,
     folder: Path,
     resume: str | None,
-    watcher: Callable[[Session, Path], EvaluationHook] | None,
+    make_evaluation_hook: Callable[[Session, Path], EvaluationHook] | None,
 ) -> Outcome:
     config = config.model_copy(update={"output": str(folder)})  # what is written there must say where it belongs
     check_launcher(config.training)
-    device_of(config.training.device)
-    checkpoint = find_start(config, folder, resume)
-    plan = prepare(config)
+    resolve_device(config.training.device)
+    checkpoint = find_resume_checkpoint(config, folder, resume)
+    setup = prepare(config)
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     accelerator = Accelerator(
         cpu=config.training.device == "cpu",
         log_with=list(config.training.trackers) or None,
         project_dir=str(folder),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
     )
     processes = Processes(accelerator, config.training)
-    processes.wait()  # the folder has been looked at by all before one writes to it
-    check_training_options(config, plan.roles, plan.needs, processes.device, sharded=processes.sharded)
-    session = open_session(plan, processes.device, warm(plan, processes.device))
-    trainer = Trainer(session, folder, processes, watcher(session, folder) if watcher is not None else None)
+    processes.wait_for_everyone()  # the folder has been looked at by all before one writes to it
+    check_training_options(config, setup.roles, setup.needs, processes.device, sharded=processes.sharded)
+    session = open_session(setup, processes.device, open_caches(setup, processes.device))
+    trainer = Trainer(
+        session, folder, processes, make_evaluation_hook(session, folder) if make_evaluation_hook is not None else None
+    )
     if checkpoint is not None:
         trainer.load(checkpoint)
         logger.info("resumed at iteration %d from %s", trainer.counters.iteration, checkpoint)
     if checkpoint is not None and trainer.counters.iteration >= config.training.max_steps:
         reached, wanted = trainer.counters.iteration, config.training.max_steps
         logger.info("nothing to do: the run is at iteration %d, and training.max_steps is %d", reached, wanted)
-        return Outcome(folder, True, trainer.counters.iteration, processes.main)
-    if processes.main:
+        return Outcome(folder, True, trainer.counters.iteration, processes.is_main_process)
+    if processes.is_main_process:
         try:
-            write_config(folder, config)
+            write_config(folder, with_absolute_paths(config))
         except OSError as error:
             raise UserError(
                 f"the output folder {str(folder)!r} cannot be written ({error}): choose another --output"
             ) from None
-        for line in describe(plan, session, processes.count):
+        for line in describe_run(setup, session, processes.count):
             logger.info("%s", line)
     if config.training.trackers:
-        accelerator.init_trackers("stepdistill", config=_flat(config.model_dump(mode="json")))
-    with products(config.training.tf32):
+        accelerator.init_trackers("stepdistill", config=_flatten(config.model_dump(mode="json")))
+    with float32_precision(config.training.tf32):
         finished = trainer.run()
-    if plan.images is not None and (unreadable := plan.images.unreadable_names):
+    if setup.images is not None and (unreadable := setup.images.unreadable_names):
         logger.warning("%d unreadable images were replaced: %s", len(unreadable), ", ".join(unreadable[:10]))
-    return Outcome(folder, finished, trainer.counters.iteration, processes.main)
+    return Outcome(folder, finished, trainer.counters.iteration, processes.is_main_process)
 
 
 def open_run(
@@ -171,8 +176,8 @@ def open_run(
     saved = checkpoints.read(newest)
     for role in session.triple.layouts:
         session.triple.load_state(role, saved.tensors[role])
-    session.stage = saved.facts.counters.stage
-    return session, saved.facts.counters.iteration
+    session.stage = saved.metadata.counters.stage
+    return session, saved.metadata.counters.iteration
 
 
 def run_config(folder: str | Path) -> RunConfig:
@@ -192,17 +197,17 @@ def _in_full_precision(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update=exact)
 
 
-def find_start(config: RunConfig, folder: Path, resume: str | None) -> Path | None:
+def find_resume_checkpoint(config: RunConfig, folder: Path, resume: str | None) -> Path | None:
     """The checkpoint that a run in this folder goes on from; None where it starts afresh.
 
     Raises:
         UserError: a folder that holds something else, or that cannot be made; a checkpoint that is not there or not of this run.
     """
     _check_folder(folder, config, resume)
-    return _checkpoint(folder, resume)
+    return _resume_checkpoint(folder, resume)
 
 
-def _checkpoint(folder: Path, resume: str | None) -> Path | None:
+def _resume_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if resume is None:
         return None
     if resume != "latest":
@@ -237,31 +242,31 @@ def _check_folder(folder: Path, config: RunConfig, resume: str | None) -> None:
         )
     if not (folder / CONFIG).is_file():
         raise UserError(f"the output folder {str(folder)!r} holds no run to resume: choose the folder of one")
-    before = load_config(folder / CONFIG)
-    old, new = (_flat(run.model_dump(mode="json", include={"model", "method", "roles"})) for run in (before, config))
-    for key in sorted({*old, *new} - {f"model.{name}" for name in EXACT_ONLY}):
+    before, config = with_absolute_paths(load_config(folder / CONFIG)), with_absolute_paths(config)
+    old, new = (_flatten(run.model_dump(mode="json", include={"model", "method", "roles"})) for run in (before, config))
+    for key in sorted({*old, *new} - {f"model.{name}" for name in (*RESUMABLE_MODEL_KEYS, *HELD_BY_FINGERPRINT)}):
         if old.get(key) != new.get(key):
             raise UserError(
                 f"the run in {str(folder)!r} has {key} = {old.get(key)!r} and the config says {new.get(key)!r}: "
                 "resume with the run's own config.yaml, or choose another --output"
             )
     others = {"data", "optimizers", "training", "cache"}
-    old, new = (_flat(run.model_dump(mode="json", include=others)) for run in (before, config))
+    old, new = (_flatten(run.model_dump(mode="json", include=others)) for run in (before, config))
     changed = [
         key
-        for key in sorted({*old, *new} - HARMLESS - RECORDED)
+        for key in sorted({*old, *new} - KEYS_WITHOUT_EFFECT - RECORDED_CONFIG_KEYS)
         if old.get(key) != new.get(key) and not key.startswith("training.alarms.")
     ]
     if changed:
-        told = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
-        logger.warning("this resume is not bit for bit what an unbroken run gives: %s", told)
+        changes_text = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
+        logger.warning("this resume is not bit for bit what an unbroken run gives: %s", changes_text)
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
     return flat

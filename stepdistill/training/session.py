@@ -21,8 +21,8 @@ from stepdistill.rewards import HELD_OUT, REWARD, load_reward
 from stepdistill.roles.guidance_adapter import GuidanceAdapter
 from stepdistill.roles.triple import GENERATOR, REAL_SCORE, Triple
 from stepdistill.runtime.kernels import compile_blocks, lay_out
-from stepdistill.training.initial import load_initial
-from stepdistill.training.inputs.encoding import Encoder, Warm, make_encoder
+from stepdistill.training.initialization import load_initial_roles
+from stepdistill.training.inputs.encoding import Encoder, RunCaches, make_encoder
 from stepdistill.training.setup import RunSetup
 
 EMA = "generator_ema"
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Session:
     """A plan with its weights, and the stage of the run that they are of."""
 
-    plan: RunSetup
+    setup: RunSetup
     checkpoint: Checkpoint
     encoder: Encoder
     triple: Triple
@@ -44,7 +44,7 @@ class Session:
     @property
     def student(self) -> str:
         """The role that is shown and exported: the EMA where there is one."""
-        return EMA if self.plan.config.training.ema > 0 else GENERATOR
+        return EMA if self.setup.config.training.ema > 0 else GENERATOR
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -54,59 +54,61 @@ class Session:
     @property
     def recipe(self) -> Recipe:
         """How the student must be sampled, in the words of its checkpoint's pipeline, and how its base was opened."""
-        model, recipe = self.plan.config.model, self.plan.family.stock_recipe(self.plan.info, self.method.recipe())
+        model, recipe = self.setup.config.model, self.setup.family.stock_recipe(self.setup.info, self.method.recipe())
         folder = "" if model.config_dir is None else str(Path(model.config_dir).expanduser().resolve())
         return replace(recipe, base_family=model.family or "", base_config_dir=folder)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of latents and noise: float32, or float64 where the base is."""
-        return torch.float64 if self.plan.config.model.dtype == "float64" else torch.float32
+        return torch.float64 if self.setup.config.model.dtype == "float64" else torch.float32
 
 
-def open_session(plan: RunSetup, device: torch.device | str | None = None, warm: Warm | None = None) -> Session:
+def open_session(setup: RunSetup, device: torch.device | str | None = None, caches: RunCaches | None = None) -> Session:
     """Load the checkpoint and build triple and method; what warm caches make needless is not loaded."""
-    config = plan.config
-    where = device if isinstance(device, torch.device) else device_of(device or config.training.device)
+    config = setup.config
+    where = device if isinstance(device, torch.device) else resolve_device(device or config.training.device)
     checkpoint = load_checkpoint(
-        plan.info,
+        setup.info,
         DTYPES[config.model.dtype],
         where,
-        warm.parts if warm is not None else PARTS,
+        caches.parts if caches is not None else PARTS,
         config.model.quantization,
     )
     lay_out(checkpoint.network, config.model.attention, config.model.channels_last)
-    session = assemble(plan, checkpoint, where, warm)
+    session = build_session(setup, checkpoint, where, caches)
     if config.init is not None:
-        load_initial(session.triple, Path(config.init), tuple(plan.roles), EMA)
+        load_initial_roles(session.triple, Path(config.init), tuple(setup.roles), EMA)
     return session
 
 
-def assemble(plan: RunSetup, checkpoint: Checkpoint, where: torch.device, warm: Warm | None = None) -> Session:
+def build_session(
+    setup: RunSetup, checkpoint: Checkpoint, where: torch.device, caches: RunCaches | None = None
+) -> Session:
     """Triple and method on a checkpoint that is on the device `where` already."""
-    config, dtype = plan.config, DTYPES[plan.config.model.dtype]
-    encoder = make_encoder(plan.family, checkpoint, config.model.negative_prompt, plan.images, warm, where)
+    config, dtype = setup.config, DTYPES[setup.config.model.dtype]
+    encoder = make_encoder(setup.family, checkpoint, config.model.negative_prompt, setup.images, caches, where)
     triple = Triple(
         checkpoint.network,
-        plan.family,
-        plan.problem.schedule,
-        plan.layouts,
+        setup.family,
+        setup.problem.schedule,
+        setup.layouts,
         compute_dtype=dtype,
         seed=config.training.seed,
         teacher_adapter=config.model.guidance_adapter,
     )
     with torch.device("cpu"):  # its ladders and levels are numbers even where weights are outlines
-        method = plan.method_class(plan.method_config, plan.problem)
+        method = setup.method_class(setup.method_config, setup.problem)
     teacher = triple.guidance_conditioners.get(REAL_SCORE)
-    guidance = dict(plan.method_config).get("guidance")
+    guidance = dict(setup.method_config).get("guidance")
     if isinstance(teacher, GuidanceAdapter) and guidance is not None:
         teacher.warn_outside(float(guidance))
     pipeline = checkpoint.pipeline
-    triple.frozen = frozen_models(plan.method_class.needs(plan.method_config))
+    triple.frozen = load_frozen_models(setup.method_class.needs(setup.method_config))
     decode: Decode | None = None
     if pipeline is not None:
-        decode = lambda latents: plan.family.decode(checkpoint, latents)  # noqa: E731
-        decode = one_by_one(decode) if config.training.gradient_checkpointing else decode
+        decode = lambda latents: setup.family.decode(checkpoint, latents)  # noqa: E731
+        decode = checkpointed_decode(decode) if config.training.gradient_checkpointing else decode
     method.prepare(triple, decode)
     heads = (head for owned in triple.heads.values() for head in owned.values())
     for module in (*heads, *triple.frozen.values()):
@@ -115,10 +117,10 @@ def assemble(plan: RunSetup, checkpoint: Checkpoint, where: torch.device, warm: 
         triple.add_copy(EMA, GENERATOR)
     if config.training.gradient_checkpointing:
         triple.enable_gradient_checkpointing()
-    return Session(plan, checkpoint, encoder, triple, method, where)
+    return Session(setup, checkpoint, encoder, triple, method, where)
 
 
-def one_by_one(decode: Decode) -> Decode:
+def checkpointed_decode(decode: Decode) -> Decode:
     """Decodes what needs a gradient image by image, and again in backward: the autoencoder's activations are those of one."""
 
     def decoded(latents: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def one_by_one(decode: Decode) -> Decode:
     return decoded
 
 
-def frozen_models(needs: Needs) -> dict[str, nn.Module]:
+def load_frozen_models(needs: Needs) -> dict[str, nn.Module]:
     """The models that a method needs beside the triple; outlines where tensors are made on the meta device.
 
     Raises:
@@ -150,7 +152,7 @@ def finalize_placement(session: Session) -> None:
 
     A run that is only opened needs neither.
     """
-    config, triple = session.plan.config, session.triple
+    config, triple = session.setup.config, session.triple
     if "ema" in config.training.offload and EMA in triple.layouts:
         triple.park(EMA)
     if config.model.compile:
@@ -158,15 +160,15 @@ def finalize_placement(session: Session) -> None:
             compile_blocks(network)
 
 
-def place_of(name: str | None) -> torch.device:
+def process_device(name: str | None) -> torch.device:
     """Where this process computes: as told, or its own card among several processes'. Raises as `device_of`."""
     state = PartialState(cpu=name == "cpu")
     if name is None and state.num_processes > 1:
         return state.device
-    return device_of(name)
+    return resolve_device(name)
 
 
-def device_of(name: str | None) -> torch.device:
+def resolve_device(name: str | None) -> torch.device:
     """The device of that name; cuda, mps or cpu, whichever is there first, for None.
 
     Raises:

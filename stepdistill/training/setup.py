@@ -27,8 +27,8 @@ from stepdistill.methods.base import Method, Needs, Problem, RoleKind
 from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 from stepdistill.roles.lora import LoraSettings
 from stepdistill.roles.triple import RoleLayout
-from stepdistill.training.inputs.collected import check_pairs, check_trajectories
-from stepdistill.training.options import check_model_options, check_modes
+from stepdistill.training.inputs.collection_checks import check_pairs, check_trajectories
+from stepdistill.training.option_checks import check_model_options, check_role_modes
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ class RunSetup:
     def layouts(self) -> dict[str, RoleLayout]:
         """Role -> layout for the roles that the method trains."""
         configured = {"generator": self.config.roles.generator, "fake_score": self.config.roles.fake_score}
-        told = self.method_class.network_guidance_range(self.method_config)
+        guidance_range = self.method_class.network_guidance_range(self.method_config)
         return {
-            role: layout_of(configured[kind], self.family, told if kind == "generator" else None)
+            role: role_layout(configured[kind], self.family, guidance_range if kind == "generator" else None)
             for role, kind in self.roles.items()
         }
 
@@ -81,9 +81,9 @@ def prepare(config: RunConfig, *, images: bool = True) -> RunSetup:
     # before the checkpoint, whose configs may have to be downloaded
     parse(load_method(config.method_name).Config, config.method_options, where="method")
     info = inspect_checkpoint(resolve(config.model.path), config.model.family, config.model.config_dir)
-    plan = without_data(config, info)
-    data, size = config.data, plan.problem.size
-    needs = plan.needs
+    setup = prepare_without_data(config, info)
+    data, size = config.data, setup.problem.size
+    needs = setup.needs
     prompts = read_prompts(str(data.prompts), data.prompt_column)
     source = pairs = trajectories = buckets = None
     if data.images is not None and not needs.images:
@@ -99,23 +99,23 @@ def prepare(config: RunConfig, *, images: bool = True) -> RunSetup:
         _check_cache(config, source)
     if images and needs.pairs and data.pairs is not None:
         pairs = TensorFolder(data.pairs)
-        check_pairs(pairs, prompts, plan.method_config, plan.problem.latent_shape, config.model.negative_prompt)
+        check_pairs(pairs, prompts, setup.method_config, setup.problem.latent_shape, config.model.negative_prompt)
     if images and needs.trajectories and data.trajectories is not None:
         trajectories = TrajectoryFolder(data.trajectories)
         check_trajectories(
             trajectories,
             prompts,
             config.model.path,
-            plan.method_config,
-            plan.problem.latent_shape,
+            setup.method_config,
+            setup.problem.latent_shape,
             config.model.negative_prompt,
         )
     if images and data.buckets:
-        buckets = _buckets(config, info, source, pairs or trajectories)
-    return replace(plan, prompts=prompts, images=source, pairs=pairs, trajectories=trajectories, buckets=buckets)
+        buckets = _open_buckets(config, info, source, pairs or trajectories)
+    return replace(setup, prompts=prompts, images=source, pairs=pairs, trajectories=trajectories, buckets=buckets)
 
 
-def without_data(config: RunConfig, info: CheckpointInfo) -> RunSetup:
+def prepare_without_data(config: RunConfig, info: CheckpointInfo) -> RunSetup:
     """The plan of a config on a checkpoint, checked but for its data, of which nothing is read.
 
     Raises:
@@ -125,7 +125,7 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> RunSetup:
     method_config = parse(method_class.Config, config.method_options, where="method")
     family = load_family(info.family)
     check_model_options(config, family, method_class.roles(method_config))
-    check_modes(config, method_class.roles(method_config), method_class.modes)
+    check_role_modes(config, method_class.roles(method_config), method_class.modes)
     size = config.model.size or info.default_size
     _check_size(size, "model.size", info)
     latent_shape = info.latent_shape(size)
@@ -160,10 +160,10 @@ def without_data(config: RunConfig, info: CheckpointInfo) -> RunSetup:
     return RunSetup(config, info, family, method_class, method_config, problem, nothing, None, None)
 
 
-def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | None = None) -> RoleLayout:
+def role_layout(config: RoleConfig, family: Family, guidance_range: tuple[float, float] | None = None) -> RoleLayout:
     """The layout a role's configuration asks for; `told` is the range of guidance scales that its network is told."""
     if config.mode == "adapter":
-        low, high = told or (1.0, 1.0)
+        low, high = guidance_range or (1.0, 1.0)
         try:
             guide = GuidanceAdapterSettings(
                 config.kind, config.width, config.shared, low, high, config.heads, config.rising
@@ -171,7 +171,7 @@ def layout_of(config: RoleConfig, family: Family, told: tuple[float, float] | No
         except ValueError as error:
             raise UserError(str(error)) from error
         return RoleLayout("adapter", guide=guide)
-    embedding = None if told is None else EmbeddingSettings()
+    embedding = None if guidance_range is None else EmbeddingSettings()
     if config.mode == "full":
         return RoleLayout("full", guide=embedding)
     targets = family.lora_targets(config.targets) if isinstance(config.targets, str) else tuple(config.targets)
@@ -194,7 +194,7 @@ def _feature_size(sizes: Sequence[tuple[int, int]], info: CheckpointInfo, family
     return height, width
 
 
-def _buckets(
+def _open_buckets(
     config: RunConfig,
     info: CheckpointInfo,
     images: ImageSource | None,

@@ -11,31 +11,31 @@ from dataclasses import dataclass
 from types import FrameType
 
 logger = logging.getLogger(__name__)
-SAME = 2.0
+SAME_SIGNAL_SECONDS = 2.0
 """Seconds within which a second signal is the first one, come twice: a launcher passes on to its processes what a terminal or
 a cluster has sent to all of them."""
 
 
 @dataclass
-class Stop:
+class StopRequest:
     """Whether a signal has come."""
 
-    asked: bool = False
+    requested: bool = False
 
 
 @contextmanager
-def graceful() -> Iterator[Stop]:
+def stop_on_signal() -> Iterator[StopRequest]:
     """SIGINT and SIGTERM set `asked`; one that comes later raises KeyboardInterrupt. Handlers are restored afterwards."""
-    stop, first = Stop(), 0.0
+    stop, first = StopRequest(), 0.0
 
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal first
-        if not stop.asked:
+        if not stop.requested:
             first = time.monotonic()
             logger.warning("signal %d: finishing this iteration, then saving; once more stops at once", number)
-        elif time.monotonic() - first > SAME:
+        elif time.monotonic() - first > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
-        stop.asked = True
+        stop.requested = True
 
     try:
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from stepdistill.config.paths import with_absolute_paths
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import UserError
 from stepdistill.methods.base import STUDENT, Batch, Progress, Stage, Terms
@@ -23,12 +24,12 @@ from stepdistill.training.monitoring.monitor import Monitor
 from stepdistill.training.monitoring.tracking import Tracker
 from stepdistill.training.optimizers import RoleOptimizer
 from stepdistill.training.run_folder import checkpoints
-from stepdistill.training.run_folder.checkpoints import Counters, Facts, NonFiniteError
+from stepdistill.training.run_folder.checkpoints import CheckpointMetadata, Counters, NonFiniteError
 from stepdistill.training.run_folder.environment import Environment
-from stepdistill.training.run_folder.logs import CONFIG, cut_back, write_config
-from stepdistill.training.run_folder.tensor_store import KEPT, RunTensorStore
+from stepdistill.training.run_folder.logs import CONFIG, discard_records_after, write_config
+from stepdistill.training.run_folder.tensor_store import STORE_FOLDER, RunTensorStore
 from stepdistill.training.session import EMA, Session, finalize_placement
-from stepdistill.training.stopping import graceful
+from stepdistill.training.stopping import stop_on_signal
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -82,22 +83,24 @@ class Trainer:
     """
 
     def __init__(
-        self, session: Session, folder: Path, processes: Processes, watch: EvaluationHook | None = None
+        self, session: Session, folder: Path, processes: Processes, evaluation_hook: EvaluationHook | None = None
     ) -> None:
-        self.watch = watch
+        self.evaluation_hook = evaluation_hook
         self.session, self.folder, self.processes = session, folder, processes
-        self.config = session.plan.config.training
+        self.config = session.setup.config.training
         self.triple, self.method = session.triple, session.method
         self.base = self.triple.fingerprint()
         processes.place(self.triple)
         finalize_placement(session)
-        self.counters = Counters(updates={role: 0 for role in session.plan.roles})
+        self.counters = Counters(updates={role: 0 for role in session.setup.roles})
         self.optimizers = self._optimizers()
-        self.latest: dict[str, float] = {}
+        self.latest_values: dict[str, float] = {}
         """Of every role's last update since a line was logged: at a ratio of 5 few updates fall on the line's iteration."""
-        self._origin: Path | None = None
-        self.method.attach_storage(RunTensorStore(folder / KEPT, processes))
-        self.environment = Environment.here(session.plan.config, session.device, processes.count, processes.sharded)
+        self._loaded_from: Path | None = None
+        self.method.attach_storage(RunTensorStore(folder / STORE_FOLDER, processes))
+        self.environment = Environment.of_this_process(
+            session.setup.config, session.device, processes.count, processes.sharded
+        )
 
     # ---------------------------------------------------------------- the loop
 
@@ -110,7 +113,7 @@ class Trainer:
         config, processes = self.config, self.processes
         if self.counters.iteration == 0:
             set_seed(config.seed)
-        saved = self._go_back()
+        saved = self._discard_later_state()
         tracker = Tracker(self.folder, config.max_steps, self.counters.iteration, processes.accelerator)
         monitor = Monitor(self.session, self.folder, processes)
         numbers = sample_numbers(
@@ -122,25 +125,25 @@ class Trainer:
             processes=processes.count,
         )
         source = BatchSource(self.session, config.seed, processes.count).batches(numbers)
-        with graceful() as stop:
-            enough = False
+        with stop_on_signal() as stop:
+            should_stop = False
             # a signal may reach the processes at different iterations, and they must stop at the same
-            while self.counters.iteration < config.max_steps and not enough and not processes.any(stop.asked):
+            while self.counters.iteration < config.max_steps and not should_stop and not processes.any(stop.requested):
                 self._enter_stage()
-                self.latest |= processes.mean(self.iteration([next(source) for _ in range(config.accumulation)]))
+                self.latest_values |= processes.mean(self.iteration([next(source) for _ in range(config.accumulation)]))
                 done = self.counters.iteration
                 tracker.advance(config.batch_size * config.accumulation * processes.count)
                 drawn = monitor.draw(done) if monitor.draws(done) else {}
                 due = done % config.log_every == 0 or monitor.draws(done)
                 if due or done == config.max_steps:
-                    values = {**self.latest, **drawn}
+                    values = {**self.latest_values, **drawn}
                     tracker.log(done, monitor.line(done, values, self.counters.skipped))
                 if due:
-                    self.latest = {}
+                    self.latest_values = {}
                 if done % config.save_every == 0 and self.save():
                     saved = done
-                if self.watch is not None and done % self.watch.every == 0:
-                    saved, enough = self._look(self.watch, tracker, saved)
+                if self.evaluation_hook is not None and done % self.evaluation_hook.every == 0:
+                    saved, should_stop = self._evaluate_student(self.evaluation_hook, tracker, saved)
             if saved != self.counters.iteration and not self.save():
                 raise UserError(
                     f"the last checkpoint, of iteration {self.counters.iteration}, could not be written to {str(self.folder)!r} "
@@ -154,7 +157,7 @@ class Trainer:
         tracker.close()
         return finished
 
-    def _go_back(self) -> int:
+    def _discard_later_state(self) -> int:
         """Drop what lies beyond the iteration to go on from; the iteration of the newest checkpoint in this run's folder.
 
         A checkpoint from elsewhere (`best`, `abandoned`, another folder) becomes one of this run first: whatever happens
@@ -162,12 +165,13 @@ class Trainer:
         """
         iteration, place = self.counters.iteration, self.folder / CHECKPOINTS
         from_elsewhere = (
-            self._origin is not None and self._origin.resolve() != checkpoints.path_of(place, iteration).resolve()
+            self._loaded_from is not None
+            and self._loaded_from.resolve() != checkpoints.checkpoint_path(place, iteration).resolve()
         )
-        self.processes.wait()  # a slower one may still be reading the checkpoint that is set aside here
-        if self.processes.main:
-            cut_back(self.folder, iteration)
-            checkpoints.set_aside(place, iteration, itself=from_elsewhere)
+        self.processes.wait_for_everyone()  # a slower one may still be reading the checkpoint that is set aside here
+        if self.processes.is_main_process:
+            discard_records_after(self.folder, iteration)
+            checkpoints.move_later_checkpoints(place, iteration, itself=from_elsewhere)
         if not from_elsewhere:
             return iteration
         return iteration if self.save() else 0
@@ -235,7 +239,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- stages
 
-    def _boundaries(self) -> list[tuple[int, Stage]]:
+    def _stage_starts(self) -> list[tuple[int, Stage]]:
         """(first iteration, stage) of every stage."""
         first, found = 0, []
         for stage in self.method.stages():
@@ -245,12 +249,12 @@ class Trainer:
 
     def _progress(self) -> Progress:
         counters = self.counters
-        first = self._boundaries()[counters.stage][0]
+        first = self._stage_starts()[counters.stage][0]
         return Progress(counters.iteration, dict(counters.updates), counters.stage, counters.iteration - first)
 
     def _enter_stage(self) -> None:
         """At a stage's first iteration: set its roles up and give it optimizers of its own."""
-        for index, (first, stage) in enumerate(self._boundaries()):
+        for index, (first, stage) in enumerate(self._stage_starts()):
             begins = index > self.counters.stage or self.counters.iteration == 0
             if begins and self.counters.iteration >= first:
                 self._check_updates()
@@ -263,12 +267,12 @@ class Trainer:
                     self.triple.copy_role(GENERATOR, EMA)
                 self.counters.begin_stage()
                 self.optimizers = self._optimizers()
-                self.latest = {}
+                self.latest_values = {}
 
     def _optimizers(self) -> dict[str, RoleOptimizer]:
-        configured = self.session.plan.config.optimizers
+        configured = self.session.setup.config.optimizers
         chosen = {"generator": configured.generator, "fake_score": configured.fake_score}
-        roles = self.session.plan.roles
+        roles = self.session.setup.roles
         offload = "optimizer" in self.config.offload
         return {
             role: RoleOptimizer(self.triple.parameters(role), chosen[kind], offload=offload)
@@ -286,14 +290,14 @@ class Trainer:
             UserError: a weight, a moment or another tensor of the state is not finite; nothing is written then.
         """
         failed, broken = False, ""
-        groups = self._groups()
-        if self.processes.main:
+        groups = self._tensor_groups()
+        if self.processes.is_main_process:
             counters = replace(self.counters, updates=dict(self.counters.updates))
-            facts = Facts(self.session.plan.config.method_name, self.base, counters, self.environment)
+            metadata = CheckpointMetadata(self.session.setup.config.method_name, self.base, counters, self.environment)
             try:
                 if not (self.folder / CONFIG).is_file():  # somebody deleted the folder: make it a run again
-                    write_config(self.folder, self.session.plan.config)
-                checkpoints.write(self.folder / CHECKPOINTS, facts, groups, self.config.keep)
+                    write_config(self.folder, with_absolute_paths(self.session.setup.config))
+                checkpoints.write(self.folder / CHECKPOINTS, metadata, groups, self.config.keep)
             except NonFiniteError as error:
                 broken = str(error)
             except OSError as error:
@@ -308,7 +312,7 @@ class Trainer:
             )
         return not self.processes.any(failed)
 
-    def _groups(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    def _tensor_groups(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         """(name, tensors on the main process's CPU), one at a time."""
         whole = self.processes.whole
         for role in self.triple.layouts:
@@ -316,7 +320,10 @@ class Trainer:
         for role, optimizer in self.optimizers.items():
             yield f"optimizer.{role}", whole(optimizer.state_dict())
         yield "method", whole(self.method.state_dict())
-        yield checkpoints.LOG, {key: torch.tensor(value, dtype=torch.float64) for key, value in self.latest.items()}
+        yield (
+            checkpoints.LOG,
+            {key: torch.tensor(value, dtype=torch.float64) for key, value in self.latest_values.items()},
+        )
         yield "rng", self._global_rng()
 
     def load(self, path: Path) -> None:
@@ -326,19 +333,19 @@ class Trainer:
             UserError: corrupt, of another method or base, or not fitting these roles.
         """
         saved = checkpoints.read(path)
-        self._origin = path
-        facts, mine = saved.facts, self.session.plan.config.method_name
-        if facts.method != mine:
+        self._loaded_from = path
+        metadata, mine = saved.metadata, self.session.setup.config.method_name
+        if metadata.method != mine:
             raise UserError(
-                f"the checkpoint {path} was made by method {facts.method!r} and the config says {mine!r}: use the run's own config"
+                f"the checkpoint {path} was made by method {metadata.method!r} and the config says {mine!r}: use the run's own config"
             )
-        if facts.base != self.base and facts.environment.dtype == self.environment.dtype:
+        if metadata.base != self.base and metadata.environment.dtype == self.environment.dtype:
             raise UserError(
-                f"the checkpoint {path} was trained on a base with fingerprint {facts.base}, and the weights of "
-                f"{self.session.plan.config.model.path!r} have {self.base}: put the weights back that the run was started with"
+                f"the checkpoint {path} was trained on a base with fingerprint {metadata.base}, and the weights of "
+                f"{self.session.setup.config.model.path!r} have {self.base}: put the weights back that the run was started with"
             )
-        self.environment.warn_of(facts.environment)
-        self.counters, self.session.stage = facts.counters, facts.counters.stage
+        self.environment.warn_about_changes(metadata.environment)
+        self.counters, self.session.stage = metadata.counters, metadata.counters.stage
         for role in self.triple.layouts:
             if role not in saved.tensors:
                 raise UserError(
@@ -349,7 +356,7 @@ class Trainer:
         for role, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved.tensors[f"optimizer.{role}"])
         self.method.load_state_dict(saved.tensors["method"])
-        self.latest = {key: float(value) for key, value in saved.tensors.get(checkpoints.LOG, {}).items()}
+        self.latest_values = {key: float(value) for key, value in saved.tensors.get(checkpoints.LOG, {}).items()}
         self._set_global_rng(saved.tensors["rng"])
         found = [int(other) for other in self.processes.gather(torch.tensor([self.counters.iteration]))]
         if len(set(found)) > 1:
@@ -377,19 +384,19 @@ class Trainer:
 
     # ---------------------------------------------------------------- looking at the student
 
-    def _look(self, watch: EvaluationHook, tracker: Tracker, saved: int) -> tuple[int, bool]:
+    def _evaluate_student(self, evaluation_hook: EvaluationHook, tracker: Tracker, saved: int) -> tuple[int, bool]:
         """Let the watcher measure; the best student's checkpoint is kept beside the newest ones.
 
         Returns the newest saved iteration, and whether the watcher has seen enough.
         """
-        seen = watch(self.counters.iteration)
-        tracker.note(self.counters.iteration, seen.values)
+        seen = evaluation_hook(self.counters.iteration)
+        tracker.log_evaluation(self.counters.iteration, seen.values)
         if seen.best is not None:
             if saved != self.counters.iteration and self.save():
                 saved = self.counters.iteration
-            if saved == self.counters.iteration and self.processes.main:
+            if saved == self.counters.iteration and self.processes.is_main_process:
                 try:
                     checkpoints.keep_best(self.folder / CHECKPOINTS, saved, seen.best)
                 except OSError as error:
                     logger.error("the best checkpoint so far could not be kept (%s)", error)
-        return saved, seen.enough
+        return saved, seen.should_stop

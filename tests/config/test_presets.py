@@ -132,6 +132,6 @@ def test_a_preset_trains_and_its_run_opens(written: Callable[..., Path], tmp_pat
     config = load_config(written(), ["preset=8gb"])
     train(config, tmp_path / "run")
     session, iteration = open_run(tmp_path / "run")
-    assert (iteration, session.plan.config) == (1, config.model_copy(update={"output": str(tmp_path / "run")}))
+    assert (iteration, session.setup.config) == (1, config.model_copy(update={"output": str(tmp_path / "run")}))
     state = checkpoints.read(tmp_path / "run/checkpoints/step-00000001").tensors["optimizer.generator"]
     assert {key.rpartition("|")[2] for key in state} == {"step", "state1", "state2"}  # too small for 8 bit, all of them

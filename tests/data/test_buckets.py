@@ -30,7 +30,7 @@ from stepdistill.data.images.opening import open_images
 from stepdistill.data.images.source import read_image_size
 from stepdistill.methods.base import Batch
 from stepdistill.roles.heads import FeatureHead
-from stepdistill.training.description import describe
+from stepdistill.training.description import describe_run
 from stepdistill.training.inputs.batches import BatchSource, sample_numbers
 from stepdistill.training.run import train
 from stepdistill.training.session import open_session
@@ -212,11 +212,11 @@ def test_buckets_of_tar_shards(photos: Path, tmp_path: Path) -> None:
 def test_a_run_on_prompts_alone_takes_buckets_alike(tiny: Callable[..., Path], tmp_path: Path) -> None:
     config = run_config(tiny("sd"), 3, 2, buckets=SIZES)
     config = config.model_copy(update={"method": {"name": "dmd2", "guidance": 2.0, "steps": 2}})
-    plan = prepare(config)
-    assert plan.buckets is not None
-    assert (plan.buckets.weights, plan.buckets.members) == ((1, 1, 1), ())
-    assert any("buckets 16x16" in line for line in describe(plan))
-    source = BatchSource(open_session(plan), 0, 1)
+    setup = prepare(config)
+    assert setup.buckets is not None
+    assert (setup.buckets.weights, setup.buckets.members) == ((1, 1, 1), ())
+    assert any("buckets 16x16" in line for line in describe_run(setup))
+    source = BatchSource(open_session(setup), 0, 1)
     shapes = {made.latent_shape for _, made in source.batches(sample_numbers(0, 12, batch=2, accumulation=1))}
     assert shapes == {(4, 8, 8), (4, 8, 12), (4, 16, 8)}
     assert train(config, tmp_path / "run").finished
@@ -238,8 +238,8 @@ def test_the_head_takes_every_size_from_its_own_on(size: tuple[int, int]) -> Non
 
 
 def test_the_head_is_made_for_the_smallest_bucket(tiny: Callable[..., Path], photos: Path) -> None:
-    plan = prepare(run_config(tiny("sd"), 1, images=str(photos), buckets=[(64, 32), (16, 48)]))
-    assert plan.problem.feature_size == (4, 8)
+    setup = prepare(run_config(tiny("sd"), 1, images=str(photos), buckets=[(64, 32), (16, 48)]))
+    assert setup.problem.feature_size == (4, 8)
     assert prepare(run_config(tiny("sd"), 1, images=str(photos))).problem.feature_size == (4, 4)
 
 
@@ -248,7 +248,7 @@ def test_buckets_that_are_refused(tiny: Callable[..., Path], photos: Path, tmp_p
         return lambda: prepare(run_config(tiny("sd"), 1, **{"images": str(photos), **section}))
 
     refusal(prepared(buckets=[[16, 16], [18, 16]]), "data.buckets is [18, 16]", "multiples of 4")
-    refusal(prepared(buckets=[[16, 16], [0, 16]]), "data.buckets is [0, 16]", "multiples of 4")
+    refusal(prepared(buckets=[[16, 16], [0, 16]]), "data.buckets.1.0", "greater than 0")
     refusal(prepared(buckets=[[16, 16], [16, 16]]), "twice", "name each once")
     stream = "data.streaming to false"
     pytest.importorskip("datasets")

@@ -25,7 +25,7 @@ from stepdistill.data.latents.encoding_cache import (
 )
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.files.atomic import file_hash
-from stepdistill.training.inputs.encoding import from_entry, text_entry
+from stepdistill.training.inputs.encoding import conditioning_from_entry, conditioning_to_entry
 
 IDENTITY = EncoderIdentity(
     "text", "sd", "bfloat16", {"text_encoder/model.safetensors": "ab", "tokenizer/vocab.json": "cd"}
@@ -206,17 +206,17 @@ def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_padding_that_a_mask_hides_is_not_stored() -> None:
     text = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 0, 0, 0]])
-    entry = text_entry(Conditioning(text, mask=mask, time_ids=torch.ones(1, 6)))
+    entry = conditioning_to_entry(Conditioning(text, mask=mask, time_ids=torch.ones(1, 6)))
     assert entry["text"].shape == (3, 4)
     assert entry.keys() == {"text", "mask"}
-    back = from_entry(entry)
+    back = conditioning_from_entry(entry)
     assert back.text.shape == text.shape
     assert torch.equal(back.text[:, :3], text[:, :3])
     assert not back.text[:, 3:].any()
     assert back.mask is not None
     assert torch.equal(back.mask, mask)
     # without a mask every token is attended to
-    assert text_entry(Conditioning(text))["text"].shape == (6, 4)
+    assert conditioning_to_entry(Conditioning(text))["text"].shape == (6, 4)
     # padding on the left stays, since positions would move
     left = torch.tensor([[0, 0, 0, 0, 1, 1]])
-    assert text_entry(Conditioning(text, mask=left))["text"].shape == (6, 4)
+    assert conditioning_to_entry(Conditioning(text, mask=left))["text"].shape == (6, 4)

@@ -226,7 +226,7 @@ def test_evaluation_during_training_keeps_the_best_checkpoint(tmp_path: Path) ->
     best = json.loads((tmp_path / "run/checkpoints/best/best.json").read_text())
     assert best["value"] == min(line["evaluation/generator_ema/fid@12"] for line in lines)
     kept = checkpoints.read(tmp_path / "run/checkpoints/best")
-    assert kept.facts.counters.iteration == best["iteration"]
+    assert kept.metadata.counters.iteration == best["iteration"]
     newest = [checkpoints.read(tmp_path / name / "checkpoints/step-00000004") for name in ("plain", "run")]
     for name, tensor in newest[0].tensors["generator"].items():
         assert torch.equal(tensor, newest[1].tensors["generator"][name])

@@ -76,7 +76,7 @@ def test_experts_are_frozen_and_roles_start_again(
 
     def watched(self: Trainer, batches: Sequence[tuple[Sequence[int], Batch]]) -> dict[str, torch.Tensor]:
         triple = self.triple
-        x, t = torch.ones(1, *self.session.plan.problem.latent_shape, dtype=torch.float64), 499.0
+        x, t = torch.ones(1, *self.session.setup.problem.latent_shape, dtype=torch.float64), 499.0
         cond = batches[0][1].cond[[0]]
         with torch.no_grad():
             said = {role: triple.denoiser(role).x0(x, t, cond) for role in ("real_score", *triple.layouts)}
@@ -139,9 +139,9 @@ def test_a_run_draws_with_the_experts_that_it_has(runs: Callable[..., Path], ste
     """After each phase: finished experts, the student in training, and the teacher where later phases will be."""
     session, _ = open_run(runs(steps=steps), "cpu")
     roles = {"g": "generator_ema", "r": "real_score", "1": "expert_1", "2": "expert_2"}
-    cond = session.encoder.text(["a", "b"], [ImageSize.plain(*session.plan.problem.size)] * 2)
+    cond = session.encoder.text(["a", "b"], [ImageSize.plain(*session.setup.problem.size)] * 2)
     draws = Draws(0, 0, "test", range(2))
-    noise = draws.normal("noise", session.plan.problem.latent_shape)
+    noise = draws.normal("noise", session.setup.problem.latent_shape)
     found = student_latents(session, session.student, cond, noise, draws)
     method, x = session.method, noise
     timesteps = [*method.timesteps, -1.0]

@@ -172,8 +172,8 @@ def test_a_best_checkpoint_of_an_abandoned_branch_is_set_aside(tmp_path: Path, b
     train(bench.config(DMD2_CASE, 4, save_every=2), run)
     places = run / "checkpoints"
     checkpoints.keep_best(places, 4, {"iteration": 4, "metric": "fid", "value": 1.0})
-    checkpoints.set_aside(places, 2)
-    assert checkpoints.best_facts(places) is None
+    checkpoints.move_later_checkpoints(places, 2)
+    assert checkpoints.read_best_metadata(places) is None
     assert (places / "abandoned/best/best.json").is_file()
 
 
@@ -195,7 +195,7 @@ def test_the_best_checkpoint_outlives_a_kill_while_it_is_replaced(
     with pytest.raises(KeyboardInterrupt):
         checkpoints.keep_best(places, 4, {"iteration": 4, "metric": "fid", "value": 1.0})
     monkeypatch.undo()
-    assert checkpoints.best_facts(places) == {"iteration": 2, "metric": "fid", "value": 2.0}
+    assert checkpoints.read_best_metadata(places) == {"iteration": 2, "metric": "fid", "value": 2.0}
 
 
 def test_a_run_whose_every_checkpoint_is_broken_is_not_started_afresh(bench: Bench, tmp_path: Path) -> None:
@@ -333,12 +333,12 @@ def test_resume_around_a_stage_boundary(
     assert [line["generator/lr"] for line in lines if "generator/lr" in line] == [0.5e-3, 1e-3, 0.5e-3, 1e-3]
     path = checkpoints.latest(tmp_path / "whole/checkpoints")
     assert path is not None
-    assert checkpoints.read(path).facts.counters.updates == {"generator": 2, "fake_score": 3}
+    assert checkpoints.read(path).metadata.counters.updates == {"generator": 2, "fake_score": 3}
 
 
 def test_a_later_signal_stops_at_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest checkpoint is then the one before."""
-    monkeypatch.setattr(signals, "SAME", 0.05)
+    monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", 0.05)
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)

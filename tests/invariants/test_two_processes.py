@@ -160,8 +160,8 @@ def test_a_loss_that_is_no_number_on_one_process_skips_on_both(together: tuple[B
     path = checkpoints.latest(folder / f"nan-{kind}/checkpoints")
     assert path is not None
     found = checkpoints.read(path)
-    assert (found.facts.counters.skipped, found.facts.counters.bad_in_row) == (2, 0)
-    assert found.facts.counters.updates == {"generator": 2, "fake_score": 4}
+    assert (found.metadata.counters.skipped, found.metadata.counters.bad_in_row) == (2, 0)
+    assert found.metadata.counters.updates == {"generator": 2, "fake_score": 4}
     assert all(bool(tensor.isfinite().all()) for group in found.tensors.values() for tensor in group.values())
 
 

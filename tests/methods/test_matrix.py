@@ -14,7 +14,7 @@ from safetensors import safe_open
 from support.method_cases import CASES, FULLEST, LAYOUTS, Bench, difference, equal, saved
 
 import stepdistill
-from stepdistill.api.training import natural_format
+from stepdistill.api.training import default_export_format
 from stepdistill.config.registry import family_names, load_family, method_names
 from stepdistill.config.schema import RunConfig
 from stepdistill.errors import UserError
@@ -57,7 +57,7 @@ def through(bench: Bench, tmp_path: Path, case: str, family: str, variant: str, 
     whole = saved(tmp_path / "whole")
     assert equal(whole, saved(tmp_path / "broken"))
     assert all(bool(tensor.isfinite().all()) for group in whole.values() for tensor in group.values())
-    exported = stepdistill.export(tmp_path / "whole", natural_format(make(1)), tmp_path / "export")
+    exported = stepdistill.export(tmp_path / "whole", default_export_format(make(1)), tmp_path / "export")
     with safe_open(exported / "proof.safetensors", "pt") as proof:
         assert len(list(proof.keys())) > 0
     assert (tmp_path / "whole/grids/step-00000003.png").is_file()

@@ -29,9 +29,9 @@ from stepdistill.runtime import kernels
 from stepdistill.runtime.kernels import compile_blocks, lay_out
 from stepdistill.training import optimizers
 from stepdistill.training.optimizers import RoleOptimizer, check_adamw8bit
-from stepdistill.training.options import check_training_options, products
+from stepdistill.training.option_checks import check_training_options, float32_precision
 from stepdistill.training.run import train
-from stepdistill.training.session import EMA, one_by_one
+from stepdistill.training.session import EMA, checkpointed_decode
 from stepdistill.training.setup import prepare
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -292,7 +292,7 @@ def test_images_are_decoded_one_by_one_and_again_in_backward(tiny: Callable[...,
         return family.decode(checkpoint, latents)  # type: ignore[no-any-return]
 
     found = []
-    for decoder in (decode, one_by_one(decode)):
+    for decoder in (decode, checkpointed_decode(decode)):
         latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
         images = decoder(latents)
         images.square().mean().backward()
@@ -301,7 +301,7 @@ def test_images_are_decoded_one_by_one_and_again_in_backward(tiny: Callable[...,
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
     with torch.no_grad():
-        one_by_one(decode)(torch.zeros(2, 4, 8, 8))
+        checkpointed_decode(decode)(torch.zeros(2, 4, 8, 8))
     assert rows[-1] == 2
 
 
@@ -451,7 +451,7 @@ def test_options_of_stock_networks_only(tiny: Callable[..., Path], config: Calla
 def test_precision_of_products_is_put_back() -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     for tf32, word in ((True, "high"), (False, "highest")):
-        with products(tf32):
+        with float32_precision(tf32):
             assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (word, tf32)
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 

@@ -248,7 +248,7 @@ def test_train_resume_and_export(config: Callable[..., RunConfig], tmp_path: Pat
     assert found is not None
     assert 0 < float(found[1]) < (5 if kind == "int8" else 60)
     session, _ = open_run(tmp_path / "whole", "cpu", full_precision=True)
-    assert session.plan.config.model.quantization == "none"
+    assert session.setup.config.model.quantization == "none"
 
 
 @needs_torchao

@@ -16,7 +16,7 @@ from stepdistill.assets import FOLDER
 from stepdistill.config.reading import parse
 from stepdistill.config.schema import AlarmsConfig, RunConfig, load_config
 from stepdistill.errors import UserError
-from stepdistill.training.monitoring.alarms import ALARMS, Alarms, Swing, to_and_fro
+from stepdistill.training.monitoring.alarms import ALARMS, Alarms, Oscillation, oscillation_amplitude
 from stepdistill.training.monitoring.monitor import LatentReference
 from stepdistill.training.run import train
 
@@ -27,7 +27,7 @@ STEADY: Line = {
     "fake_score/d_fake": -1.0, "signals/diversity_ratio": 0.95, "signals/saturation_drift": 0.01, "generator/clipped": 0.0,
     "fake_score/clipped": 0.0, "signals/skipped": 0.0,
 }  # fmt: skip
-DRAWN = {alarm.signal for alarm in ALARMS if alarm.drawn}
+DRAWN = {alarm.signal for alarm in ALARMS if alarm.measured_at_grids}
 """Of fixed prompts and noise: they have no sampling noise."""
 
 
@@ -48,7 +48,7 @@ def healthy(count: int) -> list[dict[str, float]]:
 
 def said(lines: Iterable[Line], alarms: Alarms | None = None, start: int = 0) -> list[str]:
     alarms = alarms or Alarms(AlarmsConfig())
-    return [text for k, line in enumerate(lines) for text in alarms.see(start + k, line)]
+    return [text for k, line in enumerate(lines) for text in alarms.judge(start + k, line)]
 
 
 def of(signal: str, values: Sequence[float]) -> list[Line]:
@@ -84,19 +84,19 @@ WAYS: Mapping[str, tuple[str, list[float], str]] = {
 
 
 def test_every_band_has_a_way_out_of_it() -> None:
-    bands = set(AlarmsConfig.model_fields) - {"enabled", "window"}
-    assert set(WAYS) == bands == {alarm.band for alarm in ALARMS}
+    thresholds = set(AlarmsConfig.model_fields) - {"enabled", "window"}
+    assert set(WAYS) == thresholds == {alarm.threshold for alarm in ALARMS}
     assert {alarm.signal for alarm in ALARMS} == set(STEADY)
 
 
-@pytest.mark.parametrize("band", WAYS)
-def test_one_warning_names_signal_band_and_remedy(band: str) -> None:
-    signal, values, remedy = WAYS[band]
+@pytest.mark.parametrize("threshold", WAYS)
+def test_one_warning_names_signal_band_and_remedy(threshold: str) -> None:
+    signal, values, remedy = WAYS[threshold]
     (text,) = said(of(signal, values))
     assert signal in text
-    assert f"training.alarms.{band} = " in text
+    assert f"training.alarms.{threshold} = " in text
     assert remedy in text
-    assert not said(of(signal, values), Alarms(AlarmsConfig.model_validate({band: None})))
+    assert not said(of(signal, values), Alarms(AlarmsConfig.model_validate({threshold: None})))
     assert not said(of(signal, values), Alarms(AlarmsConfig(enabled=False)))
 
 
@@ -140,11 +140,11 @@ def test_a_stage_is_held_against_its_own_start() -> None:
     moved = [0.3 + 0.01 * k for k in range(60)] + [0.5 + e for e in noise(120, 1e-5)]
     lines = of("fake_score/denoising", moved)
     assert not said(lines)
-    (text,) = said(lines, Alarms(AlarmsConfig(), starts=[59]))
+    (text,) = said(lines, Alarms(AlarmsConfig(), stage_starts=[59]))
     assert "has not moved from its start" in text
     gap = of("generator/score_gap", [0.02] * 60 + [1.2] * 60)
     assert any("score_gap_rise" in text for text in said(gap))
-    assert not any("score_gap_rise" in text for text in said(gap, Alarms(AlarmsConfig(), starts=[59])))
+    assert not any("score_gap_rise" in text for text in said(gap, Alarms(AlarmsConfig(), stage_starts=[59])))
 
 
 @pytest.mark.parametrize("cut", [5, 30, 45, 59])
@@ -159,15 +159,15 @@ def test_state_is_a_function_of_the_lines(cut: int) -> None:
 
 
 def test_to_and_fro() -> None:
-    assert to_and_fro([0, 1, 2, 3]) == 0
-    assert to_and_fro([0, 3, 0]) == 0
-    assert to_and_fro([0, 3, 1, 4]) == 2
-    assert to_and_fro([0, 1, 5, 4, 4.5, 0.5, 9]) == 4.5
+    assert oscillation_amplitude([0, 1, 2, 3]) == 0
+    assert oscillation_amplitude([0, 3, 0]) == 0
+    assert oscillation_amplitude([0, 3, 1, 4]) == 2
+    assert oscillation_amplitude([0, 1, 5, 4, 4.5, 0.5, 9]) == 4.5
 
 
 def test_sampling_noise_is_no_swing() -> None:
     """However long it lasts; a swing that stands out of it is found at any time."""
-    still, moving = Swing(10), Swing(10)
+    still, moving = Oscillation(10), Oscillation(10)
     for k, e in enumerate(noise(3000, 1.0)):
         assert not still(e)
         found = moving(2 * math.sin(k / 5) + 0.3 * e)

@@ -38,7 +38,7 @@ from stepdistill.families.conditioning import Conditioning, ImageSize
 from stepdistill.families.sdxl import SDXL
 from stepdistill.training.inputs import caching
 from stepdistill.training.inputs.batches import BatchSource
-from stepdistill.training.inputs.caching import estimate, fill, warm
+from stepdistill.training.inputs.caching import estimate_cache_bytes, fill_caches, open_caches
 from stepdistill.training.inputs.encoding import LiveEncoder
 from stepdistill.training.run import open_run, train
 from stepdistill.training.session import open_session
@@ -135,25 +135,25 @@ def test_conditioning_comes_back_to_the_bit(
 ) -> None:
     if family == "analytic":
         negative = negative and "mode 1"
-    plan = prepare(config(family, variant, model__dtype=dtype, model__negative_prompt=negative))
-    session = open_session(plan, "cpu", warm(plan, "cpu"))
-    live = open_session(plan, "cpu")
-    texts = list(plan.prompts.texts)
+    setup = prepare(config(family, variant, model__dtype=dtype, model__negative_prompt=negative))
+    session = open_session(setup, "cpu", open_caches(setup, "cpu"))
+    live = open_session(setup, "cpu")
+    texts = list(setup.prompts.texts)
     sizes = [ImageSize((40 + i, 30), (i, 2), (16, 16)) for i in range(len(texts))]
-    wanted = [plan.family.encode(live.checkpoint, [text], [size]) for text, size in zip(texts, sizes, strict=True)]
+    wanted = [setup.family.encode(live.checkpoint, [text], [size]) for text, size in zip(texts, sizes, strict=True)]
     # what an encoder says of padding is not stored, and zero in a run without a cache too
     assert same(session.encoder.text(texts, sizes), Conditioning.cat(wanted).masked())
     assert same(live.encoder.text(texts, sizes), Conditioning.cat(wanted).masked())
-    null = [plan.family.null(live.checkpoint, [size], negative) for size in sizes]
+    null = [setup.family.null(live.checkpoint, [size], negative) for size in sizes]
     assert same(session.encoder.null(sizes), Conditioning.cat(null).masked())
     assert same(live.encoder.null(sizes), Conditioning.cat(null).masked())
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_latents_come_back_to_the_bit(config: Configure, images: Path, flip: bool) -> None:
-    plan = prepare(config(method__gan=GAN, data__images=str(images), data__flip=flip))
-    cached = open_session(plan, "cpu", warm(plan, "cpu")).encoder
-    live = open_session(prepare(plan.config), "cpu").encoder
+    setup = prepare(config(method__gan=GAN, data__images=str(images), data__flip=flip))
+    cached = open_session(setup, "cpu", open_caches(setup, "cpu")).encoder
+    live = open_session(prepare(setup.config), "cpu").encoder
     assert cached.images is not None
     assert live.images is not None
     drawn = set()
@@ -161,7 +161,7 @@ def test_latents_come_back_to_the_bit(config: Configure, images: Path, flip: boo
         for sample in range(6):
             a, b = (encoder.images.read(index, generator(sample)) for encoder in (cached, live))  # type: ignore[union-attr]
             assert (a.caption, a.crop) == (b.caption, b.crop)
-            noise = torch.randn(1, *plan.problem.latent_shape, generator=generator(sample))
+            noise = torch.randn(1, *setup.problem.latent_shape, generator=generator(sample))
             latents = cached.latents([a], noise)
             assert torch.equal(latents, live.latents([b], noise))
             drawn.add((a.mean.sum().item(), index))  # type: ignore[union-attr]
@@ -193,7 +193,7 @@ def test_text_alone_and_latents_alone(config: Configure, images: Path, tmp_path:
     train(config(cached=False, **changes), tmp_path / "live")
     for name in ("text", "latents"):
         half = config(**changes, **{f"cache__{name}": False})
-        fill(prepare(half))
+        fill_caches(prepare(half))
         calls.clear()
         train(half, tmp_path / name)
         assert set(calls) == {"text" if name == "text" else "images"}
@@ -210,15 +210,15 @@ def test_one_file_is_cached_as_its_folder_is(
     weights = (sd1 if family == "sd" else sdxl)(*parts, layers=1)
     save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "one.safetensors")
     changes = {"method__gan": GAN, "data__images": str(images)}
-    plan = prepare(
+    setup = prepare(
         config(family, **changes, model__path=str(tmp_path / "one.safetensors"), model__config_dir=str(folder))
     )
-    cached = open_session(plan, "cpu", warm(plan, "cpu"))
+    cached = open_session(setup, "cpu", open_caches(setup, "cpu"))
     assert cached.checkpoint.pipeline is not None
     assert cached.checkpoint.pipeline.text_encoder is None
-    live, sizes = open_session(plan, "cpu"), [ImageSize.plain(16, 16)]
+    live, sizes = open_session(setup, "cpu"), [ImageSize.plain(16, 16)]
     assert same(cached.encoder.text(["a photo"], sizes), live.encoder.text(["a photo"], sizes))
-    noise = torch.zeros(1, *plan.problem.latent_shape)
+    noise = torch.zeros(1, *setup.problem.latent_shape)
     pictures = [encoder.images.read(2, generator(0)) for encoder in (cached.encoder, live.encoder)]  # type: ignore[union-attr]
     assert torch.equal(cached.encoder.latents(pictures[:1], noise), live.encoder.latents(pictures[1:], noise))
 
@@ -226,11 +226,11 @@ def test_one_file_is_cached_as_its_folder_is(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gpu_s_batch_comes_back_to_the_bit(config: Configure, images: Path, dtype: str) -> None:
-    plan = prepare(config("sdxl", method__gan=GAN, data__images=str(images), model__dtype=dtype))
-    cached, live = open_session(plan, "cuda", warm(plan, "cuda")).encoder, open_session(plan, "cuda").encoder
-    texts, sizes = list(plan.prompts.texts), [ImageSize.plain(16, 16)] * len(plan.prompts)
+    setup = prepare(config("sdxl", method__gan=GAN, data__images=str(images), model__dtype=dtype))
+    cached, live = open_session(setup, "cuda", open_caches(setup, "cuda")).encoder, open_session(setup, "cuda").encoder
+    texts, sizes = list(setup.prompts.texts), [ImageSize.plain(16, 16)] * len(setup.prompts)
     assert same(cached.text(texts, sizes), live.text(texts, sizes))
-    noise = torch.zeros(3, *plan.problem.latent_shape, device="cuda")
+    noise = torch.zeros(3, *setup.problem.latent_shape, device="cuda")
     items = [[encoder.images.read(i, generator(i)) for i in range(3)] for encoder in (cached, live)]  # type: ignore[union-attr]
     assert torch.equal(cached.latents(items[0], noise), live.latents(items[1], noise))
 
@@ -265,19 +265,19 @@ def test_buckets_and_shards_come_back_to_the_bit(
         "data__flip": True,
         "data__buckets": [[16, 16], [32, 16]],
     }
-    plan = prepare(config(**changes))
-    assert plan.buckets is not None
-    assert list(map(len, plan.buckets.members)) == [5, 1]
-    caches = warm(plan, "cpu")
+    setup = prepare(config(**changes))
+    assert setup.buckets is not None
+    assert list(map(len, setup.buckets.members)) == [5, 1]
+    caches = open_caches(setup, "cpu")
     # five readable images, twice; three prompts, six captions, the unconditional branch
     assert calls == {"images": 10, "text": 10}
-    assert estimate(plan) == 10 * 77 * 32 * 4 + 2 * 2 * 4 * 4 * (5 * 8 * 8 + 16 * 8)
+    assert estimate_cache_bytes(setup) == 10 * 77 * 32 * 4 + 2 * 2 * 4 * 4 * (5 * 8 * 8 + 16 * 8)
     numbers = [range(start, start + 3) for start in range(0, 90, 3)]
     calls.clear()
-    cached = [batch for _, batch in BatchSource(open_session(plan, "cpu", caches), 0, 1).batches(iter(numbers))]
+    cached = [batch for _, batch in BatchSource(open_session(setup, "cpu", caches), 0, 1).batches(iter(numbers))]
     assert not calls
     assert {tuple(batch.images.shape) for batch in cached if batch.images is not None} == {(3, 4, 8, 8), (3, 4, 16, 8)}
-    live = [batch for _, batch in BatchSource(open_session(plan, "cpu"), 0, 1).batches(iter(numbers))]
+    live = [batch for _, batch in BatchSource(open_session(setup, "cpu"), 0, 1).batches(iter(numbers))]
     for one, other in zip(cached, live, strict=True):
         assert one.images is not None
         assert other.images is not None
@@ -291,7 +291,7 @@ def test_buckets_and_shards_come_back_to_the_bit(
 
 
 def test_encoders_leave_memory(config: Configure, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = prepare(config("sdxl", method__gan=GAN, data__images=str(images)))
+    setup = prepare(config("sdxl", method__gan=GAN, data__images=str(images)))
     seen: list[weakref.ref[torch.nn.Module]] = []
     load = caching.load_checkpoint
 
@@ -303,28 +303,28 @@ def test_encoders_leave_memory(config: Configure, images: Path, monkeypatch: pyt
         return checkpoint
 
     monkeypatch.setattr(caching, "load_checkpoint", watched)
-    caches = warm(plan, "cpu")
+    caches = open_caches(setup, "cpu")
     assert len(seen) == 3
     assert all(part() is None for part in seen)
-    session = open_session(plan, "cpu", caches)
+    session = open_session(setup, "cpu", caches)
     pipeline = session.checkpoint.pipeline
     assert pipeline is not None
     assert pipeline.text_encoder is None
     assert pipeline.text_encoder_2 is None
     assert pipeline.vae.encoder is None
-    assert plan.family.decode(session.checkpoint, torch.zeros(1, *plan.problem.latent_shape)).shape == (1, 3, 16, 16)
+    assert setup.family.decode(session.checkpoint, torch.zeros(1, *setup.problem.latent_shape)).shape == (1, 3, 16, 16)
     with pytest.raises(RuntimeError, match="left memory"):
         session.encoder.text(["of no cache"], [ImageSize.plain(16, 16)])
 
 
 def test_an_evaluation_keeps_the_text_encoders(config: Configure, calls: Counter[str]) -> None:
-    plan = prepare(config(evaluation__every=1))
-    session = open_session(plan, "cpu", warm(plan, "cpu"))
+    setup = prepare(config(evaluation__every=1))
+    session = open_session(setup, "cpu", open_caches(setup, "cpu"))
     calls.clear()
     prompts, sizes = ["a photo", "of no cache"], [ImageSize.plain(16, 16)] * 2
     cond = session.encoder.text(prompts, sizes)
     assert calls["text"] == 1
-    assert same(cond, open_session(plan, "cpu").encoder.text(prompts, sizes))
+    assert same(cond, open_session(setup, "cpu").encoder.text(prompts, sizes))
 
 
 # ---------------------------------------------------------------- what makes a cache stale
@@ -334,23 +334,23 @@ def test_only_what_is_new_is_encoded(
     config: Configure, images: Path, tmp_path: Path, calls: Counter[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     changes = {"method__gan": GAN, "data__images": str(images), "data__flip": True}
-    done = fill(prepare(config(**changes)))
+    done = fill_caches(prepare(config(**changes)))
     # three prompts, five captions, the unconditional branch (which SD encodes as a prompt); four readable images, twice
     assert calls == {"text": 9, "images": 8}
     assert (done.encoded, done.entries) == (17, 17)
     assert done.size > 8 * 2 * 4 * 4 * 8 * 8
     calls.clear()
-    assert fill(prepare(config(**changes))).encoded == 0
+    assert fill_caches(prepare(config(**changes))).encoded == 0
     (tmp_path / "prompts.txt").write_text("a new one\nthe dog\n")
     Image.new("RGB", (30, 30), "black").save(images / "3.png")
     with caplog.at_level(logging.INFO):
-        fill(prepare(config(**changes)))
+        fill_caches(prepare(config(**changes)))
     assert calls == {"text": 1, "images": 2}
     assert "1 of 8 texts are not in it yet" in caplog.text
     # an image is found by what it holds, wherever it is
     calls.clear()
     (images / "4.png").rename(images / "renamed.png")
-    fill(prepare(config(**changes)))
+    fill_caches(prepare(config(**changes)))
     assert calls["images"] == 0
 
 
@@ -358,14 +358,14 @@ def test_another_encoder_is_told(
     config: Configure, copied: Callable[..., Path], caplog: pytest.LogCaptureFixture, calls: Counter[str]
 ) -> None:
     model = copied("sd")
-    fill(prepare(config(model__path=str(model))))
+    fill_caches(prepare(config(model__path=str(model))))
     file = model / "text_encoder/model.safetensors"
     weights = load_file(file)
     save_file({key: value + 1 for key, value in weights.items()}, file, {"format": "pt"})
     calls.clear()
     with caplog.at_level(logging.INFO):
-        fill(prepare(config(model__path=str(model))))
-        fill(prepare(config(model__path=str(model), model__dtype="bfloat16")))
+        fill_caches(prepare(config(model__path=str(model))))
+        fill_caches(prepare(config(model__path=str(model), model__dtype="bfloat16")))
     assert calls["text"] == 2 * 4
     assert "made anew: text_encoder/model.safetensors changed" in caplog.text
     assert "made anew: dtype is bfloat16 and was float32" in caplog.text
@@ -373,12 +373,12 @@ def test_another_encoder_is_told(
     # another network or scheduler changes nothing that is cached, and another path to the same files neither
     (model / "unet/extra.txt").write_text("x")
     moved = Path(shutil.copytree(model, model.parent / "moved"))
-    fill(prepare(config(model__path=str(moved))))
+    fill_caches(prepare(config(model__path=str(moved))))
     assert not calls
 
 
 def test_a_broken_shard_is_encoded_again(config: Configure, tmp_path: Path, calls: Counter[str]) -> None:
-    fill(prepare(config()))
+    fill_caches(prepare(config()))
     shard = next((tmp_path / "cache").glob("text-*/shard-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-3])
     calls.clear()
@@ -393,17 +393,17 @@ def test_refusals(
     config: Configure, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
 ) -> None:
     changes = {"method__gan": GAN, "data__images": str(images)}
-    refusal(lambda: fill(prepare(config(cached=False))), "no cache section")
+    refusal(lambda: fill_caches(prepare(config(cached=False))), "no cache section")
     refusal(lambda: prepare(config(**changes, data__crop="random")), "data.crop to center", "cache.latents to false")
     prepare(config(**changes, data__crop="random", cache__latents=False))
     streamed = {"data__images": f"hf:{saved_dataset(tmp_path / 'dataset')}", "data__streaming": True}
     refusal(lambda: prepare(config(**{**changes, **streamed})), "data.streaming to false", "remove the cache section")
-    refusal(lambda: fill(prepare(config(**{**changes, "data__max_bad_share": 0.1}))), "unreadable")
+    refusal(lambda: fill_caches(prepare(config(**{**changes, "data__max_bad_share": 0.1}))), "unreadable")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
         calls.clear()
         target = tmp_path / "elsewhere/cache"
-        refusal(lambda: fill(prepare(config(cache__folder=str(target)))), "cache.folder", "0.00 GB are free")
+        refusal(lambda: fill_caches(prepare(config(cache__folder=str(target)))), "cache.folder", "0.00 GB are free")
         assert not calls
         assert not list(target.glob("text-*"))
     finite = UNetFamily.posterior
@@ -424,23 +424,23 @@ def test_a_prompt_without_a_finite_embedding_is_named(config: Configure, monkeyp
         return Conditioning(cond.text * (torch.nan if prompts == ["the dog"] else 1))
 
     monkeypatch.setattr(type(load_family("sd")), "encode", broken)
-    refusal(lambda: fill(prepare(config())), "'the dog'", "float32")
+    refusal(lambda: fill_caches(prepare(config())), "'the dog'", "float32")
 
 
 def test_the_estimate_is_the_size(config: Configure, images: Path, tmp_path: Path) -> None:
     info = SDXL().inspect("sdxl", CONFIGS / "sdxl", None)
     assert SDXL().encoding_bytes(info, torch.bfloat16) == 77 * 2048 * 2 + 1280 * 2 == 317_952
-    assert estimate(prepare(config(cached=False))) == 0
+    assert estimate_cache_bytes(prepare(config(cached=False))) == 0
     for family in ("sd", "sdxl"):
         folder = tmp_path / family
         changes = {"method__gan": GAN, "data__images": str(images), "data__flip": True, "cache__folder": str(folder)}
-        plan = prepare(config(family, **changes, model__dtype="bfloat16"))
-        fill(plan)
+        setup = prepare(config(family, **changes, model__dtype="bfloat16"))
+        fill_caches(setup)
         shards = [load_file(path) for path in folder.rglob("*.safetensors")]
         held = sum(t.nbytes for shard in shards for name, t in shard.items() if not name.endswith("/crop"))
         # the estimate counts the unreadable image too
         unreadable = 2 * 2 * 4 * 4 * 8 * 8
-        assert held == estimate(plan) - unreadable
+        assert held == estimate_cache_bytes(setup) - unreadable
 
 
 @pytest.mark.ci

@@ -17,7 +17,7 @@ from stepdistill.methods.base import STUDENT, Batch, Progress, Rollout, Stage, T
 from stepdistill.methods.matching.dmd2 import DMD2
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 from stepdistill.training.distributed import Processes
-from stepdistill.training.evaluation_hook import Seen
+from stepdistill.training.evaluation_hook import EvaluationResult
 from stepdistill.training.run import open_run, train
 from stepdistill.training.run_folder import checkpoints
 from stepdistill.training.run_folder.tensor_store import RunTensorStore
@@ -67,8 +67,8 @@ def test_a_watcher_that_has_seen_enough_ends_the_run_resumably(bench: Bench, tmp
     class Third:
         every = 1
 
-        def __call__(self, iteration: int) -> Seen:
-            return Seen({}, None, enough=iteration == 3)
+        def __call__(self, iteration: int) -> EvaluationResult:
+            return EvaluationResult({}, None, should_stop=iteration == 3)
 
     config = bench.config(CASES["dmd2"], 6)
     outcome = train(config, tmp_path / "run", None, lambda _session, _folder: Third())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stepdistill.training.run_folder.logs import LineFile
+from stepdistill.training.run_folder.logs import JsonLinesFile
 
 
 def iterations(path: Path) -> list[int]:
@@ -20,7 +20,7 @@ def iterations(path: Path) -> list[int]:
 def test_refused_lines_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A folder stands where the file should be, and then no longer does."""
     path = tmp_path / "stats.jsonl"
-    file = LineFile(path)
+    file = JsonLinesFile(path)
     path.mkdir()
     with caplog.at_level(logging.WARNING):
         file.append(1, {"loss": 1.0})
@@ -34,7 +34,7 @@ def test_refused_lines_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 def test_no_line_stays_by_half(tmp_path: Path) -> None:
     """A limit of the file's size cuts the second line short, as a full disk does."""
     path = tmp_path / "stats.jsonl"
-    file = LineFile(path)
+    file = JsonLinesFile(path)
     file.append(1, {"loss": 1.0})
     whole = path.stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -50,7 +50,7 @@ def test_no_line_stays_by_half(tmp_path: Path) -> None:
 
 def test_a_deleted_folder_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "run" / "stats.jsonl"
-    file = LineFile(path)
+    file = JsonLinesFile(path)
     file.append(1, {})
     os.unlink(path)
     path.parent.rmdir()
@@ -59,6 +59,6 @@ def test_a_deleted_folder_is_made_again(tmp_path: Path) -> None:
 
 
 def test_lines_are_json_also_where_a_loss_is_no_number(tmp_path: Path) -> None:
-    LineFile(tmp_path / "stats.jsonl").append(3, {"loss": float("nan"), "norm": float("inf"), "lr": 0.5})
+    JsonLinesFile(tmp_path / "stats.jsonl").append(3, {"loss": float("nan"), "norm": float("inf"), "lr": 0.5})
     line = (tmp_path / "stats.jsonl").read_text()
     assert line == '{"iteration": 3, "loss": null, "norm": null, "lr": 0.5}\n'

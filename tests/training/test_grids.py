@@ -12,7 +12,7 @@ from support.method_cases import CASES, Bench
 
 from stepdistill.diffusion.prediction import guide
 from stepdistill.methods.parts import score_gap
-from stepdistill.training.monitoring.grids import LEVELS, Grid, as_pixels, diversity
+from stepdistill.training.monitoring.grids import SCORE_LEVELS, Grid, diversity, to_pixel_array
 from stepdistill.training.session import Session, open_session
 from stepdistill.training.setup import prepare
 
@@ -48,7 +48,7 @@ def test_the_score_gap_is_that_of_each_sample() -> None:
 
 
 def test_pixels_are_not_rounded() -> None:
-    pixels = as_pixels(torch.tensor([0.1, 0.5, 2.0]).reshape(1, 3, 1, 1))
+    pixels = to_pixel_array(torch.tensor([0.1, 0.5, 2.0]).reshape(1, 3, 1, 1))
     assert pixels.shape == (1, 1, 1, 3)
     assert pixels.flatten().tolist() == pytest.approx([25.5, 127.5, 255.0], abs=1e-5)
 
@@ -57,13 +57,13 @@ def test_rows_of_the_scores_are_what_both_say_of_the_same_noised_samples(bench: 
     """On the analytic family: the real score is guided, the fake score not, at each level; 7 rows in all."""
     opened = session(bench, "analytic")
     grid = Grid(opened, None, 3, 4.0, seeds=2)
-    x = normal(0, 3, *opened.plan.problem.latent_shape)
+    x = normal(0, 3, *opened.setup.problem.latent_shape)
     with torch.no_grad():
         for parameter in opened.triple.parameters("fake_score").values():
             parameter += 0.1
         rows, shift = grid._scores(x)
         gaps = []
-        for k, level in enumerate(LEVELS):
+        for k, level in enumerate(SCORE_LEVELS):
             t = opened.triple.schedule.time_at_fraction(level).expand(3)
             x_t = opened.triple.schedule.add_noise(x, grid.draws[0].normal(f"scores{level}", x.shape[1:]), t)
             uncond, base = opened.triple.real_score.both(x_t, t, grid.cond, grid.null)
@@ -93,7 +93,7 @@ def test_pictures_of_a_family_that_decodes(bench: Bench, tmp_path: Path) -> None
     assert set(values) == {
         f"signals/{name}" for name in ("brightness", "brightness_drift", "saturation_drift", "fake_shift")
     }
-    height, width = opened.plan.problem.size
+    height, width = opened.setup.problem.size
     sizes = [Image.open(tmp_path / f"grids/{kind}-00000007.png").size for kind in ("step", "scores")]
     assert sizes == [(2 * width + 2, rows * height + 2 * (rows - 1)) for rows in (2, 7)]
 

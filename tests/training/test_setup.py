@@ -21,7 +21,7 @@ from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.run import train
 from stepdistill.training.session import EMA, Session, open_session
-from stepdistill.training.setup import prepare, without_data
+from stepdistill.training.setup import prepare, prepare_without_data
 from stepdistill.training.trainer import Trainer
 
 GAN = {"name": "dmd2", "guidance": 2.0, "ratio": 2, "steps": 2, "gan": {"weight": 1e-2}}
@@ -234,11 +234,11 @@ def test_a_trace_without_weights_is_the_trace_with_weights(
 def test_operations_are_torchs_own_count(config: Callable[..., RunConfig]) -> None:
     run = config(method=PLAIN)
     session = session_of(run)
-    traced = trace(build_on_meta(session.plan), count_network_calls(session.plan))
-    x, cond = torch.zeros(3, *session.plan.problem.latent_shape), traced.cond[[0, 0, 0]]
+    traced = trace(build_on_meta(session.setup), count_network_calls(session.setup))
+    x, cond = torch.zeros(3, *session.setup.problem.latent_shape), traced.cond[[0, 0, 0]]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        session.triple.real_score.x0(x, 499.0, session.plan.family.encode(session.checkpoint, [""] * 3, []))
+        session.triple.real_score.x0(x, 499.0, session.setup.family.encode(session.checkpoint, [""] * 3, []))
     network = counter.get_flop_counts()["UNet2DConditionModel"]
     assert 3 * traced.per_row[REAL_SCORE, False].total == sum(network.values())
     assert cond.text.shape == (3, 77, 32)
@@ -259,7 +259,7 @@ def test_the_peak_is_what_a_gpu_allocates() -> None:
         },
         "test",
     )
-    ready = without_data(run, find_architecture(run.model).info)
+    ready = prepare_without_data(run, find_architecture(run.model).info)
     call_statistics, session = count_network_calls(ready), build_on_meta(ready)
     expected = max(phase.transient for phase in trace(build_on_meta(ready), call_statistics).phases)
     triple = session.triple

@@ -22,8 +22,8 @@ from stepdistill.errors import UserError
 from stepdistill.files.locks import locked_folder
 from stepdistill.methods.base import Terms
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR
-from stepdistill.training.optimizers import RoleOptimizer, rate
-from stepdistill.training.run import open_run, train
+from stepdistill.training.optimizers import RoleOptimizer, learning_rate_at
+from stepdistill.training.run import open_run, run_config, train
 from stepdistill.training.run_folder import checkpoints
 from stepdistill.training.run_folder.environment import Environment
 from stepdistill.training.trainer import RoleUpdates, Trainer
@@ -56,9 +56,9 @@ def config(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
     return make
 
 
-def facts(iteration: int) -> checkpoints.Facts:
+def metadata(iteration: int) -> checkpoints.CheckpointMetadata:
     here = Environment("cpu", 1, 1, False, "float32", "sdpa", False, False, "none", 1, 1, "2")
-    return checkpoints.Facts("dmd2", "base", checkpoints.Counters(iteration), here)
+    return checkpoints.CheckpointMetadata("dmd2", "base", checkpoints.Counters(iteration), here)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -98,7 +98,7 @@ def test_update_counts_and_rates(config: Callable[..., RunConfig], tmp_path: Pat
     train(config(7), tmp_path)
     path = checkpoints.latest(tmp_path / "checkpoints")
     assert path is not None
-    assert checkpoints.read(path).facts.counters.updates == {"generator": 3, "fake_score": 7}
+    assert checkpoints.read(path).metadata.counters.updates == {"generator": 3, "fake_score": 7}
     lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     rates = [line["generator/lr"] for line in lines if "generator/lr" in line]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
@@ -168,10 +168,10 @@ def test_weights_that_are_not_finite_are_not_saved(
     real = RoleOptimizer.step
 
     def diverging(self: RoleOptimizer, update: int) -> float:
-        rate = real(self, update)
+        learning_rate_at = real(self, update)
         with torch.no_grad():
             next(iter(self.parameters.values())).fill_(torch.nan)
-        return rate
+        return learning_rate_at
 
     monkeypatch.setattr(RoleOptimizer, "step", diverging)
     with pytest.raises(UserError, match=r"the weights of iteration 3 are not finite \(.*\), so they were not saved"):
@@ -198,7 +198,7 @@ def test_one_bad_step_leaves_the_parameters_alone(
     assert all(torch.equal(before["fake_score"][k], after["fake_score"][k]) for k in before["fake_score"])
     path = checkpoints.latest(tmp_path / "after/checkpoints")
     assert path is not None
-    assert checkpoints.read(path).facts.counters.skipped == 1
+    assert checkpoints.read(path).metadata.counters.skipped == 1
 
 
 def test_corrupt_checkpoints_are_skipped_by_name(
@@ -218,20 +218,20 @@ def test_corrupt_checkpoints_are_skipped_by_name(
 def test_a_failed_write_keeps_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = [("generator", {"w": torch.ones(3)})]
     for step in (1, 2):
-        checkpoints.write(tmp_path, facts(step), group, keep=2)
+        checkpoints.write(tmp_path, metadata(step), group, keep=2)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoints.write(tmp_path, facts(3), group, keep=2)
+        checkpoints.write(tmp_path, metadata(3), group, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in range(1, 6):
-        checkpoints.write(tmp_path, facts(step), [("generator", {"w": torch.ones(1)})], keep=2)
+        checkpoints.write(tmp_path, metadata(step), [("generator", {"w": torch.ones(1)})], keep=2)
     assert checkpoints.steps(tmp_path) == [4, 5]
 
 
@@ -270,11 +270,13 @@ def test_open_run_and_refusals(config: Callable[..., RunConfig], tmp_path: Path)
 
 def test_rates() -> None:
     cosine = OptimizerConfig(lr=1.0, warmup=4, schedule="cosine", decay_updates=10)
-    assert [rate(cosine, u) for u in (0, 3, 4, 9, 14, 99)] == pytest.approx([0.25, 1, 1, 0.5, 0, 0])
+    assert [learning_rate_at(cosine, u) for u in (0, 3, 4, 9, 14, 99)] == pytest.approx([0.25, 1, 1, 0.5, 0, 0])
     held = cosine.model_copy(update={"schedule": "linear", "hold": 100})
-    assert [rate(held, u) for u in (0, 3, 4, 104, 109, 114, 999)] == pytest.approx([0.25, 1, 1, 1, 0.5, 0, 0])
-    assert rate(OptimizerConfig(lr=2.0, schedule="linear", decay_updates=4), 1) == pytest.approx(1.5)
-    assert rate(OptimizerConfig(lr=2.0), 10**6) == 2.0
+    assert [learning_rate_at(held, u) for u in (0, 3, 4, 104, 109, 114, 999)] == pytest.approx(
+        [0.25, 1, 1, 1, 0.5, 0, 0]
+    )
+    assert learning_rate_at(OptimizerConfig(lr=2.0, schedule="linear", decay_updates=4), 1) == pytest.approx(1.5)
+    assert learning_rate_at(OptimizerConfig(lr=2.0), 10**6) == 2.0
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99"])
@@ -305,3 +307,34 @@ def test_the_lock_of_a_dead_process_is_free(config: Callable[..., RunConfig], tm
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
     assert train(config(1), tmp_path / "run").finished
+
+
+def test_a_run_resumes_from_a_base_that_was_moved(
+    config: Callable[..., RunConfig], tmp_path: Path, copied: Callable[..., Path]
+) -> None:
+    """Which base it is, is told by its weights and not by its path."""
+    base = copied("analytic")
+    make = lambda steps, path: config(steps).model_copy(  # noqa: E731
+        update={"model": config(steps).model.model_copy(update={"path": str(path)})}
+    )
+    train(make(2, base), tmp_path / "run")
+    moved = base.rename(tmp_path / "moved")
+    assert train(make(4, moved), tmp_path / "run", resume="latest").finished
+
+
+def test_the_config_of_a_run_does_not_depend_on_the_folder_it_was_started_in(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config(2)
+    base, prompts = Path(whole.model.path), Path(str(whole.data.prompts))
+    monkeypatch.chdir(base.parent)
+    relative = whole.model_copy(
+        update={
+            "model": whole.model.model_copy(update={"path": base.name}),
+            "data": whole.data.model_copy(update={"prompts": os.path.relpath(prompts)}),
+        }
+    )
+    train(relative, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    written = run_config(tmp_path / "run")
+    assert (Path(written.model.path), Path(str(written.data.prompts)).resolve()) == (base, prompts.resolve())

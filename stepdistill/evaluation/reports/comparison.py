@@ -40,7 +40,7 @@ def compare_reports(first: Path, second: Path, output: Path | None) -> str:
         picture
         for name, folder, report in zip(names, folders, reports, strict=True)
         for row in report.rows
-        for picture in _pictures(f"{name}: {row.name}", folder / "images" / row.name, output, row.num_images)
+        for picture in _report_images(f"{name}: {row.name}", folder / "images" / row.name, output, row.num_images)
     ]
     with disk_errors_as_user_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def compare_reports(first: Path, second: Path, output: Path | None) -> str:
     return text
 
 
-def _pictures(row: str, folder: Path, output: Path, count: int) -> list[ReportImage]:
+def _report_images(row: str, folder: Path, output: Path, count: int) -> list[ReportImage]:
     """Returns a few images of a row, at the same indices for every row; none if the images were not kept."""
     chosen = range(0, count, max(1, count // NUM_IMAGES))[:NUM_IMAGES]
     files = [folder / f"{i:05d}.png" for i in chosen]

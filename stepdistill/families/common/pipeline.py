@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stepdistill.config.registry import nearest
+from stepdistill.config.registry import suggestion_for
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import UserError
 from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part, Posterior
@@ -181,7 +181,7 @@ class PipelineFamily(Family):
     def lora_targets(self, preset: str) -> tuple[str, ...]:
         if preset not in self.lora_presets:
             raise UserError(
-                f"there is no preset of LoRA targets named {preset!r}: {nearest(preset, tuple(self.lora_presets))}"
+                f"there is no preset of LoRA targets named {preset!r}: {suggestion_for(preset, tuple(self.lora_presets))}"
             )
         return self.lora_presets[preset]
 

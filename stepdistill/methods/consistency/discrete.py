@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stepdistill.config.reading import Settings, Switch
+from stepdistill.config.reading import Settings, WeightedTermConfig
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.schedule import NoiseSchedule, Time, broadcast
 from stepdistill.diffusion.timesteps import evenly_spaced_timesteps, uniform_grid
@@ -41,7 +41,7 @@ PredictX0 = Callable[[Tensor, Tensor], Tensor]
 """(x_t, t) -> x0."""
 
 
-class ConsistencyGanConfig(Switch):
+class ConsistencyGanConfig(WeightedTermConfig):
     """A discriminator between f and its target, both noised to one level (PCM, section 3.3).
 
     It is updated in every iteration, after the generator, with the rates of optimizers.fake_score.

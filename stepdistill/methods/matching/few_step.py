@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.config.reading import Settings, Switch
+from stepdistill.config.reading import Settings, WeightedTermConfig
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import student_timesteps
 from stepdistill.diffusion.transitions import Transition, TransitionKind
@@ -32,7 +32,7 @@ from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 
 
-class MomentConfig(Switch):
+class MomentConfig(WeightedTermConfig):
     """Shield by moments (Decoupled DMD's mean-variance KL): each sample's own mean and variance against real latents'."""
 
     weight: float = Field(0.0, ge=0, description="0 is off; 0.1 beside matching is a safety net")

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepdistill.config.reading import Switch
+from stepdistill.config.reading import WeightedTermConfig
 from stepdistill.errors import UserError
 from stepdistill.methods.base import Decode
 from stepdistill.rewards import HELD_OUT, REWARD
@@ -19,7 +19,7 @@ REFERENCE = "reference"
 """The generator as it was before preferences, frozen."""
 
 
-class RewardTermConfig(Switch):
+class RewardTermConfig(WeightedTermConfig):
     """A reward that is climbed beside another loss."""
 
     name: str | None = Field(

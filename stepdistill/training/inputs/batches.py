@@ -16,7 +16,7 @@ from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.families.conditioning import ImageSize
 from stepdistill.methods.base import Batch
 from stepdistill.roles.sampler import GuidedState
-from stepdistill.training.inputs.encoding import CachedImages, TrainingImage, size_of
+from stepdistill.training.inputs.encoding import CachedImages, TrainingImage, image_size_of
 from stepdistill.training.session import Session
 
 
@@ -31,16 +31,16 @@ class BatchSource:
 
     def __init__(self, session: Session, seed: int, processes: int) -> None:
         self.session = session
-        plan, training = session.plan, session.plan.config.training
+        setup, training = session.setup, session.setup.config.training
         self.bucket_order: BucketOrder | None = None
-        if plan.buckets is not None:
+        if setup.buckets is not None:
             per_iteration = training.batch_size * training.accumulation * processes
-            self.bucket_order = BucketOrder(plan.buckets.weights, derive_seed(seed, "buckets"), per_iteration)
-        self.prompts = EpochOrder(len(plan.prompts), derive_seed(seed, "prompts"))
-        self.pairs = EpochOrder(len(plan.pairs), derive_seed(seed, "pairs")) if plan.pairs is not None else None
+            self.bucket_order = BucketOrder(setup.buckets.weights, derive_seed(seed, "buckets"), per_iteration)
+        self.prompts = EpochOrder(len(setup.prompts), derive_seed(seed, "prompts"))
+        self.pairs = EpochOrder(len(setup.pairs), derive_seed(seed, "pairs")) if setup.pairs is not None else None
         self.states = None
-        if plan.trajectories is not None:
-            self.states = EpochOrder(len(plan.trajectories), derive_seed(seed, "trajectories"))
+        if setup.trajectories is not None:
+            self.states = EpochOrder(len(setup.trajectories), derive_seed(seed, "trajectories"))
         self.images = self._image_samples(seed)
 
     def batches(self, numbers: Iterator[Sequence[int]]) -> Iterator[tuple[Sequence[int], Batch]]:
@@ -51,17 +51,17 @@ class BatchSource:
             return
         ahead: list[Sequence[int]] = []
 
-        def remembered() -> Iterator[Sequence[int]]:
+        def record_sample_numbers() -> Iterator[Sequence[int]]:
             for samples in numbers:
                 ahead.append(samples)
                 yield samples
 
-        for items in Prefetcher(self.images, remembered(), self.session.plan.config.data.workers):
+        for items in Prefetcher(self.images, record_sample_numbers(), self.session.setup.config.data.workers):
             samples = ahead.pop(0)
             yield samples, self._batch(samples, items)
 
     def _image_samples(self, seed: int) -> IndexedItems[TrainingImage] | None:
-        buckets, images = self.session.plan.buckets, self.session.encoder.images
+        buckets, images = self.session.setup.buckets, self.session.encoder.images
         if images is None:
             return None
         if buckets is not None and self.bucket_order is not None and isinstance(images, IndexedImages | CachedImages):
@@ -71,33 +71,33 @@ class BatchSource:
 
     def _size(self, samples: Sequence[int]) -> tuple[int, int]:
         """(height, width) in pixels of a micro-batch, which lies in one iteration."""
-        plan = self.session.plan
-        if plan.buckets is None or self.bucket_order is None:
-            return plan.problem.size
-        return plan.buckets.sizes[self.bucket_order.place(samples[0]).bucket]
+        setup = self.session.setup
+        if setup.buckets is None or self.bucket_order is None:
+            return setup.problem.size
+        return setup.buckets.sizes[self.bucket_order.place(samples[0]).bucket]
 
     @torch.no_grad()
     def _batch(self, samples: Sequence[int], items: list[TrainingImage] | None) -> Batch:
-        encoder, plan = self.session.encoder, self.session.plan
+        encoder, setup = self.session.encoder, self.session.setup
         states = self._states(samples)
         own = [self.prompts.index(g) for g in samples] if states is None else [state.prompt for state in states]
-        prompts = [plan.prompts[index] for index in own]
+        prompts = [setup.prompts[index] for index in own]
         size = self._size(samples)
         sizes = [ImageSize.plain(*size)] * len(samples)
         cond, null = encoder.text(prompts, sizes), encoder.null(sizes)
-        batch = Batch(cond, null, latent_shape=plan.info.latent_shape(size), prompts=tuple(prompts))
+        batch = Batch(cond, null, latent_shape=setup.info.latent_shape(size), prompts=tuple(prompts))
         if items is not None:
             batch = self._with_images(batch, items, samples)
-        if plan.pairs is not None and self.pairs is not None:
+        if setup.pairs is not None and self.pairs is not None:
             batch = self._with_pairs(batch, samples, sizes)
         return batch if states is None else self._with_states(batch, states)
 
     def _with_images(self, batch: Batch, images: Sequence[TrainingImage], samples: Sequence[int]) -> Batch:
-        session, plan = self.session, self.session.plan
-        draws = Draws(plan.config.training.seed, 0, "data", samples, session.device)
-        noise = draws.normal("posterior", plan.info.latent_shape(images[0].crop.target))
+        session, setup = self.session, self.session.setup
+        draws = Draws(setup.config.training.seed, 0, "data", samples, session.device)
+        noise = draws.normal("posterior", setup.info.latent_shape(images[0].crop.target))
         latents = session.encoder.latents(images, noise)
-        cond = session.encoder.text([item.caption for item in images], [size_of(item.crop) for item in images])
+        cond = session.encoder.text([item.caption for item in images], [image_size_of(item.crop) for item in images])
         batch = replace(batch, images=latents.to(session.dtype), image_cond=cond)
         losers = [
             replace(item, image=item.loser) for item in images if isinstance(item, ImageItem) and item.loser is not None
@@ -107,18 +107,18 @@ class BatchSource:
         return batch
 
     def _with_pairs(self, batch: Batch, samples: Sequence[int], sizes: Sequence[ImageSize]) -> Batch:
-        session, plan = self.session, self.session.plan
-        if plan.pairs is None or self.pairs is None:
+        session, setup = self.session, self.session.setup
+        if setup.pairs is None or self.pairs is None:
             raise ValueError("a run without pairs asked for them")
-        items = [plan.pairs[self.pairs.index(g)] for g in samples]
+        items = [setup.pairs[self.pairs.index(g)] for g in samples]
         noise = torch.stack([item.noise for item in items]).to(session.device, session.dtype)
         latents = torch.stack([item.latents for item in items]).to(session.device, session.dtype)
-        cond = session.encoder.text([plan.prompts[item.prompt] for item in items], sizes)
+        cond = session.encoder.text([setup.prompts[item.prompt] for item in items], sizes)
         return replace(batch, pair_noise=noise, pair_latents=latents, pair_cond=cond)
 
     def _states(self, samples: Sequence[int]) -> list[TrajectoryState] | None:
         """States of collected walks, whose prompts are the batch's then; None of a run without."""
-        folder, order = self.session.plan.trajectories, self.states
+        folder, order = self.session.setup.trajectories, self.states
         return None if folder is None or order is None else [folder[order.index(g)] for g in samples]
 
     def _with_states(self, batch: Batch, states: Sequence[TrajectoryState]) -> Batch:

@@ -19,7 +19,7 @@ from stepdistill.data.latents.encoding_cache import EncodingCache, image_key, nu
 from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint, Family, Part, Posterior
 from stepdistill.families.conditioning import Conditioning, ImageSize
-from stepdistill.training.options import products
+from stepdistill.training.option_checks import float32_precision
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,21 @@ class LiveEncoder:
         self._null: Conditioning | None = None
 
     @torch.no_grad()
-    @products(tf32=False)
+    @float32_precision(tf32=False)
     def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
         rows = zip(prompts, sizes, strict=True)
         encoded = [self.family.encode(self.checkpoint, [prompt], [size]) for prompt, size in rows]
         return Conditioning.cat(encoded).masked()
 
     @torch.no_grad()
-    @products(tf32=False)
+    @float32_precision(tf32=False)
     def null(self, sizes: Sequence[ImageSize]) -> Conditioning:
         if self._null is None:
             self._null = self.family.null(self.checkpoint, sizes[:1], self.negative_prompt).masked()
-        return sized(self.family, self._null.expand(len(sizes)), sizes)
+        return with_time_ids(self.family, self._null.expand(len(sizes)), sizes)
 
     @torch.no_grad()
-    @products(tf32=False)
+    @float32_precision(tf32=False)
     def latents(self, items: Sequence[TrainingImage], noise: Tensor) -> Tensor:
         rows = [self._posterior(item, noise.device).draw(eps[None]) for item, eps in zip(items, noise, strict=True)]
         return torch.cat(rows)
@@ -116,17 +116,19 @@ class CachedEncoder:
         device: where conditioning is wanted.
     """
 
-    def __init__(self, entries: EncodingCache, live: LiveEncoder, keeps_text: bool, device: torch.device) -> None:
-        self.entries, self.live, self.keeps_text, self.device = entries, live, keeps_text, device
+    def __init__(
+        self, entries: EncodingCache, live: LiveEncoder, has_text_encoders: bool, device: torch.device
+    ) -> None:
+        self.entries, self.live, self.has_text_encoders, self.device = entries, live, has_text_encoders, device
         self.images = live.images
-        self._null = from_entry(entries[null_key(live.negative_prompt)]).to(device)
+        self._null = conditioning_from_entry(entries[null_key(live.negative_prompt)]).to(device)
 
     def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
         rows = [self._row(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)]
         return Conditioning.cat(rows)
 
     def null(self, sizes: Sequence[ImageSize]) -> Conditioning:
-        return sized(self.live.family, self._null.expand(len(sizes)), sizes)
+        return with_time_ids(self.live.family, self._null.expand(len(sizes)), sizes)
 
     def latents(self, items: Sequence[TrainingImage], noise: Tensor) -> Tensor:
         return self.live.latents(items, noise)
@@ -134,8 +136,8 @@ class CachedEncoder:
     def _row(self, prompt: str, size: ImageSize) -> Conditioning:
         key = text_key(prompt)
         if key in self.entries:
-            return sized(self.live.family, from_entry(self.entries[key]).to(self.device), [size])
-        if not self.keeps_text:
+            return with_time_ids(self.live.family, conditioning_from_entry(self.entries[key]).to(self.device), [size])
+        if not self.has_text_encoders:
             raise RuntimeError(f"the text encoders have left memory, and the prompt {prompt!r} is not in the cache")
         return self.live.text([prompt], [size])
 
@@ -188,7 +190,7 @@ class CachedImages:
 
 
 @dataclass(frozen=True)
-class Warm:
+class RunCaches:
     """Caches that hold all that a run needs.
 
     Attributes:
@@ -207,29 +209,29 @@ def make_encoder(
     checkpoint: Checkpoint,
     negative_prompt: str,
     images: TrainingImages | None,
-    warm: Warm | None,
+    caches: RunCaches | None,
     device: torch.device,
 ) -> Encoder:
     """The encoder of a run, with its caches where there are any."""
-    cached = warm.images if warm is not None else None
+    cached = caches.images if caches is not None else None
     live = LiveEncoder(family, checkpoint, negative_prompt, cached or images)
-    if warm is None or warm.text is None:
+    if caches is None or caches.text is None:
         return live
-    return CachedEncoder(warm.text, live, "text" in warm.parts, device)
+    return CachedEncoder(caches.text, live, "text" in caches.parts, device)
 
 
-def size_of(crop: Crop) -> ImageSize:
+def image_size_of(crop: Crop) -> ImageSize:
     """What a crop conditions a network with."""
     return ImageSize(crop.original, crop.offset, crop.target)
 
 
-def sized(family: Family, cond: Conditioning, sizes: Sequence[ImageSize]) -> Conditioning:
+def with_time_ids(family: Family, cond: Conditioning, sizes: Sequence[ImageSize]) -> Conditioning:
     """These rows with the time ids of these sizes."""
     ids = family.time_ids(sizes)
     return replace(cond, time_ids=None if ids is None else ids.to(cond.text.device))
 
 
-def text_entry(cond: Conditioning) -> dict[str, Tensor]:
+def conditioning_to_entry(cond: Conditioning) -> dict[str, Tensor]:
     """One row of conditioning as an entry; what the mask hides at the end of the text is cut off."""
     cond = cond.masked()
     row = {item.name: value[0] for item in fields(cond) if (value := vars(cond)[item.name]) is not None}
@@ -240,7 +242,7 @@ def text_entry(cond: Conditioning) -> dict[str, Tensor]:
     return row
 
 
-def from_entry(entry: Mapping[str, Tensor]) -> Conditioning:
+def conditioning_from_entry(entry: Mapping[str, Tensor]) -> Conditioning:
     """The row (B = 1) that `text_entry` took apart, without time ids; zeros stand where the mask hides the text."""
     cond = Conditioning(**{name: tensor[None] for name, tensor in entry.items()})
     if cond.mask is None:
@@ -249,7 +251,7 @@ def from_entry(entry: Mapping[str, Tensor]) -> Conditioning:
     return replace(cond, text=torch.nn.functional.pad(cond.text, (0, 0, 0, hidden)))
 
 
-def image_entry(posterior: Posterior, crop: Crop) -> dict[str, Tensor]:
+def posterior_to_entry(posterior: Posterior, crop: Crop) -> dict[str, Tensor]:
     """One image as an entry."""
     places = torch.tensor([*crop.offset, *crop.original, *crop.target])
     return {"mean": posterior.mean[0], "std": posterior.std[0], "crop": places}

@@ -34,20 +34,20 @@ from typing import Protocol
 from stepdistill.config.schema import AlarmsConfig
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR
 
-FEW = 2
+GRID_PATIENCE = 2
 """Judgements in a row outside a band, where they are rare and steady."""
-BACK = 0.9
+CLEAR_FRACTION = 0.9
 """Of the way from a healthy value to the band: inside this it has come back."""
 
 
-class Measure(Protocol):
+class SignalStatistic(Protocol):
     """Takes a signal's values, one at a time."""
 
     def __call__(self, value: float) -> float | None:
         """What is judged now; None as long as there is too little."""
 
 
-class Level:
+class MovingAverage:
     """Mean of the last `window` values."""
 
     def __init__(self, window: int) -> None:
@@ -58,14 +58,14 @@ class Level:
         return _mean(self.last) if len(self.last) == self.last.maxlen else None
 
 
-class Size(Level):
+class MovingAverageOfAbs(MovingAverage):
     """Of the values without sign."""
 
     def __call__(self, value: float) -> float | None:
         return super().__call__(abs(value))
 
 
-class Risen(Level):
+class LevelAboveStart(MovingAverage):
     """Level of a ratio where it is above that of the first `FIRST` values, and 1 elsewhere: a bad reference is no rise."""
 
     FIRST, MARGIN = 3, 1.05
@@ -81,7 +81,7 @@ class Risen(Level):
         return 1.0 if level is not None and level <= self.MARGIN * _mean(self.first) else level
 
 
-class OverStart(Level):
+class RatioToStart(MovingAverage):
     """Level over the first one where it is above `least`, and 1 elsewhere."""
 
     def __init__(self, window: int, least: float = 1.0) -> None:
@@ -96,7 +96,7 @@ class OverStart(Level):
         return level / self.start if level > self.least else 1.0
 
 
-class Moved(Level):
+class LargestChange(MovingAverage):
     """The largest relative change of the level since the first one; judged after five windows."""
 
     def __init__(self, window: int) -> None:
@@ -113,7 +113,7 @@ class Moved(Level):
         return self.most if self.seen >= self.least else None
 
 
-class Swing:
+class Oscillation:
     """How far the level goes to, fro and to again, over the last 20 blocks of half a window.
 
     0 where sampling noise, estimated from line to line, would do as much.
@@ -135,11 +135,11 @@ class Swing:
         steps = [abs(b - a) for a, b in pairwise(values)]
         noise = _mean(steps) / 1.128 / math.sqrt(self.block)  # 1.128 sigma is the mean of |a - b| of two normal draws
         levels = [_mean(values[k : k + self.block]) for k in range(0, len(values), self.block)]
-        swing = max(to_and_fro(levels), to_and_fro([-level for level in levels]))
+        swing = max(oscillation_amplitude(levels), oscillation_amplitude([-level for level in levels]))
         return swing if swing > self.NOISE * noise else 0.0
 
 
-def to_and_fro(levels: Sequence[float]) -> float:
+def oscillation_amplitude(levels: Sequence[float]) -> float:
     """The largest A for which the series rises by A, falls by A and rises by A again; 0 for a monotonic one."""
     best = 0.0
     for j in range(1, len(levels) - 2):
@@ -164,105 +164,109 @@ class Alarm:
         drawn: at the grids' cadence, from fixed prompts and noise: judged one by one.
     """
 
-    band: str
+    threshold: str
     signal: str
-    measure: Callable[[int], Measure]
+    measure: Callable[[int], SignalStatistic]
     cause: str
     remedy: str
     healthy: float | None = 0.0
     below: bool = False
     patience: int | None = None
-    drawn: bool = False
+    measured_at_grids: bool = False
 
 
-LAG = "the fake score lags behind the generator"
-FASTER = "raise method.ratio or set method.fake_blend (0.97), then raise optimizers.fake_score.lr"
-BOUND = "add a GAN term (method.gan.weight) or a moment penalty where the method has one"
+CAUSE_LAG = "the fake score lags behind the generator"
+REMEDY_FASTER_FAKE_SCORE = "raise method.ratio or set method.fake_blend (0.97), then raise optimizers.fake_score.lr"
+REMEDY_BOUND_CONTRAST = "add a GAN term (method.gan.weight) or a moment penalty where the method has one"
 ALARMS: tuple[Alarm, ...] = (
     Alarm(
-        "latent_std", "signals/latent_std_ratio", Risen, f"guidance drives the samples' contrast up, or {LAG}",
-        f"lower method.guidance, raise method.ratio, or {BOUND}", healthy=1.0,
-    ),
-    Alarm("latent_mean", "signals/latent_mean_shift", Swing, f"the samples' colours swing since {LAG}", FASTER, patience=FEW),
-    Alarm(
-        "score_gap", f"{GENERATOR}/score_gap", Level, f"{LAG}, or guidance is too high",
-        f"{FASTER}, then lower method.guidance",
+        "latent_std", "signals/latent_std_ratio", LevelAboveStart, f"guidance drives the samples' contrast up, or {CAUSE_LAG}",
+        f"lower method.guidance, raise method.ratio, or {REMEDY_BOUND_CONTRAST}", healthy=1.0,
     ),
     Alarm(
-        "score_gap_rise", f"{GENERATOR}/score_gap", OverStart, f"the scores come apart, since {LAG} or guidance is too high",
-        f"{FASTER}, then lower optimizers.generator.lr and method.guidance", healthy=1.0,
+        "latent_mean", "signals/latent_mean_shift", Oscillation, f"the samples' colours swing since {CAUSE_LAG}",
+        REMEDY_FASTER_FAKE_SCORE, patience=GRID_PATIENCE,
     ),
     Alarm(
-        "fake_loss", f"{FAKE_SCORE}/denoising", Moved, "the fake score has not moved from its start",
+        "score_gap", f"{GENERATOR}/score_gap", MovingAverage, f"{CAUSE_LAG}, or guidance is too high",
+        f"{REMEDY_FASTER_FAKE_SCORE}, then lower method.guidance",
+    ),
+    Alarm(
+        "score_gap_rise", f"{GENERATOR}/score_gap", RatioToStart, f"the scores come apart, since {CAUSE_LAG} or guidance is too high",
+        f"{REMEDY_FASTER_FAKE_SCORE}, then lower optimizers.generator.lr and method.guidance", healthy=1.0,
+    ),
+    Alarm(
+        "fake_loss", f"{FAKE_SCORE}/denoising", LargestChange, "the fake score has not moved from its start",
         "raise optimizers.fake_score.lr, and look whether roles.fake_score trains what it should", healthy=None, below=True,
     ),
     Alarm(
-        "fake_shift", "signals/fake_shift", Level, "the fake score still says what the base says",
+        "fake_shift", "signals/fake_shift", MovingAverage, "the fake score still says what the base says",
         "raise optimizers.fake_score.lr, and look whether roles.fake_score trains what it should",
-        healthy=None, below=True, patience=FEW, drawn=True,
+        healthy=None, below=True, patience=GRID_PATIENCE, measured_at_grids=True,
     ),
     *(
         Alarm(
-            "gradient", f"{role}/grad_norm", Level, "no gradient reaches this role, whose parameters stay as they are",
+            "gradient", f"{role}/grad_norm", MovingAverage, "no gradient reaches this role, whose parameters stay as they are",
             f"look at roles.{role} (mode, targets) and at the weights of the method's losses", healthy=None, below=True,
         )
         for role in (GENERATOR, FAKE_SCORE)
     ),
     *(
         Alarm(
-            "logits", f"{FAKE_SCORE}/{side}", Size, "the discriminator is sure of itself and teaches the generator little",
+            "logits", f"{FAKE_SCORE}/{side}", MovingAverageOfAbs, "the discriminator is sure of itself and teaches the generator little",
             "lower method.gan.critic_weight or optimizers.fake_score.lr",
         )
         for side in ("d_real", "d_fake")
     ),
     Alarm(
-        "diversity", "signals/diversity_ratio", Level, "the student's samples of one prompt grow alike",
-        f"lower method.guidance, {BOUND}, train the first steps more (method.exit_odds), raise method.stay or method.beta where a "
-        "reward is climbed or ranks, or stop early and use the EMA",
-        healthy=1.0, below=True, patience=FEW, drawn=True,
+        "diversity", "signals/diversity_ratio", MovingAverage, "the student's samples of one prompt grow alike",
+        f"lower method.guidance, {REMEDY_BOUND_CONTRAST}, train the first steps more (method.exit_odds), raise "
+        "method.stay or method.beta where a reward is climbed or ranks, or stop early and use the EMA",
+        healthy=1.0, below=True, patience=GRID_PATIENCE, measured_at_grids=True,
     ),
     Alarm(
-        "saturation", "signals/saturation_drift", Level, "guidance has gone on for too long, or is too high",
-        f"lower method.guidance, {BOUND}, or stop earlier and use the EMA (training.ema)", patience=FEW, drawn=True,
+        "saturation", "signals/saturation_drift", MovingAverage, "guidance has gone on for too long, or is too high",
+        f"lower method.guidance, {REMEDY_BOUND_CONTRAST}, or stop earlier and use the EMA (training.ema)",
+        patience=GRID_PATIENCE, measured_at_grids=True,
     ),
     *(
         Alarm(
-            "clipped", f"{role}/clipped", Level, "the clip, and not the loss, sets the size of nearly every gradient",
+            "clipped", f"{role}/clipped", MovingAverage, "the clip, and not the loss, sets the size of nearly every gradient",
             f"lower optimizers.{role}.lr, or raise optimizers.{role}.clip",
         )
         for role in (GENERATOR, FAKE_SCORE)
     ),
     Alarm(
-        "skipped", "signals/skipped", Level, "gradients are not finite again and again",
+        "skipped", "signals/skipped", MovingAverage, "gradients are not finite again and again",
         "set model.dtype to bfloat16 or float32, or lower the learning rates",
     ),
 )  # fmt: skip
 
 
-class _Watched:
+class _AlarmState:
     """One alarm over time."""
 
-    def __init__(self, alarm: Alarm, band: float, window: int) -> None:
-        self.alarm, self.band = alarm, band
+    def __init__(self, alarm: Alarm, threshold: float, window: int) -> None:
+        self.alarm, self.threshold = alarm, threshold
         self.patience = alarm.patience or window
-        self.measure = alarm.measure(1 if alarm.drawn else window)
+        self.measure = alarm.measure(1 if alarm.measured_at_grids else window)
         self.outside = 0
-        self.said: float | None = None
+        self.warned_distance: float | None = None
         """How far out the value was when it was named; None while it is inside."""
 
-    def see(self, value: float) -> float | None:
+    def judge(self, value: float) -> float | None:
         """The judged value, where it is to be said."""
         judged = self.measure(value)
         if judged is None:
             return None
-        healthy = 2 * self.band if self.alarm.healthy is None else self.alarm.healthy
-        distance = (judged - healthy) / (self.band - healthy)
+        healthy = 2 * self.threshold if self.alarm.healthy is None else self.alarm.healthy
+        distance = (judged - healthy) / (self.threshold - healthy)
         self.outside = self.outside + 1 if distance > 1 else 0
-        if distance <= BACK:
-            self.said = None
-        anew = self.said is None and self.outside >= self.patience
-        if anew or (self.said is not None and distance >= 2 * self.said):
-            self.said = distance
+        if distance <= CLEAR_FRACTION:
+            self.warned_distance = None
+        anew = self.warned_distance is None and self.outside >= self.patience
+        if anew or (self.warned_distance is not None and distance >= 2 * self.warned_distance):
+            self.warned_distance = distance
             return judged
         return None
 
@@ -275,33 +279,33 @@ class Alarms:
             against: it has other roles, targets or losses.
     """
 
-    def __init__(self, config: AlarmsConfig, starts: Sequence[int] = ()) -> None:
-        self.config, self.starts, self.stage = config, starts, 0
-        self.watched = self._fresh()
+    def __init__(self, config: AlarmsConfig, stage_starts: Sequence[int] = ()) -> None:
+        self.config, self.stage_starts, self.stage = config, stage_starts, 0
+        self.watched = self._new_states()
 
-    def _fresh(self) -> list[_Watched]:
-        config, bands = self.config, self.config.model_dump(exclude={"enabled", "window"})
+    def _new_states(self) -> list[_AlarmState]:
+        config, thresholds = self.config, self.config.model_dump(exclude={"enabled", "window"})
         return [
-            _Watched(alarm, band, config.window)
+            _AlarmState(alarm, threshold, config.window)
             for alarm in ALARMS
-            if config.enabled and (band := bands[alarm.band]) is not None
+            if config.enabled and (threshold := thresholds[alarm.threshold]) is not None
         ]
 
-    def see(self, iteration: int, values: Mapping[str, float]) -> Iterator[str]:
+    def judge(self, iteration: int, values: Mapping[str, float]) -> Iterator[str]:
         """Judge one line of stats.jsonl, and give a sentence for every alarm. What is no number is passed over."""
-        stage = sum(iteration > start for start in self.starts)
+        stage = sum(iteration > start for start in self.stage_starts)
         if stage != self.stage:
-            self.stage, self.watched = stage, self._fresh()
+            self.stage, self.watched = stage, self._new_states()
         for watched in self.watched:
             alarm = watched.alarm
             value = values.get(alarm.signal)
             if value is None or not math.isfinite(value):
                 continue
-            judged = watched.see(value)
+            judged = watched.judge(value)
             if judged is not None:
                 yield (
                     f"iteration {iteration}: {alarm.signal} is at {judged:.3g}, {'below' if alarm.below else 'above'} "
-                    f"training.alarms.{alarm.band} = {watched.band:g}: {alarm.cause}; {alarm.remedy}"
+                    f"training.alarms.{alarm.threshold} = {watched.threshold:g}: {alarm.cause}; {alarm.remedy}"
                 )
 
 

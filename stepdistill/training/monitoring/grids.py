@@ -24,7 +24,7 @@ from stepdistill.training.run_folder.logs import GRID, SCORES, grid_path
 from stepdistill.training.session import Session
 
 logger = logging.getLogger(__name__)
-LEVELS = (0.2, 0.5, 0.8)
+SCORE_LEVELS = (0.2, 0.5, 0.8)
 """Of the scores' picture, as fractions of the noise axis."""
 
 
@@ -36,11 +36,11 @@ def student_latents(session: Session, role: str, cond: Conditioning, noise: Tens
         session.recipe,
         cond,
         noise,
-        fresh_of(draws, noise),
+        step_noise_from(draws, noise),
     )
 
 
-def fresh_of(draws: Draws, noise: Tensor) -> Noise:
+def step_noise_from(draws: Draws, noise: Tensor) -> Noise:
     """Fresh noise for the steps of a walk from `noise`."""
     return lambda index: draws.normal(f"fresh{index}", noise.shape[1:])
 
@@ -72,18 +72,18 @@ class Grid:
         seeds: int = 1,
         teacher_steps: int = 25,
     ) -> None:
-        plan = session.plan
+        setup = session.setup
         self.session, self.folder, self.guidance = session, folder, guidance
-        self.shows = folder is not None and session.checkpoint.pipeline is not None
-        prompts = [plan.prompts[i % len(plan.prompts)] for i in range(count)]
-        sizes = [ImageSize.plain(*plan.problem.size)] * count
+        self.writes_images = folder is not None and session.checkpoint.pipeline is not None
+        prompts = [setup.prompts[i % len(setup.prompts)] for i in range(count)]
+        sizes = [ImageSize.plain(*setup.problem.size)] * count
         self.draws = [
             Draws(
-                plan.config.training.seed, 0, "grid", range(k * count, (k + 1) * count), session.device, session.dtype
+                setup.config.training.seed, 0, "grid", range(k * count, (k + 1) * count), session.device, session.dtype
             )
             for k in range(seeds)
         ]
-        self.noises = [draws.normal("noise", plan.problem.latent_shape) for draws in self.draws]
+        self.noises = [draws.normal("noise", setup.problem.latent_shape) for draws in self.draws]
         with torch.no_grad():
             self.cond, self.null = session.encoder.text(prompts, sizes), session.encoder.null(sizes)
         self.teacher_steps = teacher_steps
@@ -97,7 +97,9 @@ class Grid:
         with torch.no_grad():
             if beside is not None:
                 return [
-                    student_sample(session.triple, (beside,), session.recipe, self.cond, noise, fresh_of(draws, noise))
+                    student_sample(
+                        session.triple, (beside,), session.recipe, self.cond, noise, step_noise_from(draws, noise)
+                    )
                     for noise, draws in zip(self.noises, self.draws, strict=True)
                 ]
             return [
@@ -108,7 +110,7 @@ class Grid:
     @cached_property
     def row(self) -> Tensor | None:
         """The teacher's pictures, (P, 3, H, W) in [0, 1]; None where none are shown."""
-        return self._decoded(self.teacher[0]) if self.shows else None
+        return self._decode(self.teacher[0]) if self.writes_images else None
 
     def reference(self) -> tuple[float, float]:
         """Mean and standard deviation of the teacher's latents."""
@@ -134,22 +136,22 @@ class Grid:
         if len(latents) > 1:
             values["signals/diversity_ratio"] = diversity(latents) / max(diversity(self.teacher), 1e-12)
         if self.row is not None:
-            student = self._decoded(latents[0])
-            ours, theirs = as_pixels(student), as_pixels(self.row)
+            student = self._decode(latents[0])
+            ours, theirs = to_pixel_array(student), to_pixel_array(self.row)
             values["signals/brightness"] = looks.brightness(ours)
             values["signals/brightness_drift"] = looks.brightness(ours) - looks.brightness(theirs)
             values["signals/saturation_drift"] = looks.saturation(ours) - looks.saturation(theirs)
             self._write(GRID, iteration, [self.row, student])
-        if FAKE_SCORE in session.plan.roles:
+        if FAKE_SCORE in session.setup.roles:
             rows, values["signals/fake_shift"] = self._scores(latents[0])
-            if self.shows:
-                self._write(SCORES, iteration, [self._decoded(row) for row in rows])
+            if self.writes_images:
+                self._write(SCORES, iteration, [self._decode(row) for row in rows])
         return values
 
     def _scores(self, x: Tensor) -> tuple[list[Tensor], float]:
         """Rows of latents as the scores' picture has them, and how far the fake score is from the base."""
         triple, rows, shifts = self.session.triple, [x], []
-        for level in LEVELS:
+        for level in SCORE_LEVELS:
             t = NoiseLevels(level, level).times(triple.schedule, torch.zeros(len(x), device=x.device))
             x_t = triple.schedule.add_noise(x, self.draws[0].normal(f"scores{level}", x.shape[1:]), t)
             base, fake = triple.real_score.x0(x_t, t, self.cond), triple.fake_score.x0(x_t, t, self.cond)
@@ -157,8 +159,8 @@ class Grid:
             shifts.append(float(score_gap(x, base, fake)))
         return rows, sum(shifts) / len(shifts)
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        rows = [self.session.plan.family.decode(self.session.checkpoint, latent[None]) for latent in latents]
+    def _decode(self, latents: Tensor) -> Tensor:
+        rows = [self.session.setup.family.decode(self.session.checkpoint, latent[None]) for latent in latents]
         return torch.cat(rows).float().cpu()
 
     def _write(self, kind: str, iteration: int, rows: list[Tensor]) -> None:
@@ -167,7 +169,7 @@ class Grid:
         path = grid_path(self.folder, iteration, kind)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            tile(rows).save(path)
+            make_image_grid(rows).save(path)
         except OSError as error:
             logger.warning("the picture %s could not be written (%s)", path, error)
 
@@ -186,7 +188,7 @@ def diversity(samples: list[Tensor]) -> float:
     return float(torch.stack(found).mean()) if found else 0.0
 
 
-def as_pixels(images: Tensor) -> NDArray[np.floating]:
+def to_pixel_array(images: Tensor) -> NDArray[np.floating]:
     """(N, 3, H, W) in [0, 1] -> (N, H, W, 3) in [0, 255], not rounded."""
     pixels: NDArray[np.floating] = (images.double().clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
     return pixels
@@ -201,12 +203,12 @@ def save_images(images: NDArray[np.uint8], folder: Path, start: int = 0) -> list
     return paths
 
 
-def as_floats(images: NDArray[np.uint8]) -> Tensor:
+def images_to_tensor(images: NDArray[np.uint8]) -> Tensor:
     """uint8 (N, H, W, 3) -> (N, 3, H, W) in [0, 1], as `tile` takes them."""
     return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 255
 
 
-def tile(rows: list[Tensor], gap: int = 2) -> Image.Image:
+def make_image_grid(rows: list[Tensor], gap: int = 2) -> Image.Image:
     """Rows of images (N, 3, H, W) in [0, 1] as one picture, white between them."""
     height, width = rows[0].shape[-2:]
     columns = max(len(row) for row in rows)

@@ -24,11 +24,11 @@ from stepdistill.roles.triple import GENERATOR
 from stepdistill.training.distributed import Processes
 from stepdistill.training.monitoring.alarms import Alarms
 from stepdistill.training.monitoring.grids import Grid
-from stepdistill.training.run_folder.logs import STATS, read_lines
+from stepdistill.training.run_folder.logs import STATS, read_records
 from stepdistill.training.session import Session
 
 logger = logging.getLogger(__name__)
-LEAST = 100
+MIN_ITERATIONS = 100
 """Iterations over which skipped steps are counted at least: one early one is no habit."""
 
 
@@ -68,26 +68,26 @@ class Monitor:
     """
 
     def __init__(self, session: Session, folder: Path, processes: Processes) -> None:
-        config = session.plan.config.training
-        self.every, self.main, self.folder = config.grid_every, processes.main, folder
+        config = session.setup.config.training
+        self.every, self.is_main_process, self.folder = config.grid_every, processes.is_main_process, folder
         self.grid: Grid | None = None
-        if processes.main or processes.sharded:
-            place = folder if processes.main else None
+        if processes.is_main_process or processes.sharded:
+            place = folder if processes.is_main_process else None
             guidance = session.method.recipe().baked_guidance
             self.grid = Grid(session, place, config.grid_prompts, guidance, config.grid_seeds)
         lengths = [stage.iterations or 0 for stage in session.method.stages()[:-1]]
         self.alarms = Alarms(config.alarms, list(accumulate(lengths)))
 
     @cached_property
-    def latents(self) -> LatentReference | None:
+    def latent_reference(self) -> LatentReference | None:
         """What latents are held against, brought up to date by the lines so far when the first one is to follow them."""
         if self.grid is None:
             return None
         reference = LatentReference(self.grid.reference())
-        if self.main:
-            for iteration, values in read_lines(self.folder / STATS):
+        if self.is_main_process:
+            for iteration, values in read_records(self.folder / STATS):
                 reference.signals(values)
-                for _said in self.alarms.see(iteration, values):
+                for _said in self.alarms.judge(iteration, values):
                     pass
         return reference
 
@@ -105,10 +105,14 @@ class Monitor:
         skipped: steps skipped so far.
         """
         # before who is who: drawing the teacher takes all processes where it is sharded
-        latents = self.latents
-        if latents is None or not self.main:
+        latent_reference = self.latent_reference
+        if latent_reference is None or not self.is_main_process:
             return dict(values)
-        line = {**values, **latents.signals(values), "signals/skipped": skipped / max(iteration, LEAST)}
-        for said in self.alarms.see(iteration, line):
+        line = {
+            **values,
+            **latent_reference.signals(values),
+            "signals/skipped": skipped / max(iteration, MIN_ITERATIONS),
+        }
+        for said in self.alarms.judge(iteration, line):
             logger.warning("%s", said)
         return line

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from stepdistill.training.run_folder.logs import SPEED, STATS, LineFile
+from stepdistill.training.run_folder.logs import SPEED, STATS, JsonLinesFile
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ class Tracker:
 
     def __init__(self, folder: Path, total: int, start: int, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.main = accelerator.is_main_process
-        self.stats, self.speed = LineFile(folder / STATS), LineFile(folder / SPEED)
-        self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="it", dynamic_ncols=True)
-        self.clock = time.perf_counter()
+        self.is_main_process = accelerator.is_main_process
+        self.stats, self.speed = JsonLinesFile(folder / STATS), JsonLinesFile(folder / SPEED)
+        self.bar = tqdm(total=total, initial=start, disable=not self.is_main_process, unit="it", dynamic_ncols=True)
+        self.interval_start = time.perf_counter()
         self.images = 0
 
     def advance(self, images: int) -> None:
@@ -45,31 +45,31 @@ class Tracker:
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write one line; a tracker that throws is named once a line and never stops the run."""
-        seconds = time.perf_counter() - self.clock
-        pace = {
+        seconds = time.perf_counter() - self.interval_start
+        throughput = {
             "images_per_second": self.images / max(seconds, 1e-9),
             "peak_memory_gb": peak_memory_gb(self.accelerator.device),
         }
-        self.clock, self.images = time.perf_counter(), 0
-        if not self.main:
+        self.interval_start, self.images = time.perf_counter(), 0
+        if not self.is_main_process:
             return
-        self.speed.append(iteration, pace)
+        self.speed.append(iteration, throughput)
         losses = {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}
         self.bar.set_postfix(
-            {**losses, "img/s": f"{pace['images_per_second']:.1f}", "GB": f"{pace['peak_memory_gb']:.1f}"}
+            {**losses, "img/s": f"{throughput['images_per_second']:.1f}", "GB": f"{throughput['peak_memory_gb']:.1f}"}
         )
-        self._write(iteration, values, pace)
+        self._write(iteration, values, throughput)
 
-    def note(self, iteration: int, values: Mapping[str, float]) -> None:
+    def log_evaluation(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write a line of what was measured between iterations; the time it took is nobody's pace."""
-        self.clock, self.images = time.perf_counter(), 0
-        if self.main:
+        self.interval_start, self.images = time.perf_counter(), 0
+        if self.is_main_process:
             self._write(iteration, values, {})
 
-    def _write(self, iteration: int, values: Mapping[str, float], pace: Mapping[str, float]) -> None:
+    def _write(self, iteration: int, values: Mapping[str, float], throughput: Mapping[str, float]) -> None:
         self.stats.append(iteration, values)
         try:
-            self.accelerator.log({**values, **pace}, step=iteration)
+            self.accelerator.log({**values, **throughput}, step=iteration)
         except Exception as error:  # third-party code: whatever it raises, the run is worth more than its plot
             logger.warning(
                 "a tracker failed at iteration %d (%s); training goes on, stats.jsonl has the line", iteration, error

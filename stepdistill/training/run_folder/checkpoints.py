@@ -29,7 +29,7 @@ from stepdistill.files.atomic import file_hash
 from stepdistill.training.run_folder.environment import Environment
 
 logger = logging.getLogger(__name__)
-PREFIX = "step-"
+STEP_PREFIX = "step-"
 BEST, ABANDONED = "best", "abandoned"
 LOG = "log"
 """File stem of the values that wait for the next log record."""
@@ -80,7 +80,7 @@ class Counters:
 
 
 @dataclass(frozen=True)
-class Facts:
+class CheckpointMetadata:
     """What a checkpoint says of itself: the method's name, the fingerprint of the base, where it stands, and on what."""
 
     method: str
@@ -89,21 +89,23 @@ class Facts:
     environment: Environment
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Facts:
+    def of(cls, content: Mapping[str, Any]) -> CheckpointMetadata:
         """Inverse of `dataclasses.asdict`. Raises TypeError, KeyError: of another version."""
         counters, environment = Counters(**content["counters"]), Environment(**content["environment"])
         return cls(content["method"], content["base"], counters, environment)
 
 
 @dataclass(frozen=True)
-class Saved:
+class CheckpointContents:
     """Contents of a checkpoint: its facts, and tensors by file stem and name."""
 
-    facts: Facts
+    metadata: CheckpointMetadata
     tensors: dict[str, dict[str, Tensor]]
 
 
-def write(folder: Path, facts: Facts, groups: Iterable[tuple[str, Mapping[str, Tensor]]], keep: int) -> Path:
+def write(
+    folder: Path, metadata: CheckpointMetadata, groups: Iterable[tuple[str, Mapping[str, Tensor]]], keep: int
+) -> Path:
     """Write `step-N` whole or not at all, then prune to the newest `keep`.
 
     groups: (file stem, CPU tensors by name), taken one at a time, so that they need not be held together.
@@ -113,10 +115,10 @@ def write(folder: Path, facts: Facts, groups: Iterable[tuple[str, Mapping[str, T
         NonFiniteError: a tensor is not finite; earlier checkpoints are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = path_of(folder, facts.counters.iteration)
+    target = checkpoint_path(folder, metadata.counters.iteration)
     if is_complete(target):  # a resumed run that stopped at once: what is there is what would be written
         return target
-    for left in folder.glob(f".{PREFIX}*.partial"):  # of a process that was killed as it wrote
+    for left in folder.glob(f".{STEP_PREFIX}*.partial"):  # of a process that was killed as it wrote
         shutil.rmtree(left, ignore_errors=True)
     aside = folder / f".{target.name}.partial"
     aside.mkdir()
@@ -131,46 +133,46 @@ def write(folder: Path, facts: Facts, groups: Iterable[tuple[str, Mapping[str, T
                 save_file({key: value.contiguous() for key, value in group.items()}, path)
             except SafetensorError as error:  # what a full disk makes of it; it is no OSError
                 raise OSError(f"{path.name}: {error}") from error
-            _sync(path)
+            _fsync(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         state = aside / "state.json"
-        state.write_text(json.dumps({"facts": asdict(facts), "files": files}, indent=2, sort_keys=True))
-        _sync(state)
-        _sync(aside)
+        state.write_text(json.dumps({"facts": asdict(metadata), "files": files}, indent=2, sort_keys=True))
+        _fsync(state)
+        _fsync(aside)
         if target.exists():
             shutil.rmtree(target)
         os.replace(aside, target)
-        _sync(folder)
+        _fsync(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(path_of(folder, old), ignore_errors=True)
+        shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
     return target
 
 
 def is_complete(path: Path) -> bool:
     """Whether a checkpoint is there and is what was written."""
     try:
-        _verified(path)
+        _read_verified_state(path)
     except UserError:
         return False
     return True
 
 
-def path_of(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return folder / f"{PREFIX}{step:08d}"
+    return folder / f"{STEP_PREFIX}{step:08d}"
 
 
-def set_aside(folder: Path, step: int, *, itself: bool = False) -> None:
+def move_later_checkpoints(folder: Path, step: int, *, itself: bool = False) -> None:
     """Move checkpoints beyond `step`, from which a run goes on, to `abandoned/`: pruning must not count them as newer
     ones, nor `latest` go back to them, and nothing is deleted that somebody may still want. So goes a best one from there.
 
     itself: move the folder's own checkpoint of that step too, since the run goes on from another one of that number.
     """
-    going = [path_of(folder, later) for later in steps(folder) if later > step or (itself and later == step)]
-    best = best_facts(folder)
+    going = [checkpoint_path(folder, later) for later in steps(folder) if later > step or (itself and later == step)]
+    best = read_best_metadata(folder)
     if best is not None and int(best["iteration"]) > step:
         going.append(folder / BEST)
     for source in going:
@@ -181,29 +183,31 @@ def set_aside(folder: Path, step: int, *, itself: bool = False) -> None:
         logger.warning("going on from iteration %d: %s was moved to %s", step, source, target)
 
 
-def read(path: Path) -> Saved:
+def read(path: Path) -> CheckpointContents:
     """Read and verify one checkpoint.
 
     Raises:
         UserError: it is incomplete or corrupt.
     """
-    state = _verified(path)
+    state = _read_verified_state(path)
     try:
-        facts = Facts.of(state["facts"])
+        metadata = CheckpointMetadata.of(state["facts"])
     except (TypeError, KeyError) as error:
         raise UserError(
             f"the checkpoint {path} was written by another version ({error}): resume with the version that wrote it"
         ) from None
-    return Saved(facts, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]})
+    return CheckpointContents(
+        metadata, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]}
+    )
 
 
-def _verified(path: Path) -> dict[str, Any]:
+def _read_verified_state(path: Path) -> dict[str, Any]:
     """The content of state.json, whose every file is what was written."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        for name, facts in state["files"].items():
+        for name, metadata in state["files"].items():
             file = path / name
-            if file.stat().st_size != facts["bytes"] or file_hash(file) != facts["sha256"]:
+            if file.stat().st_size != metadata["bytes"] or file_hash(file) != metadata["sha256"]:
                 raise UserError(
                     f"the checkpoint {path} is corrupt ({name} is not what was written): resume from an earlier one"
                 )
@@ -217,9 +221,9 @@ def _verified(path: Path) -> dict[str, Any]:
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint; incomplete or corrupt ones are skipped and named. None where there is none."""
     for step in reversed(steps(folder)):
-        path = path_of(folder, step)
+        path = checkpoint_path(folder, step)
         try:
-            _verified(path)
+            _read_verified_state(path)
         except UserError as refusal:
             logger.warning("skipped: %s", refusal)
             continue
@@ -227,7 +231,7 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def keep_best(folder: Path, step: int, facts: Mapping[str, str | int | float]) -> Path:
+def keep_best(folder: Path, step: int, metadata: Mapping[str, str | int | float]) -> Path:
     """Make `best` the checkpoint of that step, as hard links where the disk has them: pruning leaves it alone.
 
     facts: what made it the best, kept beside it as best.json, so that neither can be there without the other.
@@ -235,22 +239,22 @@ def keep_best(folder: Path, step: int, facts: Mapping[str, str | int | float]) -
     target, aside = folder / BEST, folder / f".{BEST}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        shutil.copytree(path_of(folder, step), aside, copy_function=os.link)
+        shutil.copytree(checkpoint_path(folder, step), aside, copy_function=os.link)
     except (OSError, shutil.Error):
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(path_of(folder, step), aside)
-    (aside / "best.json").write_text(json.dumps(dict(facts)))
+        shutil.copytree(checkpoint_path(folder, step), aside)
+    (aside / "best.json").write_text(json.dumps(dict(metadata)))
     before = _former_best(folder)
     shutil.rmtree(before, ignore_errors=True)
     if target.exists():
         os.replace(target, before)
     os.replace(aside, target)
-    _sync(folder)
+    _fsync(folder)
     shutil.rmtree(before, ignore_errors=True)
     return target
 
 
-def best_facts(folder: Path) -> dict[str, str | int | float] | None:
+def read_best_metadata(folder: Path) -> dict[str, str | int | float] | None:
     """What made the kept best checkpoint the best; None where there is none."""
     if not (folder / BEST).exists() and _former_best(folder).exists():  # killed between two renames
         os.replace(_former_best(folder), folder / BEST)
@@ -264,7 +268,7 @@ def _former_best(folder: Path) -> Path:
 
 def steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint folder, ascending."""
-    found = [path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*")] if folder.is_dir() else []
+    found = [path.name.removeprefix(STEP_PREFIX) for path in folder.glob(f"{STEP_PREFIX}*")] if folder.is_dir() else []
     return sorted(int(step) for step in found if step.isdigit())
 
 
@@ -273,7 +277,7 @@ def _first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((key for key, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ import torch
 from stepdistill.config.schema import RunConfig
 
 logger = logging.getLogger(__name__)
-RECORDED = frozenset(f"training.{key}" for key in ("threads", "sharding", "batch_size", "accumulation"))
+RECORDED_CONFIG_KEYS = frozenset(f"training.{key}" for key in ("threads", "sharding", "batch_size", "accumulation"))
 """Keys of a config that an environment speaks of, as they turned out."""
 
 
@@ -42,7 +42,7 @@ class Environment:
     version: str
 
     @classmethod
-    def here(cls, config: RunConfig, device: torch.device, processes: int, sharded: bool) -> Environment:
+    def of_this_process(cls, config: RunConfig, device: torch.device, processes: int, sharded: bool) -> Environment:
         """This process's."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
         model, training = config.model, config.training
@@ -51,7 +51,7 @@ class Environment:
             model.channels_last, model.quantization, training.batch_size, training.accumulation, str(torch.__version__),
         )  # fmt: skip
 
-    def warn_of(self, saved: Environment) -> None:
+    def warn_about_changes(self, saved: Environment) -> None:
         """One warning that names everything that differs from a checkpoint's environment."""
         before = asdict(saved)
         changed = [

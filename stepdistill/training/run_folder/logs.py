@@ -35,18 +35,18 @@ def write_config(folder: Path, config: RunConfig) -> None:
     write_atomically(folder / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
-class LineFile:
+class JsonLinesFile:
     """A file of one JSON object a line, for a run that is worth more than its log: lines that the disk refuses are named in
     a warning and wait in memory for the next one, and no line stays there by half."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting = b""
+        self._pending = b""
 
     def append(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write the lines that wait, then this one; what is no number is `null`, since JSON has no word for it."""
         said = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._waiting += json.dumps({"iteration": iteration, **said}).encode() + b"\n"
+        self._pending += json.dumps({"iteration": iteration, **said}).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write()
@@ -58,21 +58,21 @@ class LineFile:
                 error,
             )
             return
-        self._waiting = b""
+        self._pending = b""
 
     def _write(self) -> None:
         # unbuffered: a buffer that could not be emptied would be written again when the file is closed
         with self.path.open("ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)
             try:
-                if file.write(self._waiting) != len(self._waiting):
+                if file.write(self._pending) != len(self._pending):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 file.truncate(before)
                 raise
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
     """(iteration, values) of the lines of a `LineFile`, what is no number left out; of no file, none."""
     if not path.is_file():
         return
@@ -87,17 +87,17 @@ def grid_path(folder: Path, iteration: int, kind: str = GRID) -> Path:
     return folder / GRIDS / f"{kind}-{iteration:08d}.png"
 
 
-def cut_back(folder: Path, iteration: int) -> None:
+def discard_records_after(folder: Path, iteration: int) -> None:
     """Drop lines and grids beyond `iteration`, so that a resumed run leaves what an unbroken one would."""
     for name in (STATS, SPEED, EVALUATION):
-        _cut(folder / name, iteration)
+        _truncate_log(folder / name, iteration)
     for picture in folder.glob(f"{GRIDS}/*.png"):
         kind, _, number = picture.stem.rpartition("-")
         if kind in (GRID, SCORES) and number.isdigit() and int(number) > iteration:
             picture.unlink()
 
 
-def _cut(path: Path, iteration: int) -> None:
+def _truncate_log(path: Path, iteration: int) -> None:
     if not path.exists():
         return
     kept = []

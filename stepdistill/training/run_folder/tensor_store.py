@@ -18,7 +18,7 @@ from stepdistill.errors import UserError
 from stepdistill.files.atomic import write_atomically
 from stepdistill.training.distributed import Processes
 
-KEPT = "kept"
+STORE_FOLDER = "kept"
 
 
 class RunTensorStore:
@@ -31,7 +31,7 @@ class RunTensorStore:
         """See `methods.base.Shelf`."""
         whole = self.processes.whole(tensors)
         digest, failure = torch.zeros(32, dtype=torch.uint8), ""
-        if self.processes.main:
+        if self.processes.is_main_process:
             content = save({key: value.contiguous() for key, value in whole.items()})
             digest = _digest(content)
             try:

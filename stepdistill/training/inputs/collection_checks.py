@@ -48,15 +48,15 @@ def check_trajectories(
 ) -> None:
     """Raises UserError where trajectories are of another teacher, size, range of w or prompt list than the run's."""
     made, options = trajectories.fingerprint, dict(method_config)
-    told = options["guidance_range"] or (options["guidance"],) * 2
+    guidance_range = options["guidance_range"] or (options["guidance"],) * 2
     if trajectories.shape != tuple(latent_shape):
         raise UserError(
             f"the trajectories in data.trajectories hold latents of shape {list(trajectories.shape)} and the run wants "
             f"{list(latent_shape)}: collect them at model.size"
         )
-    if made.guidance_range != tuple(told):
+    if made.guidance_range != tuple(guidance_range):
         raise UserError(
-            f"the trajectories were made with guidance_range {made.guidance_range} and method.guidance_range is {told}: the two "
+            f"the trajectories were made with guidance_range {made.guidance_range} and method.guidance_range is {guidance_range}: the two "
             "must agree, so change one or collect again"
         )
     _check_negative("trajectories", made.negative_prompt, negative_prompt)

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 LORA_SUFFIX = ".safetensors"
 
 
-def initial_checkpoint(run: Path) -> Path:
+def find_initial_checkpoint(run: Path) -> Path:
     """What `init` names: a LoRA file, or an earlier run's newest checkpoint. Raises UserError where there is none."""
     if run.suffix == LORA_SUFFIX and run.is_file():
         return run
@@ -27,7 +27,7 @@ def initial_checkpoint(run: Path) -> Path:
     return path
 
 
-def load_initial(triple: Triple, run: Path, roles: tuple[str, ...], ema: str) -> None:
+def load_initial_roles(triple: Triple, run: Path, roles: tuple[str, ...], ema: str) -> None:
     """Start from the roles of an earlier run's newest checkpoint: its student becomes this generator (staged training).
 
     A LoRA file is the generator alone.
@@ -37,7 +37,7 @@ def load_initial(triple: Triple, run: Path, roles: tuple[str, ...], ema: str) ->
     Raises:
         UserError: no checkpoint there, or one that does not fit.
     """
-    found = initial_checkpoint(run)
+    found = find_initial_checkpoint(run)
     if found.suffix == LORA_SUFFIX:
         load_lora_file(triple, GENERATOR, found)
     else:

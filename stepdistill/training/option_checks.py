@@ -44,11 +44,13 @@ def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, R
         return
     _check_quantized_roles(config, roles)
     if model.dtype == "float64":
-        raise UserError(f"{_quantization(config)} and model.dtype is 'float64': set model.dtype to float32 or bfloat16")
+        raise UserError(
+            f"{_quantization_phrase(config)} and model.dtype is 'float64': set model.dtype to float32 or bfloat16"
+        )
     check_quantization()
 
 
-def check_modes(config: RunConfig, roles: Mapping[str, RoleKind], generator: Sequence[Mode]) -> None:
+def check_role_modes(config: RunConfig, roles: Mapping[str, RoleKind], generator: Sequence[Mode]) -> None:
     """Whether the roles may be held as the config says; `generator` is how its method may hold it. Raises UserError."""
     modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
     for kind in roles.values():
@@ -65,12 +67,12 @@ def _check_quantized_roles(config: RunConfig, roles: Mapping[str, RoleKind]) -> 
     full = [section for section in roles.values() if modes[section] == "full"]
     if config.model.quantization != "none" and full:
         raise UserError(
-            f"{_quantization(config)} and roles.{full[0]}.mode is 'full', which trains every weight of the base: "
+            f"{_quantization_phrase(config)} and roles.{full[0]}.mode is 'full', which trains every weight of the base: "
             f"set model.quantization to none, or roles.{full[0]}.mode to lora"
         )
 
 
-def _quantization(config: RunConfig) -> str:
+def _quantization_phrase(config: RunConfig) -> str:
     """What the config says of it, and where it came from, for the start of a refusal."""
     source = f" (by preset {config.preset!r}, unless the config has the key itself)" if config.preset else ""
     return f"model.quantization is {config.model.quantization!r}{source}"
@@ -171,7 +173,7 @@ def check_combinations(config: RunConfig, roles: Mapping[str, RoleKind], needs: 
 
 
 @contextmanager
-def products(tf32: bool) -> Iterator[None]:
+def float32_precision(tf32: bool) -> Iterator[None]:
     """Precision of float32 products and convolutions on CUDA inside: TensorFloat-32, or the whole 24 bits.
 
     torch keeps it for the process as a whole; it is as it was before afterwards.
