@@ -86,7 +86,7 @@ def evaluate_images(images: str | Path, reference: str | Path | None, output: st
 
 def measure_model(model: str, output: str | Path, options: ModelOptions) -> Report:
     """Does the work of `evaluate`, with checked options."""
-    origin = _loaded_from(options, [model, "--output", str(output)], model, options.lora or "")
+    origin = _report_source(options, [model, "--output", str(output)], model, options.lora or "")
     if options.scheduler is not None and options.scheduler not in SCHEDULERS:
         raise UserError(f"the scheduler {options.scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
     check_folder_is_writable(Path(output))
@@ -107,7 +107,7 @@ def measure_model(model: str, output: str | Path, options: ModelOptions) -> Repo
 
 def measure_folder(images: str | Path, output: str | Path, options: FolderOptions) -> Report:
     """Does the work of `evaluate_images`, with checked options."""
-    origin = _loaded_from(options, ["--images", str(images), "--output", str(output)], "", "")
+    origin = _report_source(options, ["--images", str(images), "--output", str(output)], "", "")
     check_output_folder(Path(output))
     if options.save_statistics is not None:
         check_file_is_writable(Path(options.save_statistics))
@@ -155,7 +155,7 @@ def _locked(output: Path) -> AbstractContextManager[None]:
     return locked_folder(output, "evaluation") if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
-def _loaded_from(options: MeasuringOptions, leading: list[str], model: str, lora: str) -> ReportSource:
+def _report_source(options: MeasuringOptions, leading: list[str], model: str, lora: str) -> ReportSource:
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return ReportSource(command_of(options, *leading), date, model, lora)
 
