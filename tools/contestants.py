@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from stepdistill.config.registry import load_family
 from stepdistill.diffusion.draws import Draws, derive_seed
-from stepdistill.families.common.clip import tokenizer_of
+from stepdistill.families.common.clip_tokenizer import tokenizer_of
 from stepdistill.families.common.tiny import seeded
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Progress

@@ -10,7 +10,7 @@ import pytest
 
 from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint
-from stepdistill.frozen.vision import config_of
+from stepdistill.frozen.vision import load_transformers_config
 
 
 def change_index(folder: Path, **entries: object) -> None:
@@ -42,5 +42,5 @@ def test_code_of_a_transformers_folder_does_not_run(tmp_path: Path, monkeypatch:
     (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(UserError):
-        config_of(str(tmp_path))
+        load_transformers_config(str(tmp_path))
     assert not ran.exists()
