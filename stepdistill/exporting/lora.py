@@ -17,6 +17,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.lora_files import RECIPE_KEY
 from stepdistill.roles.lora import LoraSettings
+from stepdistill.roles.lora_layouts import kohya_name
 from stepdistill.roles.triple import Triple
 
 
@@ -94,7 +95,7 @@ def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtyp
     tensors: dict[str, Tensor] = {}
     for key, value in lora_tensors(triple, role, dtype).items():
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
-        name = f"lora_{triple.family.network_component}_{module.replace('.', '_')}"
+        name = kohya_name(triple.family.network_component, module)
         if matrix == "lora_A":
             tensors[f"{name}.lora_down.weight"] = value
         else:
