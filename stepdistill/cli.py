@@ -1,4 +1,7 @@
-"""The command line: parse, call the public functions, print. Heavy imports wait until a command runs."""
+"""The command line: parses arguments, calls the public functions and prints their results.
+
+A command checks its arguments first and imports PyTorch and diffusers afterwards, so that a typo is answered at once.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from stepdistill import __version__
 from stepdistill.api.command_options import with_options
 from stepdistill.api.evaluation_options import FolderOptions, ModelOptions, field_names, flag_of, parse_options
 from stepdistill.errors import UserError
+from stepdistill.runtime.noise import disable_loading_bars, silence_libraries
 from stepdistill.runtime.threads import bound_spinning
 
 app = typer.Typer(
@@ -42,19 +47,63 @@ class ListKind(str, Enum):
 
 
 Output = Annotated[Path, typer.Option("--output", help="Folder to write; must be new or empty.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value (repeatable).")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Set a key of the config: section.key=value (repeatable).")
+]
+
+
+def _existing_model(source: str | None) -> str | None:
+    from stepdistill.assets import resolve
+    from stepdistill.files.sources import check_source_exists
+
+    if source is not None:
+        check_source_exists(resolve(source))
+    return source
+
+
+def _existing_prompts(source: str | None) -> str | None:
+    from stepdistill.data.prompts import check_prompt_source
+
+    if source is not None:
+        check_prompt_source(source)
+    return source
+
+
+def _existing_path(path: Path | None) -> Path | None:
+    if path is not None and not path.expanduser().exists():
+        raise UserError(f"there is no file or folder {str(path)!r}: check the path")
+    return path
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"stepdistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
 def quickstart(
     output: Output = Path("quickstart"),
     remeasure: Annotated[
-        bool, typer.Option(help="Draw the teacher's row afresh instead of reading the shipped one.")
+        bool, typer.Option(help="Sample the teacher again instead of reading its stored results.")
     ] = False,
 ) -> None:
     """Distil the embedded teacher into 4 steps, measure it, and write a LoRA that plain diffusers loads."""
+    from stepdistill.files.outputs import check_folder_is_writable
+
+    check_folder_is_writable(output)
     from stepdistill.api.quickstart import quickstart as run
 
+    disable_loading_bars()
     typer.echo(run(output, remeasure=remeasure).text())
 
 
@@ -62,18 +111,22 @@ def quickstart(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="Run folder; 'output' of the config by default.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; by default `output` of the config.")] = None,
     resume: Annotated[str | None, typer.Option(help="'latest', or the path of a checkpoint.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, load no weight.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check the config and print what the run would do, without loading weights.")
+    ] = False,
 ) -> None:
     """Distil a checkpoint."""
-    from stepdistill.api import training as api
-    from stepdistill.config.schema import load_config
+    from stepdistill.api.arguments import read_run_config
 
-    run_config = load_config(config, overrides)
+    run_config = read_run_config(config, overrides, output)
+    from stepdistill.api import training as api
+
     if dry_run:
         typer.echo("\n".join(api.dry_run(run_config, output, resume)))
         return
+    disable_loading_bars()
     outcome = api.distill(run_config, output, resume)
     api.destroy_process_group()
     if not outcome.main_process:
@@ -85,7 +138,7 @@ def train(
         )
     else:
         typer.echo(
-            f"stopped at iteration {outcome.iteration}: go on with\n"
+            f"stopped at iteration {outcome.iteration}: continue with\n"
             f"  stepdistill train {outcome.folder}/config.yaml --output {outcome.folder} --resume latest"
         )
 
@@ -95,11 +148,14 @@ def cache(
     config: Annotated[Path, typer.Argument(help="YAML file of a training run, with a cache section.")],
     overrides: Overrides = None,
 ) -> None:
-    """Encode the prompts and images of a training config once, for all its runs."""
-    from stepdistill.api import training as api
-    from stepdistill.config.schema import load_config
+    """Encode the prompts and images of a training config once, for all runs that use them."""
+    from stepdistill.api.arguments import read_run_config
 
-    done = api.cache(load_config(config, overrides))
+    run_config = read_run_config(config, overrides)
+    from stepdistill.api import training as api
+
+    disable_loading_bars()
+    done = api.cache(run_config)
     typer.echo(
         f"{done.encoded:,} of {done.entries:,} entries were encoded; {done.folder} holds {done.size / 1e6:,.1f} MB"
     )
@@ -109,20 +165,28 @@ def cache(
 def plan(
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="Card: h200, h100, a100, l40s, 5090, 4090, 3090, l4, ...")] = "h100",
-    processes: Annotated[int, typer.Option(min=1, help="Processes of the run, one a card.")] = 1,
-    memory: Annotated[float | None, typer.Option(help="GB of a card; its own by default.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the plan here as well.")] = None,
+    gpu: Annotated[
+        str, typer.Option(help="GPU: h100, a100, l40s, 5090, 4090, 4080, 4070, 3090, 3060, t4, ...")
+    ] = "h100",
+    processes: Annotated[int, typer.Option(min=1, help="Processes of the run, one per GPU.")] = 1,
+    memory: Annotated[
+        float | None, typer.Option(help="Memory of a GPU in GB; by default that of the named GPU.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the forecast to this JSON file.")] = None,
 ) -> None:
-    """Say what a run will take in memory, work and time; downloads nothing and loads no weight."""
-    from stepdistill.config.schema import load_config
+    """Predict the memory, work and time of a run, without downloads and without loading weights."""
+    from stepdistill.api.arguments import read_run_config
     from stepdistill.files.outputs import check_file_is_writable
-    from stepdistill.planning.plan import forecast_lines
-    from stepdistill.planning.plan import plan as run
+    from stepdistill.planning.hardware import find_gpu
 
     if json is not None:
         check_file_is_writable(json)
-    forecast = run(load_config(config, overrides), gpu, processes, memory)
+    find_gpu(gpu)
+    run_config = read_run_config(config, overrides)
+    from stepdistill.planning.plan import forecast_lines
+    from stepdistill.planning.plan import plan as run
+
+    forecast = run(run_config, gpu, processes, memory)
     if json is not None:
         forecast.save(json)
     typer.echo("\n".join(forecast_lines(forecast)))
@@ -134,24 +198,34 @@ def collect(
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     output: Output,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted collection.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted collection.")] = False,
 ) -> None:
-    """Make the data sets that methods need, from a teacher or a student."""
-    from stepdistill.api import training as api
-    from stepdistill.config.reading import read_settings
+    """Sample a teacher or a student into a data set for the methods that need one."""
+    from stepdistill.api.arguments import read_collect_config
 
-    count = api.collect(kind.value, read_settings(api.CollectConfig, config, overrides), output, resume)
+    collect_config = read_collect_config(config, overrides, output)
+    from stepdistill.api import training as api
+
+    disable_loading_bars()
+    count = api.collect(kind.value, collect_config, output, resume)
     api.destroy_process_group()
     typer.echo(f"{count} {kind.value} in {output}")
 
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="Diffusers folder, hub id, single file, or builtin:teacher.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Diffusers folder, hub id, single file, or builtin:teacher.", callback=_existing_model),
+    ],
     output: Output,
-    lora: Annotated[Path | None, typer.Option(help="Exported LoRA or guidance adapter, folder or file.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Exported LoRA or guidance adapter, folder or file.", callback=_existing_path)
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Prompt file, or builtin:NAME.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompt file, or builtin:NAME.", callback=_existing_prompts)
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Network calls; the recipe's by default.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale w; 1 is off.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="Has an effect with guidance above 1 only.")] = None,
@@ -177,7 +251,7 @@ def sample(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Output folder of 'stepdistill train'.")],
+    run: Annotated[Path, typer.Argument(help="Output folder of 'stepdistill train'.", callback=_existing_path)],
     output: Output,
     format: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.diffusers_lora,
     half: Annotated[bool, typer.Option(help="Store float16.")] = False,
@@ -197,8 +271,12 @@ def export(
 @with_options(ModelOptions, FolderOptions)
 def evaluate(
     output: Output,
-    model: Annotated[str | None, typer.Argument(help="Model as for 'sample', or the folder of a run.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Measure this folder (or .npz) instead of a model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Model as for 'sample', or the folder of a run.", callback=_existing_model)
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Measure this folder (or .npz) instead of a model.", callback=_existing_path)
+    ] = None,
     **options: Any,
 ) -> None:
     """Measure a model by a named protocol, or a folder of images: writes report.json, report.md and report.html."""
@@ -239,7 +317,7 @@ def compare(
 
 @app.command("list")
 def listing(what: Annotated[ListKind, typer.Argument(help="What to list.")]) -> None:
-    """Names that configs may use."""
+    """List the names that configs may use."""
     from stepdistill.config.registry import family_names, method_names
 
     if what is ListKind.protocols:
@@ -255,10 +333,10 @@ def listing(what: Annotated[ListKind, typer.Argument(help="What to list.")]) -> 
 @app.command("options")
 def options(
     method: Annotated[
-        str | None, typer.Argument(help="A method, for its own section; without one, the sections of all configs.")
+        str | None, typer.Argument(help="A method, for its options; without one, the options that all configs share.")
     ] = None,
 ) -> None:
-    """What a config may say, with defaults, ranges and meanings, as YAML to copy from."""
+    """Show the options of a config with defaults, ranges and meanings, as YAML to copy from."""
     from stepdistill.config.listing import option_lines
     from stepdistill.config.registry import load_method
     from stepdistill.config.schema import RunConfig
@@ -268,19 +346,15 @@ def options(
 
 
 def main() -> None:
-    """Entry point: a refusal is one sentence on stderr and exit code 2."""
+    """Entry point: a `UserError` is printed as one sentence on stderr, with exit code 2."""
     bound_spinning(os.environ)
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    # some libraries talk as they are imported, and set the levels of their own loggers then
-    for noisy in ("httpx", "diffusers", "transformers", "accelerate", "torch", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    for library in ("DIFFUSERS", "TRANSFORMERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    silence_libraries(os.environ)
     try:
         app()
-    except UserError as refusal:
-        typer.echo(f"error: {refusal}", err=True)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 
 

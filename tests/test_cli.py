@@ -74,6 +74,50 @@ def test_help_is_fast() -> None:
     assert time.perf_counter() - started < 300  # a hang, not a benchmark
 
 
+MISTAKES = {
+    "a config key": (["train", "CONFIG", "--set", "training.max_step=5"], "did you mean 'max_steps'"),
+    "a section": (["cache", "CONFIG", "--set", "trainig.max_steps=5"], "did you mean 'training'"),
+    "an option of the method": (["train", "CONFIG", "--set", "method.guidence=2"], "did you mean 'guidance'"),
+    "a method": (["plan", "CONFIG", "--set", "method.name=dmd3"], "did you mean 'dmd'"),
+    "a card": (["plan", "CONFIG", "--gpu", "4091"], "4090"),
+    "a model": (["train", "CONFIG", "--set", "model.path=no.safetensors"], "no.safetensors"),
+    "a prompt file": (["cache", "CONFIG", "--set", "data.prompts=no.txt"], "no prompt file 'no.txt'"),
+    "a missing config": (["collect", "pairs", "no.yaml", "--output", "out"], "no config file 'no.yaml'"),
+    "a model as config": (["train", "base.safetensors"], "--set model.path=base.safetensors"),
+    "a key of a collection": (["collect", "pairs", "CONFIG", "--output", "out"], "unknown key 'method'"),
+    "an option of a command": (["quickstart", "--ouput", "out"], "--output"),
+    "an infinite number": (["train", "CONFIG", "--set", "optimizers.generator.lr=.inf"], "finite"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_answered_before_heavy_libraries_are_imported(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "model: {path: builtin:teacher}\nmethod: {name: dmd2, guidance: 2.0}\n"
+        "data: {prompts: builtin:fashion}\ntraining: {max_steps: 1}\n"
+    )
+    script = (
+        "import sys, time, stepdistill.cli as cli\n"
+        "try:\n    cli.main()\n"
+        "finally:\n"
+        "    heavy = [name for name in ('torch', 'diffusers', 'transformers', 'accelerate') if name in sys.modules]\n"
+        "    print('heavy', heavy, 'seconds', time.process_time())\n"
+    )
+    words = [word.replace("CONFIG", "config.yaml") for word in arguments]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "heavy [] seconds" in done.stdout
+    assert float(done.stdout.split()[-1]) < 1
+
+
+def test_the_version_is_printed() -> None:
+    done = subprocess.run([sys.executable, "-m", "stepdistill.cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"stepdistill {stepdistill.__version__}\n")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -94,8 +138,8 @@ def test_help_is_fast() -> None:
         ({"method__moments": {"std": 0.9}}, "it has no weight, which leaves it off"),
         ({"method__reward": {"name": "critic:colour"}}, "it has no weight, which leaves it off"),
         ({"method__reward": {"weight": 0.1}}, "a weight and no name"),
-        ({"optimizers": {"generator": {"lr": 1e-4, "schedule": "cosine"}}}, "the updates that its fall takes"),
-        ({"optimizers": {"generator": {"lr": 1e-4, "hold": 10}}}, "after which nothing falls"),
+        ({"optimizers": {"generator": {"lr": 1e-4, "schedule": "cosine"}}}, "over which it falls to 0"),
+        ({"optimizers": {"generator": {"lr": 1e-4, "hold": 10}}}, "which has no effect without a decay"),
         ({"roles__generator": {"rank_pattern": {"to_q": 0}}}, "greater than 0"),
         ({"roles__generator": {"alpha_pattern": {"*.to_q": 4}}}, "not a regular expression"),
     ],
@@ -287,5 +331,5 @@ def test_options_of_a_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     shown["training"]["max_steps"] = 7
     said = {"model": {"path": "builtin:teacher"}, "method": {"name": "dmd2"}, "training": {"max_steps": 7}}
     assert RunConfig.model_validate(shown) == RunConfig.model_validate(said)
-    assert "  rank: 64  # int > 0; LoRA rank" in text
-    assert "#   every:   # int > 0, required; iterations between evaluations" in text
+    assert "  rank: 64  # int > 0 <= 65536; LoRA rank" in text
+    assert "#   every:   # int > 0 <= 1000000000, required; iterations between evaluations" in text

@@ -1,13 +1,16 @@
-"""Names of methods and families -> where their classes live. Imports none of them, so that listing names is free.
+"""Maps the names of methods, families and rewards to their classes, and imports a class only when it is asked for.
 
 Another package adds its own without touching this one, in its `pyproject.toml`:
 
     [project.entry-points."stepdistill.methods"]
     mine = "my_package.mine:Mine"
+
+A config may also name a method that is not registered, as `MODULE:CLASS`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -16,6 +19,8 @@ from typing import Any
 
 from stepdistill.errors import UserError
 
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""MODULE:CLASS."""
 METHODS: Mapping[str, str] = {
     "dmd": "stepdistill.methods.matching.dmd:DMD",
     "dmd2": "stepdistill.methods.matching.dmd2:DMD2",
@@ -50,31 +55,41 @@ REWARDS: Mapping[str, str] = {
     "aesthetic": "stepdistill.rewards.aesthetic:load",
     "imagereward": "stepdistill.rewards.imagereward:load",
 }
-"""Name before the colon -> the import string of a `RewardLoader` (`rewards/base.py`)."""
+"""Maps the name before the colon to the import string of a `RewardLoader` (`rewards/base.py`)."""
 
 
 def method_names() -> tuple[str, ...]:
-    """All method names, this package's first."""
+    """Returns the names of all methods, those of this package first."""
     return tuple(_registered_names("method", METHODS))
 
 
 def family_names() -> tuple[str, ...]:
-    """All family names, this package's first."""
+    """Returns the names of all families, those of this package first."""
     return tuple(_registered_names("family", FAMILIES))
 
 
 def load_method(name: str) -> type[Any]:
-    """The class of a method. Raises UserError for an unknown name, or where its package cannot be imported."""
+    """Returns the class of a method by its name, or by MODULE:CLASS.
+
+    Raises:
+        UserError: unknown name, or a class that cannot be imported or is not a method.
+    """
     return _load("method", METHODS, name)
 
 
+def check_method_name(name: str) -> None:
+    """Raises UserError for a method that is neither registered nor of the form MODULE:CLASS. Imports nothing."""
+    if not _IMPORT_PATH.fullmatch(name):
+        _target("method", METHODS, name)
+
+
 def load_family(name: str) -> Any:
-    """An instance of a `Family`. Raises UserError for an unknown name, or where its package cannot be imported."""
+    """Returns an instance of a `Family`. Raises UserError for an unknown name, or where its package cannot be imported."""
     return _load("family", FAMILIES, name)()
 
 
 def suggestion_for(name: str, known: tuple[str, ...]) -> str:
-    """`did you mean 'x'?` and the known names, for the end of a refusal."""
+    """Returns `did you mean 'x'?` and the known names, for the end of an error message."""
     close = get_close_matches(name, known, n=1, cutoff=0.4)
     listed = ", ".join(repr(item) for item in known)
     return f"did you mean {close[0]!r} (known: {listed})?" if close else f"use one of {listed}"
@@ -82,22 +97,31 @@ def suggestion_for(name: str, known: tuple[str, ...]) -> str:
 
 def _registered_names(kind: str, builtin: Mapping[str, str]) -> dict[str, str]:
     group = "stepdistill.families" if kind == "family" else "stepdistill.methods"
-    # a third party may add names but not take over one that configs and papers refer to
+    # another package may add names, but not replace one that configs and papers refer to
     return dict(builtin) | {point.name: point.value for point in entry_points(group=group) if point.name not in builtin}
 
 
-def _load(kind: str, builtin: Mapping[str, str], name: str) -> type[Any]:
-    known = _registered_names(kind, builtin)
+def _target(kind: str, builtin: Mapping[str, str], name: str) -> str:
+    """Returns MODULE:CLASS of a registered name."""
+    known = builtin if name in builtin else _registered_names(kind, builtin)
     if name not in known:
         raise UserError(f"there is no {kind} named {name!r}: {suggestion_for(name, tuple(known))}")
-    module, _, attribute = known[name].partition(":")
+    return known[name]
+
+
+def _load(kind: str, builtin: Mapping[str, str], name: str) -> type[Any]:
+    direct = kind == "method" and _IMPORT_PATH.fullmatch(name) is not None
+    target = name if direct else _target(kind, builtin, name)
+    module, _, attribute = target.partition(":")
     try:
         loaded: type[Any] = vars(import_module(module))[attribute]
     except (ImportError, KeyError) as error:
-        if name in builtin:  # this package is broken: a traceback says more than a sentence
+        if name in builtin:  # this package itself is broken, and a traceback helps more than a sentence
             raise
+        found = f"the {kind} {name!r}" + ("" if direct else f" of another package is registered as {target!r}, which")
         raise UserError(
-            f"the {kind} {name!r} of another package is registered as {known[name]!r}, which cannot be imported "
-            f"({type(error).__name__}: {error}): mend or uninstall that package"
+            f"{found} cannot be imported ({type(error).__name__}: {error}): check the module's name and that it is installed"
         ) from error
+    if not isinstance(loaded, type) or (direct and "Config" not in dir(loaded)):
+        raise UserError(f"{target!r} is not a class of a {kind}: name a subclass of stepdistill.methods.base.Method")
     return loaded

@@ -1,10 +1,10 @@
-"""Prompts from a file, a data set or the lists that are shipped: all that a data-free method needs.
+"""Reads prompts from a file, a data set, or one of the lists in this package.
 
     read_prompts("builtin:general")
     read_prompts("captions.csv", column="caption")
     read_prompts("hf:photos", column="caption")
 
-A list carries the hash of its texts, which names it in caches and in collected data.
+A list has the hash of its texts, by which caches and collected data identify it. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from stepdistill.data.images import datasets_library as hub
+from stepdistill.data.hub import HUB_PREFIX, open_dataset
 from stepdistill.errors import UserError
 
 log = logging.getLogger(__name__)
 
 BUILTIN_PREFIX = "builtin:"
 PROMPT_COLUMNS = ("prompt", "text", "caption")
-"""Columns of a table that are taken for the prompt, in this order, where none is named."""
+"""Columns that hold the prompt, in order of preference, where the config names none."""
 
 Rows = list[tuple[int, object]]
-"""(line or row number from 1, the cell) of every row of a table."""
+"""(line or row number from 1, cell) for each row of a table."""
 
 
 @dataclass(frozen=True)
 class PromptList:
-    """Prompts in the order of their source.
+    """A list of prompts in the order of their source.
 
     Attributes:
         texts: the prompts, stripped, none of them empty.
         source: the path or `builtin:NAME` they were read from.
-        sha256: of the texts alone, so that the same prompts in another format have the same one.
+        sha256: hash of the texts only, so that the same prompts in another file format have the same hash.
     """
 
     texts: tuple[str, ...]
@@ -56,18 +56,19 @@ class PromptList:
 
 
 def read_prompts(source: str | Path, column: str | None = None) -> PromptList:
-    """The prompts of a .txt, .jsonl, .csv or .parquet file, of `builtin:NAME`, or of `hf:NAME` or `hf:PATH`, split train.
+    """Reads the prompts of a .txt, .jsonl, .csv or .parquet file, of `builtin:NAME`, or of `hf:NAME` or `hf:PATH`, split train.
 
     Every non-empty line of a .txt file is a prompt. Rows of a table with an empty prompt are left out, and counted in a
-    warning. `column` is for tables only; where omitted it is the first of `prompt`, `text` and `caption` that exists.
+    warning. `column` is for tables only; by default it is the first of `prompt`, `text` and `caption` that exists.
 
     Raises:
         UserError: no such file or list, an unknown format, not UTF-8, a malformed row, no such column, no prompt at all.
     """
     name = str(source)
+    check_prompt_source(source)
     if name.startswith(BUILTIN_PREFIX):
         cells: Sequence[object] = _lines(_builtin(name.removeprefix(BUILTIN_PREFIX)))
-    elif name.startswith(hub.HUB_PREFIX):
+    elif name.startswith(HUB_PREFIX):
         cells = _data_set(name, column)
     else:
         cells = _read_file(Path(source), column)
@@ -79,30 +80,45 @@ def read_prompts(source: str | Path, column: str | None = None) -> PromptList:
 
 
 def builtin_prompt_lists() -> tuple[str, ...]:
-    """Names of the shipped lists, sorted."""
+    """Returns the names of the lists in this package, sorted."""
     files = resources.files("stepdistill").joinpath("assets", "prompts").iterdir()
     return tuple(sorted(file.name.removesuffix(".txt") for file in files if file.name.endswith(".txt")))
 
 
-def _builtin(name: str) -> str:
-    known = builtin_prompt_lists()
-    if name not in known:
-        hint = ", ".join(repr(BUILTIN_PREFIX + near) for near in _nearest(name, known))
-        raise UserError(f"there is no shipped prompt list {name!r}: use {hint}")
-    return resources.files("stepdistill").joinpath("assets", "prompts", f"{name}.txt").read_text(encoding="utf-8")
+def check_prompt_source(source: str | Path) -> None:
+    """Checks that a prompt list exists and has a known format, without reading it. Data sets (`hf:`) are not looked up.
+
+    Raises:
+        UserError: no such file or list, or an unknown format.
+    """
+    name = str(source)
+    if name.startswith(BUILTIN_PREFIX):
+        known = builtin_prompt_lists()
+        if name.removeprefix(BUILTIN_PREFIX) not in known:
+            hint = ", ".join(repr(BUILTIN_PREFIX + near) for near in _nearest(name.removeprefix(BUILTIN_PREFIX), known))
+            raise UserError(f"there is no shipped prompt list {name.removeprefix(BUILTIN_PREFIX)!r}: use {hint}")
+    elif not name.startswith(HUB_PREFIX):
+        _check_file(Path(source))
 
 
-def _read_file(path: Path, column: str | None) -> Sequence[object]:
-    suffix = path.suffix.lower()
-    if suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
+def _check_file(path: Path) -> None:
+    if path.suffix.lower() not in (".txt", ".jsonl", ".csv", ".parquet"):
         raise UserError(
-            f"{str(path)!r} is no prompt file: use .txt, .jsonl, .csv or .parquet, or '{BUILTIN_PREFIX}general'"
+            f"{str(path)!r} is not a prompt file: use .txt, .jsonl, .csv or .parquet, or '{BUILTIN_PREFIX}general'"
         )
     if not path.is_file():
         near = [] if not path.parent.is_dir() else [file.name for file in path.parent.iterdir() if file.is_file()]
         close = difflib.get_close_matches(path.name, near, n=1)
         hint = f", or did you mean {close[0]!r}" if close else ""
         raise UserError(f"there is no prompt file {str(path)!r}: check the path{hint}")
+
+
+def _builtin(name: str) -> str:
+    return resources.files("stepdistill").joinpath("assets", "prompts", f"{name}.txt").read_text(encoding="utf-8")
+
+
+def _read_file(path: Path, column: str | None) -> Sequence[object]:
+    suffix = path.suffix.lower()
     if suffix == ".txt":
         return _lines(_read_utf8(path))
     read = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[suffix]
@@ -110,7 +126,7 @@ def _read_file(path: Path, column: str | None) -> Sequence[object]:
 
 
 def _data_set(name: str, column: str | None) -> Sequence[object]:
-    dataset = hub.open_dataset(name.removeprefix(hub.HUB_PREFIX), "train", streaming=False)
+    dataset = open_dataset(name.removeprefix(HUB_PREFIX), "train", streaming=False)
     key = _column(dataset.column_names, column, repr(name))
     return _prompts_of(list(enumerate(dataset.select_columns([key])[key])), name)
 
@@ -149,7 +165,7 @@ def _jsonl(path: Path, column: str | None) -> Rows:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """(line number from 1, object) of every non-empty line.
+    """Yields (line number from 1, object) for every non-empty line.
 
     Raises:
         UserError: not UTF-8, or a line that is not a JSON object.
@@ -162,7 +178,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         except (json.JSONDecodeError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"line {number} of {str(path)!r} is no JSON object: write one object on each line")
+            raise UserError(f"line {number} of {str(path)!r} is not a JSON object: write one object on each line")
         yield number, row
 
 
@@ -173,7 +189,7 @@ def _csv(path: Path, column: str | None) -> Rows:
         names = list(reader.fieldnames or [])
         key = _column(names, column, repr(str(path))) if names else ""
         for row in reader:
-            # an unquoted comma would otherwise cut the prompt short without a word
+            # otherwise an unquoted comma would silently shorten the prompt
             if None in row:
                 raise UserError(
                     f"line {reader.line_num} of {str(path)!r} has more cells than its header has columns: "
@@ -182,7 +198,7 @@ def _csv(path: Path, column: str | None) -> Rows:
             rows.append((reader.line_num, row[key]))
     except csv.Error as error:
         line = reader.reader.line_num
-        raise UserError(f"line {line} of {str(path)!r} is malformed CSV ({error}): mend its quotes") from None
+        raise UserError(f"line {line} of {str(path)!r} is malformed CSV ({error}): correct its quotes") from None
     return rows
 
 
@@ -200,7 +216,7 @@ def _parquet(path: Path, column: str | None) -> Rows:
             cells = table.read(columns=[key]).column(key).to_pylist()
     except (arrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{str(path)!r} is no readable parquet file ({reason}): write it again") from None
+        raise UserError(f"{str(path)!r} is not a readable parquet file ({reason}): write it again") from None
     return list(enumerate(cells, start=1))
 
 
@@ -218,6 +234,6 @@ def _column(names: Sequence[str], wanted: str | None, where: str) -> str:
 
 
 def _nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Up to three of `known`, the most alike first; never empty unless `known` is."""
+    """Returns up to three of `known`, the most similar first."""
     ranked = sorted(known, key=lambda item: -difflib.SequenceMatcher(None, name.lower(), item.lower()).ratio())
     return ranked[:3]

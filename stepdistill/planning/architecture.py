@@ -12,9 +12,10 @@ from stepdistill.config.registry import load_family
 from stepdistill.config.schema import ModelConfig
 from stepdistill.errors import UserError
 from stepdistill.families.base import CheckpointInfo
-from stepdistill.families.checkpoints.loading import inspect_checkpoint, is_hub_id
+from stepdistill.families.checkpoints.loading import inspect_checkpoint
 from stepdistill.families.checkpoints.public import PUBLIC
 from stepdistill.families.checkpoints.single_file import CONFIGS, FAMILY_OF
+from stepdistill.files.sources import is_hub_id
 
 
 @dataclass(frozen=True)

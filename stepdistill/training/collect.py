@@ -16,16 +16,14 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.assets import resolve
-from stepdistill.config.reading import Settings
+from stepdistill.config.collection import CollectConfig, CollectionKind
 from stepdistill.config.registry import load_family
-from stepdistill.config.schema import ModelConfig
 from stepdistill.data.latents.latent_shards import ShardWriter, noise_for
-from stepdistill.data.latents.shard_index import CollectionKind, Fingerprint, StoredDtype
+from stepdistill.data.latents.shard_index import Fingerprint
 from stepdistill.data.latents.trajectories import TrajectoryWriter
 from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.diffusion.draws import Draws, derive_seed, generator
@@ -44,29 +42,6 @@ from stepdistill.training.run import open_run
 from stepdistill.training.session import DTYPES, process_device
 
 WriterT = TypeVar("WriterT", bound=ShardWriter)
-
-
-class CollectConfig(Settings):
-    """What to draw, and how much of it."""
-
-    model: ModelConfig | None = Field(None, description="the teacher, for pairs and teacher samples")
-    run: str | None = Field(None, description="a training run, whose student draws samples")
-    prompts: str
-    prompt_column: str | None = None
-    count: int = Field(gt=0, description="latents to draw")
-    guidance: float = Field(1.0, ge=1, description="teacher guidance scale w; 1 is off")
-    guidance_range: tuple[float, float] = Field(
-        (1.0, 12.0), description="of trajectories: w is drawn evenly from here, one for each"
-    )
-    steps: int = Field(50, gt=0, description="steps of the teacher's deterministic solver (DDIM or Euler, trailing)")
-    keep: int | None = Field(None, gt=0, description="states kept of each trajectory, a random subset; all by default")
-    dtype: StoredDtype = Field("float16", description="that trajectories are stored in")
-    seed: int = 0
-    batch_size: int = Field(8, gt=0)
-    shard_size: int | None = Field(
-        None, gt=0, description="latents, or trajectories, in a file; 256 latents or 16 trajectories by default"
-    )
-    device: str | None = None
 
 
 def collect(kind: CollectionKind, config: CollectConfig, output: str | Path, resume: bool = False) -> int:

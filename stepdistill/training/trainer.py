@@ -307,8 +307,8 @@ class Trainer:
             pass
         if self.processes.any(bool(broken)):
             raise UserError(
-                f"the weights of iteration {self.counters.iteration} are not finite ({broken or 'seen by another process'}), so "
-                "they were not saved: resume from the last checkpoint with lower learning rates, or with model.dtype bfloat16"
+                f"the weights of iteration {self.counters.iteration} are not finite ({broken or 'found by the main process'}), so they "
+                "were not saved: resume from the last checkpoint with lower learning rates, or with model.dtype bfloat16"
             )
         return not self.processes.any(failed)
 

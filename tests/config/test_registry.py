@@ -39,5 +39,5 @@ def test_other_packages_add_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.family_names()[-2:] == ("mine", "broken")
     assert isinstance(registry.load_family("mine"), SDXL)
     assert registry.load_family("sd").name == "sd"
-    with pytest.raises(UserError, match="mend or uninstall that package"):
+    with pytest.raises(UserError, match="check the module's name"):
         registry.load_family("broken")

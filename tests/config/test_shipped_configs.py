@@ -12,8 +12,8 @@ from PIL import Image
 
 import stepdistill
 from stepdistill.assets import FOLDER
+from stepdistill.config.collection import CollectionKind
 from stepdistill.config.reading import read_settings
-from stepdistill.data.latents.shard_index import CollectionKind
 from stepdistill.errors import UserError
 from stepdistill.training.collect import CollectConfig, collect
 

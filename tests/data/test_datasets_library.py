@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from support.image_runs import resumes_exactly, run_config
 from support.image_sources import by_sample, data, encoded, picture, pixels, read_again, same, spawned
 from support.tiny_checkpoints import refusal
 
-from stepdistill.data.images.datasets_library import HubImages, open_dataset, open_image_cell
+from stepdistill.data.hub import open_dataset, open_image_cell
+from stepdistill.data.images.datasets_library import HubImages
 from stepdistill.data.images.opening import open_images
 from stepdistill.data.images.source import CropTransform, decode
 from stepdistill.data.images.stream import SHUFFLE_BLOCK, ImageStream, ShardGroup
@@ -126,16 +129,36 @@ def test_threads_share_a_data_set(tmp_path: Path) -> None:
     assert all(same(*pair) for pair in zip(one, many, strict=True))
 
 
-def test_a_cell_may_name_its_file(tmp_path: Path) -> None:
-    picture(1).save(tmp_path / "1.png")
+def test_a_cell_may_name_a_file_of_its_data_set_only(tmp_path: Path) -> None:
+    photos, outside = tmp_path / "photos", tmp_path / "2.png"
+    photos.mkdir()
+    picture(1).save(photos / "1.png")
+    picture(2).save(outside)
+    with zipfile.ZipFile(photos / "more.zip", "w") as archive:
+        archive.writestr("3.png", encoded(3))
     with fsspec.open("memory://photos/2.png", "wb") as file:
         file.write(encoded(2))
-    for row, path in ((1, str(tmp_path / "1.png")), (2, "memory://photos/2.png")):
-        assert decode(open_image_cell({"bytes": None, "path": path})).tobytes() == picture(row).tobytes()
-    assert decode(open_image_cell(encoded(3))).tobytes() == picture(3).tobytes()
+    os.mkfifo(photos / "pipe.png")
+    (photos / "link.png").symlink_to(outside)
+    source = f"hf:{photos}"
+    for row, path in ((1, f"{photos}/1.png"), (3, f"zip://3.png::{photos}/more.zip")):
+        assert decode(open_image_cell({"bytes": None, "path": path}, source)).tobytes() == picture(row).tobytes()
+    assert decode(open_image_cell(encoded(3), source)).tobytes() == picture(3).tobytes()
+    for path in (
+        str(outside),
+        f"{photos}/../2.png",
+        f"{photos}/pipe.png",
+        f"{photos}/link.png",
+        "memory://photos/2.png",
+        f"memory://photos::{photos}/1.png",
+        "ftp://127.0.0.1/2.png",
+        "hf://datasets/other/2.png",
+    ):
+        with pytest.raises(OSError, match="outside of the data set"):
+            open_image_cell({"bytes": None, "path": path}, source)
     for cell in (None, "1.png", {"bytes": None, "path": None}):
         with pytest.raises(TypeError, match="instead of an image"):
-            open_image_cell(cell)
+            open_image_cell(cell, source)
 
 
 def test_prompts_of_a_data_set(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from stepdistill.data.images import source
 from stepdistill.data.images.folder import ImageFolder
-from stepdistill.data.images.source import Crop, ImageBatch, to_rgb
+from stepdistill.data.images.source import Crop, CropTransform, ImageBatch, to_rgb
 from stepdistill.data.latents import latent_shards
 from stepdistill.data.latents.latent_shards import ShardWriter, TensorFolder, noise_for
 from stepdistill.data.latents.shard_index import Fingerprint, shard_name
@@ -85,14 +86,14 @@ def test_prompt_files_that_are_refused(tmp_path: Path) -> None:
     refused(written("latin.txt", "gr\xfcn".encode("latin-1")), "latin.txt", "not UTF-8 (byte 2)")
     refused(written("list.docx", "x"), ".txt, .jsonl, .csv or .parquet")
     refused(lambda: read_prompts(tmp_path / "latim.txt"), "latim.txt", "did you mean 'latin.txt'")
-    refused(lambda: read_prompts(tmp_path), "no prompt file")
+    refused(lambda: read_prompts(tmp_path), "not a prompt file")
     refused(written("a.csv", "id,prompts\n1,x\n", "promt"), "no column 'promt'", "use 'prompts'", "'id', 'prompts'")
     refused(written("a.csv", "id,title\n1,x\n"), "no column 'prompt', 'text' or 'caption'", "'id', 'title'")
     refused(written("a.csv", "prompt\na red, blue thing\n"), "line 2", "double quotes")
     refused(written("a.csv", 'prompt\n"a" b\n'), "line 2", "malformed CSV")
     refused(written("a.csv", ""), "no prompt")
-    refused(written("a.jsonl", '{"prompt": "x"}\n{"prompt": \n'), "line 2", "no JSON object")
-    refused(written("a.jsonl", '{"prompt": "x"}\n["y"]\n'), "line 2", "no JSON object")
+    refused(written("a.jsonl", '{"prompt": "x"}\n{"prompt": \n'), "line 2", "not a JSON object")
+    refused(written("a.jsonl", '{"prompt": "x"}\n["y"]\n'), "line 2", "not a JSON object")
     refused(written("a.jsonl", '{"prompt": 3}'), "row 1", "type int")
     refused(written("a.jsonl", '{"prompt": "x"}\n{"text": "y"}\n', "prompt"), "line 2", "no column 'prompt'")
 
@@ -116,7 +117,7 @@ def test_parquet(tmp_path: Path) -> None:
     refused(lambda: read_prompts(file, "captoin"), "use 'caption'")
     refused(lambda: read_prompts(file, "id"), "row 1", "type int")
     file.write_bytes(b"PAR1 no")
-    refused(lambda: read_prompts(file), "no readable parquet file")
+    refused(lambda: read_prompts(file), "not a readable parquet file")
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,3 +587,37 @@ def test_indices_that_are_refused(tmp_path: Path) -> None:
         refused(lambda: TensorFolder(tmp_path), "index.json", "no index of collected latents")
     (tmp_path / "index.json").write_bytes(b"\xff\xfe")
     refused(lambda: TensorFolder(tmp_path), "no index of collected latents")
+
+
+def test_a_thin_picture_is_cropped_without_resizing_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The crop alone has the pixels that resizing everything and cropping it has, at a fraction of the memory."""
+    rows = torch.arange(40)[:, None] * torch.ones(1, 4000, dtype=torch.int64)
+    values = torch.stack([rows * 6, torch.arange(4000).expand(40, -1) % 251, rows * 0 + 7], -1).to(torch.uint8)
+    banner = Image.fromarray(values.numpy())
+    for crop in ("center", "random"):
+        for numbers in ([0.9, 0.3, 0.7], [0.1, 0.3, 0.7]):
+            transform = CropTransform((64, 64), crop, flip=True)
+            small, where = transform.apply(banner, numbers)
+            with monkeypatch.context() as patched:
+                patched.setattr(source, "MAX_RESIZED_AREA", 10**9)
+                whole, expected = transform.apply(banner, numbers)
+            assert where == expected
+            assert (small - whole).abs().max() <= 2 / 127.5
+    resized: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def recorded(picture: Image.Image, size: tuple[int, int], *rest: object, **options: object) -> Image.Image:
+        resized.append(size)
+        return resize(picture, size, *rest, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
+    assert CropTransform((64, 64)).apply(Image.new("RGB", (6000, 1)), [0.9, 0.5, 0.5])[0].shape == (3, 64, 64)
+    assert resized == [(64, 64)]
+
+
+def test_a_picture_that_would_be_enlarged_too_much_is_named(tmp_path: Path) -> None:
+    Image.new("RGB", (6000, 1)).save(tmp_path / "banner.png")
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    folder = ImageFolder(tmp_path, (128, 128), max_bad_share=0.5)
+    assert [folder[index].name for index in range(2)] == ["red.png", "red.png"]
+    assert folder.unreadable_names == ("banner.png",)

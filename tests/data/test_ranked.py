@@ -82,7 +82,7 @@ def test_votes_of_a_data_set(tmp_path: Path) -> None:
         assert item.caption == f"caption {row}"
     assert len(ranked(f"hf:{tmp_path}", **options)) == 3
     refusal(lambda: ranked(f"hf:{tmp_path}", preferred_column="label", **options), "no column 'label'")
-    refusal(lambda: ranked(f"hf:{tmp_path}", preferred_column="caption", **options), "no shares")
+    refusal(lambda: ranked(f"hf:{tmp_path}", preferred_column="caption", **options), "outside of [0, 1]")
 
 
 def test_what_has_no_loser_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Images that are read in any order, by position: what folders, tar shards and data sets on disk have in common."""
+"""Images that are read by position, in any order: the base class for folders, tar shards and local data sets."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ T = TypeVar("T")
 
 
 class IndexedImages(ABC):
-    """An image source of known length. A subclass says where the bytes and captions of its images are.
+    """An image source of known length. A subclass reads the bytes and captions of its images.
 
-    Nothing is open between two reads, so that threads share nothing and an instance can be pickled.
+    No file stays open between two reads, so that threads share nothing and an instance can be pickled.
 
     Args:
         source: its name, for messages.
-        framing: how images are cut to size.
-        max_bad_share: share of unreadable images, of all images, above which reading is refused.
+        crop_transform: resizes and crops the images.
+        max_bad_share: largest accepted share of unreadable images; above it, reading raises an error.
     """
 
     def __init__(self, source: str, crop_transform: CropTransform, max_bad_share: float) -> None:
@@ -53,15 +53,15 @@ class IndexedImages(ABC):
 
     @abstractmethod
     def open(self, index: int) -> BinaryIO:
-        """The image's file, from its first byte on. Raises one of UNREADABLE, and so does `caption_of`."""
+        """Opens the file of an image. Raises one of UNREADABLE, as does `caption_of`."""
 
     @abstractmethod
     def caption_of(self, index: int) -> str:
-        """The image's caption, "" where it has none."""
+        """Returns the caption of an image, "" where it has none."""
 
     @property
     def count(self) -> int:
-        """Images, readable or not."""
+        """Number of images, readable or not."""
         return len(self)
 
     @property
@@ -70,11 +70,11 @@ class IndexedImages(ABC):
         return self._unreadable.names
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Item at a position, its random draws a function of the position: the same crop each time."""
+        """Returns the item at a position. Its random numbers depend on the position only, so the crop is the same each time."""
         return self.read(index, generator("image folder", index))
 
     def read(self, index: int, draws: torch.Generator) -> ImageItem:
-        """Item at a position, cropped and flipped by `draws`, of which always three numbers are taken.
+        """Returns the item at a position, cropped and flipped by `draws`, from which three numbers are always taken.
 
         Raises:
             IndexError: no such position.
@@ -85,7 +85,7 @@ class IndexedImages(ABC):
     def read_selected(
         self, order: Sequence[int], place: int, draws: torch.Generator, crop_transform: CropTransform
     ) -> ImageItem:
-        """As `read`, of a selection: the image at order[place], an unreadable one replaced by the next in `order`."""
+        """As `read`, for the image at `order[place]`; an unreadable one is replaced by the next in `order`."""
         if not 0 <= place < len(order):
             raise IndexError(f"image {place} of {len(order)} in {self.source}")
         numbers = draw_transform_numbers(draws)
@@ -96,12 +96,18 @@ class IndexedImages(ABC):
         raise UserError(f"none of the {len(order)} images in {self.source!r} can be read: replace them")
 
     def item(self, index: int, numbers: Sequence[float], crop_transform: CropTransform) -> ImageItem | None:
-        """The very image at a position, cut by three numbers as `Framing.cut` does; None where it cannot be read.
+        """Returns the image at exactly this position, cropped by three numbers (see `CropTransform.apply`); None if unreadable.
 
         Raises:
             UserError: more images than `max_bad_share` allows have turned out unreadable.
         """
-        loaded = self._attempt(index, self._load)
+
+        def load(position: int) -> tuple[str, Image.Image]:
+            caption, picture = self._load(position)
+            crop_transform.check_enlargement(picture)
+            return caption, picture
+
+        loaded = self._attempt(index, load)
         self._unreadable.raise_if_too_many(len(self))
         if loaded is None:
             return None
@@ -110,10 +116,10 @@ class IndexedImages(ABC):
         return ImageItem(image, caption, crop, self.name_of(index), index)
 
     def verify(self, workers: int = 1) -> tuple[str, ...]:
-        """Decode every image once, in `workers` threads; the names of the unreadable ones.
+        """Decodes every image once, in `workers` threads, and returns the names of the unreadable ones.
 
         Raises:
-            UserError: they are more than `max_bad_share` allows.
+            UserError: more images are unreadable than `max_bad_share` allows.
         """
         readable = sum(size is not None for size in self._each(lambda index: self._load(index)[1].size, workers))
         log.info("%d of %d images in %s are readable", readable, len(self), self.source)
@@ -121,7 +127,7 @@ class IndexedImages(ABC):
         return self.unreadable_names
 
     def iterate_captions(self) -> Iterator[str]:
-        """Captions of all images, also of those whose pixels are unreadable."""
+        """Yields the captions of all images, also of those whose pixels are unreadable."""
         for index in range(len(self)):
             try:
                 yield self.caption_of(index)
@@ -129,7 +135,7 @@ class IndexedImages(ABC):
                 continue
 
     def image_sizes(self, workers: int = 1) -> list[tuple[int, int] | None]:
-        """(height, width) in pixels of every image, upright, from its header; None where that is unreadable.
+        """Returns (height, width) in pixels of every image from its header, EXIF orientation applied; None if unreadable.
 
         Raises:
             UserError: more headers are unreadable than `max_bad_share` allows.
@@ -143,7 +149,7 @@ class IndexedImages(ABC):
         return self.caption_of(index), decode(self.open(index))
 
     def _each(self, function: Callable[[int], T], workers: int) -> Iterator[T | None]:
-        """`function` of every position, in order; None where that raised."""
+        """Yields `function(index)` for all positions in order; None where it raised."""
         chunk = 1024  # a future for each of millions of images would not fit into memory
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for start in range(0, len(self), chunk):
@@ -151,7 +157,7 @@ class IndexedImages(ABC):
                 yield from pool.map(partial(self._attempt, function=function), rows)
 
     def _attempt(self, index: int, function: Callable[[int], T]) -> T | None:
-        """`function` of an image that is not known to be bad; an error makes it so."""
+        """Returns `function(index)`, or None for an image that is unreadable or whose call raises one of UNREADABLE."""
         if (index,) in self._unreadable:
             return None
         try:

@@ -1,11 +1,12 @@
-"""What `data.images` names, opened: a folder, tar shards, or a data set of the `datasets` library."""
+"""Opens what `data.images` names: a folder, tar shards, or a data set of the `datasets` library."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
 from stepdistill.config.schema import DataConfig
-from stepdistill.data.images.datasets_library import HUB_PREFIX, HubImages, open_dataset
+from stepdistill.data.hub import HUB_PREFIX, open_dataset
+from stepdistill.data.images.datasets_library import HubImages
 from stepdistill.data.images.folder import ImageFolder
 from stepdistill.data.images.source import CropTransform, ImageSource, warn_missing_captions
 from stepdistill.data.images.stream import ImageStream
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSource:
-    """The images of a run.
+    """Opens the images of a run.
 
     Args:
-        data: its section of the config; `images` must be set.
-        size: (height, width) in pixels of the items, where no bucket says otherwise.
+        data: the `data` section of the config; `images` must be set.
+        size: (height, width) in pixels of the cropped images, for runs without buckets.
         seed: of the run; a stream's order depends on it.
 
     Raises:
-        UserError: nothing there, or not what it should be.
+        UserError: nothing there, or not images.
     """
     if data.images is None:
         raise UserError("data.images is not set: give a folder, tar shards or a data set")
@@ -53,7 +54,7 @@ def open_images(data: DataConfig, size: tuple[int, int], seed: int) -> ImageSour
         )
     if data.streaming:
         raise UserError(
-            f"data.streaming is set and data.images is {data.images!r}, which is read in place: name a data set as "
+            f"data.streaming is set and data.images is {data.images!r}, which is not streamed: name a data set as "
             f"'{HUB_PREFIX}NAME', or set data.streaming to false"
         )
     if is_tar_pattern(data.images):

@@ -1,4 +1,4 @@
-"""Images with the ones that lost against them: two folders with the same names, or two columns of a data set.
+"""Pairs of a preferred and a rejected image: two folders with the same file names, or two columns of a data set.
 
 data: {images: photos/best, losers: photos/worst}
 data: {images: 'hf:pickapic', image_column: jpg_0, losers: jpg_1, preferred_column: label_0}
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from PIL import Image
 
 from stepdistill.config.schema import DataConfig
-from stepdistill.data.images.datasets_library import HUB_PREFIX, HubImages, open_dataset
+from stepdistill.data.hub import HUB_PREFIX, open_dataset
+from stepdistill.data.images.datasets_library import HubImages
 from stepdistill.data.images.folder import ImageFolder
 from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import CropTransform, ImageItem, decode
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class PreferencePairs(IndexedImages):
-    """Pairs of images with one caption; an item is the winner, with `loser`, cut by the same numbers.
+    """Pairs of images with one caption. An item is the preferred image, with the other as `loser`, cropped by the same numbers.
 
-    A pair of which one cannot be read is passed over as a whole.
+    A pair is skipped if one of its images is unreadable.
 
     Args:
-        winners, losers: where the images are; captions and framing are the first one's.
-        pairs: positions of the two in each.
-        swapped: of each pair, whether the second one won.
+        winners, losers: the sources of both images; captions and crop are those of the first.
+        pairs: positions of the two images in their sources.
+        swapped: for each pair, whether the image of `losers` was preferred.
     """
 
     def __init__(
@@ -59,25 +60,27 @@ class PreferencePairs(IndexedImages):
         return self.sides[0].caption_of(self.pairs[index][0])
 
     def item(self, index: int, numbers: Sequence[float], crop_transform: CropTransform) -> ImageItem | None:
+        def decode_loser(position: int) -> Image.Image:
+            picture = decode(self._open(position, 1 - int(self.swapped[position])))
+            crop_transform.check_enlargement(picture)
+            return picture
+
         winner = super().item(index, numbers, crop_transform)
-        loser = None if winner is None else self._attempt(index, self._decode_loser)
+        loser = None if winner is None else self._attempt(index, decode_loser)
         self._unreadable.raise_if_too_many(len(self))
         if winner is None or loser is None:
             return None
         return replace(winner, loser=crop_transform.apply(loser, numbers)[0])
-
-    def _decode_loser(self, index: int) -> Image.Image:
-        return decode(self._open(index, 1 - int(self.swapped[index])))
 
     def _open(self, index: int, side: int) -> BinaryIO:
         return self.sides[side].open(self.pairs[index][side])
 
 
 def open_preference_pairs(data: DataConfig, images: object) -> PreferencePairs:
-    """The images of a run, opened by `open_images`, with what `data.losers` names.
+    """Combines the images of a run, opened by `open_images`, with those that `data.losers` names.
 
     Raises:
-        UserError: images that are read in place, losers that are not there, or none that has a winner.
+        UserError: images that are streamed or in tar shards, missing losers, or only ties.
     """
     if data.losers is None:
         raise UserError("preference pairs were asked for and data.losers is not set: give a folder or a column")
@@ -85,7 +88,7 @@ def open_preference_pairs(data: DataConfig, images: object) -> PreferencePairs:
         return _pair_by_name(data, images)
     if not isinstance(images, HubImages):
         raise UserError(
-            f"data.losers is set and data.images is {data.images!r}, which has no place for them: give two folders, or a data set "
+            f"data.losers is set and data.images is {data.images!r}, which cannot hold them: give two folders, or a data set "
             "with data.streaming false"
         )
     name = str(data.images).removeprefix(HUB_PREFIX)
@@ -123,7 +126,7 @@ def _pair_by_name(data: DataConfig, images: ImageFolder) -> PreferencePairs:
 
 
 def _preference_shares(data: DataConfig, count: int) -> list[float]:
-    """By which share of its judges the first image of each row was preferred."""
+    """Returns, for each row, the share of votes for its first image."""
     if data.preferred_column is None:
         return [1.0] * count
     dataset = cast("Dataset", open_dataset(str(data.images).removeprefix(HUB_PREFIX), data.split, streaming=False))
@@ -134,7 +137,7 @@ def _preference_shares(data: DataConfig, count: int) -> list[float]:
     found = list(dataset[data.preferred_column])
     if not all(isinstance(share, int | float) and 0 <= share <= 1 for share in found):
         raise UserError(
-            f"the column {data.preferred_column!r} of {data.images!r} holds values that are no shares in [0, 1]: name another as "
+            f"the column {data.preferred_column!r} of {data.images!r} holds values outside of [0, 1]: name another as "
             "data.preferred_column"
         )
     return [float(share) for share in found]

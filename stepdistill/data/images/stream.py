@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from stepdistill.data.images.datasets_library import open_image_cell, select_undecoded_columns
+from stepdistill.data.hub import open_image_cell
+from stepdistill.data.images.datasets_library import select_undecoded_columns
 from stepdistill.data.images.source import (
     UNREADABLE,
     CropTransform,
@@ -132,7 +133,9 @@ class ImageStream:
             return None
         try:
             caption = "" if self._caption is None else pick_caption(row.cells, (self._caption,))
-            return caption, decode(open_image_cell(row.cells[self._image]))
+            picture = decode(open_image_cell(row.cells[self._image], self.source))
+            self.crop_transform.check_enlargement(picture)
+            return caption, picture
         except UNREADABLE as error:
             self._unreadable.add(key, _name(row), error)
             return None

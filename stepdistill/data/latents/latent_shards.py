@@ -22,13 +22,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from stepdistill.config.collection import CollectionKind, StoredDtype
 from stepdistill.data.latents.shard_index import (
     DTYPE_BY_SAFETENSORS_NAME,
     INDEX,
-    CollectionKind,
     Fingerprint,
     Index,
-    StoredDtype,
     find_shard_fault,
     shard_columns,
     shard_name,

@@ -1,29 +1,26 @@
-"""What `index.json` of a folder of collected latents says, and what its shards must hold."""
+"""The `index.json` of a folder of collected latents, and the checks of its shards."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from stepdistill.config.collection import CollectionKind, StoredDtype
 from stepdistill.errors import UserError
 
 SCHEMA = 1
 INDEX = "index.json"
-CollectionKind: TypeAlias = Literal["pairs", "samples", "trajectories"]
-"""`pairs`: the latents are where the sampler takes the noise of that seed; `samples`: mere draws; `trajectories`: states on
-the way there, see `data/trajectories.py`."""
-StoredDtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
 STORED_DTYPES: dict[StoredDtype, tuple[torch.dtype, str]] = {
     "float16": (torch.float16, "F16"),
     "bfloat16": (torch.bfloat16, "BF16"),
     "float32": (torch.float32, "F32"),
 }
-"""Name -> dtype of stored latents, and its name in safetensors."""
+"""Maps a name in the config to the dtype of stored latents and its name in safetensors."""
 DTYPE_BY_SAFETENSORS_NAME = {
     "I64": torch.int64,
     "F64": torch.float64,
@@ -33,10 +30,10 @@ DTYPE_BY_SAFETENSORS_NAME = {
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What made the latents.
+    """Identifies how latents were made.
 
     Attributes:
-        model: path or id of the model that drew them.
+        model: path or hub id of the model that sampled them.
         guidance: guidance scale w, 1 is off.
         steps: steps of the sampler.
         seed: seed of the collection, from which the seeds of the samples are derived.

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stepdistill.config.collection import StoredDtype
 from stepdistill.data.latents.latent_shards import ShardWriter, TensorFolder, float32_copy
-from stepdistill.data.latents.shard_index import Fingerprint, StoredDtype
+from stepdistill.data.latents.shard_index import Fingerprint
 from stepdistill.errors import UserError
 
 

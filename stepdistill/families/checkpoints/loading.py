@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +24,9 @@ from stepdistill.families.checkpoints.files import (
     weights,
 )
 from stepdistill.families.checkpoints.single_file import CONFIGS, FAMILY_OF, architecture
+from stepdistill.files.sources import is_hub_id
 from stepdistill.runtime.quantization import Quantized, quantize
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONFIGS = ("model_index.json", "README.md", "*/*.json", "*/*.txt", "*/spiece.model")
 
 
@@ -67,11 +66,6 @@ def inspect_checkpoint(
     found = load_family(family) if family is not None else _family_of(folder)
     refuse_pickles(folder)
     return found.inspect(source, folder, None)
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a name that is no path here could be a repository of the hub, `owner/name`."""
-    return _HUB_ID.fullmatch(source) is not None
 
 
 def load_checkpoint(
