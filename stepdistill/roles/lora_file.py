@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.files import read_header
-from stepdistill.roles.lora_layouts import B, kohya_modules, own_module, split_key
+from stepdistill.roles.lora_layouts import B, kohya_modules, layers_per_block, own_module, split_key
 from stepdistill.roles.triple import Triple
 
 
@@ -32,7 +32,7 @@ def load_lora_file(triple: Triple, role: str, path: Path) -> None:
     header = read_header(path)
     tensors, component = load_file(path), triple.family.network_component
     factors = triple.bank.factors(role)
-    names = kohya_modules(component, factors)
+    names = kohya_modules(component, factors, layers_per_block(triple.bank.network))
     metadata = json.loads(header.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -57,4 +57,4 @@ def _alpha(metadata: Mapping[str, object], component: str, module: str, rank: in
     patterns = metadata.get(f"{component}.alpha_pattern")
     own = dict(patterns) if isinstance(patterns, dict) else {}
     alpha = own.get(get_pattern_key(list(own), module), metadata.get(f"{component}.lora_alpha", rank))
-    return float(alpha)  # type: ignore[arg-type]
+    return float(alpha)

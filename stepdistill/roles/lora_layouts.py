@@ -15,9 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from torch import nn
+
 A, B = "lora_A", "lora_B"
 _MATRIX = re.compile(r"\.(?:lora_(A|B)(?:\.default)?|lora[._](down|up)|lora_linear_layer\.(down|up))$")
 _PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)$")
+_BLOCK = re.compile(r"(?:down_blocks|mid_block|up_blocks)\.")
 _DOWN_OR_UP = {"A": A, "down": A, "B": B, "up": B}
 _SGM_RESNET = {
     "norm1": "in_layers.0",
@@ -62,11 +65,30 @@ def kohya_name(component: str, module: str) -> str:
     return f"lora_{component}_{module.replace('.', '_')}"
 
 
-def kohya_modules(component: str, modules: Iterable[str]) -> dict[str, str]:
+def kohya_modules(component: str, modules: Iterable[str], layers: int = 2) -> dict[str, str]:
     """Maps every kohya name, with diffusers' and with SGM's block names, to the module of the network that it means."""
     listed = list(modules)
-    names = {kohya_name(component, other): module for module in listed if (other := sgm_module(module)) is not None}
+    names = {
+        kohya_name(component, other): module for module in listed if (other := sgm_module(module, layers)) is not None
+    }
     return {**names, **{kohya_name(component, module): module for module in listed}}
+
+
+def kohya_names(network: nn.Module, modules: Iterable[str], *, sgm: bool) -> dict[str, str]:
+    """Maps each module to the path that a file in kohya's layout names it by: its own, or SGM's where `sgm` is set.
+
+    All modules keep their own paths if one lies outside the UNet's blocks, because diffusers reads SGM names of blocks only.
+    """
+    listed = list(modules)
+    if not sgm or not all(_BLOCK.match(module) for module in listed):
+        return {module: module for module in listed}
+    layers = layers_per_block(network)
+    return {module: sgm_module(module, layers) or module for module in listed}
+
+
+def layers_per_block(network: nn.Module) -> int:
+    """Returns the number of resnets in a down block of a UNet; 0 for a transformer."""
+    return sum(re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name) is not None for name, _ in network.named_modules())
 
 
 def own_module(component: str, module: str) -> str:
@@ -79,7 +101,8 @@ def sgm_module(module: str, layers: int = 2) -> str | None:
 
     Args:
         module: its path in diffusers, such as `down_blocks.1.attentions.0.proj_in`.
-        layers: resnets of a down block; 2 for SD 1.x, SD 2.x and SDXL. An up block has one more.
+        layers: resnets of a down block (`layers_per_block` of the network's config); 2 for SD 1.x, SD 2.x and
+            SDXL. An up block has one more.
     """
     if found := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", module):
         side, block, kind, index, rest = found.groups()

@@ -12,10 +12,20 @@ from roles.test_lora_file import deltas, opened
 from safetensors.torch import load_file, save_file
 from support.toys import disturb
 
-from stepdistill.roles.lora_layouts import kohya_name, own_module, sgm_module, split_key
+from stepdistill.roles.lora_layouts import (
+    kohya_modules,
+    kohya_name,
+    kohya_names,
+    layers_per_block,
+    own_module,
+    sgm_module,
+    split_key,
+)
 
 __all__ = ["opened"]
 
+TINY_LAYERS = 1
+"""`layers_per_block` of the tiny UNet."""
 LAYOUTS: dict[str, Callable[[str, str], str]] = {
     "diffusers": lambda module, matrix: f"unet.{module}.{matrix}.weight",
     "peft": lambda module, matrix: f"base_model.model.{module}.{matrix}.weight",
@@ -24,7 +34,7 @@ LAYOUTS: dict[str, Callable[[str, str], str]] = {
     "diffusers-linear-layer": lambda module, matrix: f"unet.{module}.lora_linear_layer.{_down_or_up(matrix)}.weight",
     "kohya": lambda module, matrix: f"{kohya_name('unet', module)}.lora_{_down_or_up(matrix)}.weight",
     "sgm": lambda module, matrix: (
-        f"{kohya_name('unet', sgm_module(module) or module)}.lora_{_down_or_up(matrix)}.weight"
+        f"{kohya_name('unet', sgm_module(module, TINY_LAYERS) or module)}.lora_{_down_or_up(matrix)}.weight"
     ),
 }
 
@@ -98,3 +108,8 @@ def test_sgm_names_of_full_size_sdxl_are_those_that_diffusers_reads() -> None:
     converted, _ = _convert_non_diffusers_lora_to_diffusers(_maybe_map_sgm_blocks_to_diffusers(state, unet.config))
     found = {own_module("unet", split_key(key)[0]) for key in converted}
     assert found == set(inside)
+    written = kohya_names(unet, inside, sgm=True)
+    assert written == names
+    assert written["up_blocks.0.upsamplers.0.conv"] == "output_blocks.2.2.conv"
+    assert written["down_blocks.1.attentions.0.proj_in"] == "input_blocks.4.1.proj_in"
+    assert kohya_modules("unet", inside) == kohya_modules("unet", inside, layers_per_block(unet))
