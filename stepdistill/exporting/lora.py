@@ -17,6 +17,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.lora_files import RECIPE_KEY
 from stepdistill.roles.lora import LoraSettings
+from stepdistill.roles.lora_layouts import kohya_name, kohya_names
 from stepdistill.roles.triple import Triple
 
 
@@ -84,17 +85,22 @@ def write_diffusers_lora(triple: Triple, role: str, recipe: Recipe, path: Path, 
 
 
 def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtype: torch.dtype) -> None:
-    """Write kohya's layout: `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight` and `.alpha`, for ComfyUI and A1111."""
+    """Writes kohya's layout: `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight` and `.alpha`, for ComfyUI and A1111.
+
+    SDXL's blocks are named as kohya's own scripts name them (`input_blocks_4_1`), because A1111 drops the module
+    `up_blocks_0_upsamplers_0_conv` under diffusers' name.
+    """
     if not triple.family.has_kohya_layout:
         raise UserError(
             f"kohya's layout has no names that diffusers knows for the network of {triple.family.name!r}: export it with --format "
             "diffusers-lora"
         )
     lora = lora_settings_of(triple, role)
+    names = kohya_names(triple.bank.network, triple.bank.factors(role), sgm=triple.family.uses_sgm_names)
     tensors: dict[str, Tensor] = {}
     for key, value in lora_tensors(triple, role, dtype).items():
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
-        name = f"lora_{triple.family.network_component}_{module.replace('.', '_')}"
+        name = kohya_name(triple.family.network_component, names[module])
         if matrix == "lora_A":
             tensors[f"{name}.lora_down.weight"] = value
         else:
@@ -102,6 +108,7 @@ def write_kohya_lora(triple: Triple, role: str, recipe: Recipe, path: Path, dtyp
             tensors[f"{name}.lora_up.weight"] = value * (module_alpha(module, lora) / lora.alpha)
         tensors[f"{name}.alpha"] = torch.tensor(lora.alpha)
     metadata = {
+        **triple.family.kohya_metadata,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(lora.rank),
         "ss_network_alpha": str(lora.alpha),

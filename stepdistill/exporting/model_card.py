@@ -51,6 +51,8 @@ def write_model_card(
         "; for ComfyUI, A1111 and kohya tools export `--format kohya-lora`"
         if family.has_kohya_layout
         else " and ComfyUI"
+        if family.is_known_to_comfyui
+        else ""
     )
     files = ", ".join(f"`{name}`" for name in expert_files(file, len(recipe.experts)))
     verb, them = ("are", "them") if recipe.experts else ("is", "it")

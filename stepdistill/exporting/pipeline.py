@@ -60,7 +60,7 @@ def _merged_lora(triple: Triple, role: str) -> nn.Module:
     network = triple.copy_base()
     lora_tensors(triple, role, torch.float32)  # refuses a full role and non-finite values
     for module, lora in triple.bank.factors(role).items():
-        delta = (lora.up.float().flatten(1) @ lora.down.float().flatten(1)) * lora.scale
+        delta = lora.delta()
         weight = network.get_submodule(module).get_parameter("weight")
         weight.copy_(weight.float() + delta.reshape(weight.shape).to(weight.device))
     return network

@@ -63,6 +63,7 @@ class Sana(TransformerFamily):
     vae_class: ClassVar[ModelClass] = AutoencoderDC
     text_encoders: ClassVar[Mapping[str, ModelClass]] = {"text_encoder": Gemma2Model}
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    is_known_to_comfyui: ClassVar[bool] = False
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": _ATTENTION,
         # every linear layer and 1 x 1 convolution; the depthwise ones have no low rank to speak of

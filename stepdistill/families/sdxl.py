@@ -35,6 +35,13 @@ class SDXL(UNetFamily):
     }
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
     tiny_variants: ClassVar[tuple[str, ...]] = tuple(SCHEDULERS)
+    # A1111 takes a LoRA without this entry for one of SD 1.5 and hides it; Forge looks at the architecture
+    kohya_metadata: ClassVar[Mapping[str, str]] = {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+    }
+    uses_sgm_names: ClassVar[bool] = True
 
     @torch.no_grad()
     def encode(

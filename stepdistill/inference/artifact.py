@@ -26,6 +26,7 @@ from stepdistill.inference.lora_files import DIFFUSERS_FILE, KOHYA_FILE, expert_
 from stepdistill.inference.pipeline_calls import decode_in_vae_dtype, seeded_scheduler_steps
 from stepdistill.roles.guidance_adapter import ADAPTER_FILE as ADAPTER_FILE
 from stepdistill.roles.guidance_adapter import GuidanceAdapter, load_guidance_adapter
+from stepdistill.roles.lora_layouts import diffusers_key
 
 logger = logging.getLogger(__name__)
 
@@ -335,12 +336,16 @@ def _size_arguments(pipeline: DiffusionPipeline, size: tuple[int, int] | None) -
 
 
 def _unmatched_keys(keys: Sequence[str], loaded: dict[str, torch.nn.Parameter], name: str) -> list[str]:
-    """Keys `COMPONENT.MODULE.lora_A.weight` of a file whose module has no adapter.
+    """Returns the keys `COMPONENT.MODULE.lora_A.weight`, or of diffusers' older layouts, whose module got no adapter.
 
     Text encoders are left to the count of values: their module names differ between versions of transformers.
     """
     known = {key.replace(f".{name}.", ".") for key in loaded}
-    return [key for key in keys if key not in known and not key.startswith("text_encoder")]
+    return [
+        key
+        for key in keys
+        if not key.endswith(".alpha") and diffusers_key(key) not in known and not key.startswith("text_encoder")
+    ]
 
 
 def _one_line(error: Exception) -> str:

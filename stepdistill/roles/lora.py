@@ -58,6 +58,10 @@ class LoraFactors:
     up: nn.Parameter
     scale: float
 
+    def delta(self) -> Tensor:
+        """Returns what the LoRA adds to the module's weight, scale B A in float32, (out, in) or (out, in * h * w)."""
+        return (self.up.float().flatten(1) @ self.down.float().flatten(1)) * self.scale
+
 
 class AdapterBank:
     """The adapters of one network: added by name, selected by name, none selected = the untouched base."""

@@ -1,4 +1,4 @@
-"""A LoRA file of anybody's as the tensors of a role: diffusers' layout, or kohya's where it has diffusers' module names."""
+"""Loads a public LoRA file into a role; `lora_layouts` has the layouts that are understood."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.files import read_header
+from stepdistill.roles.lora_layouts import B, kohya_modules, layers_per_block, own_module, split_key
 from stepdistill.roles.triple import Triple
-
-MATRIX_NAMES = {"lora_A": ("lora_A", "lora_down", "lora.down"), "lora_B": ("lora_B", "lora_up", "lora.up")}
-"""A role's matrix -> what files call it."""
 
 
 def load_lora_file(triple: Triple, role: str, path: Path) -> None:
-    """Load a file into a LoRA role of the same rank and targets; where its alpha is another, its B is scaled instead.
+    """Loads a file into a LoRA role of the same rank and targets; B is scaled where the file's alpha differs from the role's.
 
     Raises:
-        UserError: the role is a full network, or the file is not such a LoRA.
+        UserError: the role is a full network, or the file is not a LoRA of these modules and this rank.
     """
     lora = triple.layouts[role].lora
     if lora is None:
@@ -34,16 +32,16 @@ def load_lora_file(triple: Triple, role: str, path: Path) -> None:
     header = read_header(path)
     tensors, component = load_file(path), triple.family.network_component
     factors = triple.bank.factors(role)
-    names = {f"lora_{component}_{module.replace('.', '_')}": module for module in factors}
+    names = kohya_modules(component, factors, layers_per_block(triple.bank.network))
     metadata = json.loads(header.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if key.endswith(".alpha"):
             continue
-        module, matrix = _split_key(key)
-        own = names.get(module, module.removeprefix("base_model.model.").removeprefix(f"{component}."))
-        if matrix == "lora_B":
-            # the file's alpha / rank; the role's own follows from its settings
+        module, matrix = split_key(key)
+        own = names.get(module, own_module(component, module))
+        if matrix == B:
+            # the file's scale is alpha / rank; the role's own scale follows from its settings
             rank = value.shape[1]
             alpha = (
                 tensors[f"{module}.alpha"] if f"{module}.alpha" in tensors else _alpha(metadata, component, own, rank)
@@ -54,19 +52,9 @@ def load_lora_file(triple: Triple, role: str, path: Path) -> None:
     triple.load_state(role, found)
 
 
-def _split_key(key: str) -> tuple[str, str]:
-    """Module and matrix of a key; a key of no LoRA is its own module, which fits no role."""
-    stem = key.removesuffix(".weight")
-    for matrix, words in MATRIX_NAMES.items():
-        for word in words:
-            if stem.endswith(f".{word}"):
-                return stem.removesuffix(f".{word}"), matrix
-    return stem, ""
-
-
 def _alpha(metadata: Mapping[str, object], component: str, module: str, rank: int) -> float:
-    """The alpha of a module by diffusers' metadata; its rank where there is none, as diffusers takes it."""
+    """Returns a module's alpha by diffusers' metadata, or its rank if there are none, which is what diffusers assumes."""
     patterns = metadata.get(f"{component}.alpha_pattern")
     own = dict(patterns) if isinstance(patterns, dict) else {}
     alpha = own.get(get_pattern_key(list(own), module), metadata.get(f"{component}.lora_alpha", rank))
-    return float(alpha)  # type: ignore[arg-type]
+    return float(alpha)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.method_cases import CASES, Bench
 from support.proofs import reproduced
@@ -349,3 +350,13 @@ def test_the_name_of_a_base_is_no_code(copied: Callable[..., Path], tmp_path: Pa
     assert reproduced(folder)
     assert not ran.exists()
     assert not Path(ran.name).exists()
+
+
+def test_sdxls_kohya_file_is_recognised_by_a1111_and_forge(run: Callable[..., Path], tmp_path: Path) -> None:
+    """Without `ss_base_model_version` A1111 takes it for SD 1.5; Forge looks at `modelspec.architecture`."""
+    folder = stepdistill.export(run("sdxl"), "kohya-lora", tmp_path / "export")  # diffusers reads it back: proved
+    with safe_open(folder / "lora_kohya.safetensors", "pt") as file:
+        metadata, keys = file.metadata(), list(file.keys())
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert all(key.startswith(("lora_unet_input_", "lora_unet_middle_", "lora_unet_output_")) for key in keys)
