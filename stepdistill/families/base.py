@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -242,5 +243,11 @@ class Family(ABC):
     tiny_variants: ClassVar[tuple[str, ...]] = ("default",)
     has_kohya_layout: ClassVar[bool] = True
     """Loaders of kohya's LoRA layout, diffusers' among them, know the network's modules by `lora_COMPONENT_PATH`."""
+    kohya_metadata: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Metadata by which programs recognise the base model of a LoRA in kohya's layout."""
+    uses_sgm_names: ClassVar[bool] = False
+    """A LoRA in kohya's layout names the UNet's blocks as Stability AI's code (SGM) does."""
+    is_known_to_comfyui: ClassVar[bool] = True
+    """ComfyUI loads LoRAs of this architecture."""
     is_diffusers_model: ClassVar[bool] = True
     """The network is a model of diffusers, which can be quantised, compiled and given another attention."""
