@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import generate_docs  # noqa: E402
 
 
 def test_the_teachers_numbers_are_the_shipped_statistics() -> None:
@@ -118,3 +121,8 @@ def test_the_readmes_results_are_those_of_the_results_page() -> None:
         _, _, seeds, one, _, four, *_ = [cell.strip().split(" ")[0] for cell in line.split("|")]
         assert seeds == "3"
         assert f"| {name} | {one} | {four} |" in readme
+
+
+def test_the_config_reference_is_current() -> None:
+    """`python tools/generate_docs.py` wrote the page from today's schema."""
+    assert generate_docs.PAGE.read_text(encoding="utf-8") == generate_docs.configs_page()

@@ -86,7 +86,7 @@ def evaluate_images(images: str | Path, reference: str | Path | None, output: st
 
 def measure_model(model: str, output: str | Path, options: ModelOptions) -> Report:
     """Does the work of `evaluate`, with checked options."""
-    origin = _loaded_from(options, [model, "--output", str(output)], model, options.lora or "")
+    origin = _report_source(options, [model, "--output", str(output)], model, options.lora or "")
     if options.scheduler is not None and options.scheduler not in SCHEDULERS:
         raise UserError(f"the scheduler {options.scheduler!r} is not known: use one of {', '.join(SCHEDULERS)}")
     check_folder_is_writable(Path(output))
@@ -107,7 +107,7 @@ def measure_model(model: str, output: str | Path, options: ModelOptions) -> Repo
 
 def measure_folder(images: str | Path, output: str | Path, options: FolderOptions) -> Report:
     """Does the work of `evaluate_images`, with checked options."""
-    origin = _loaded_from(options, ["--images", str(images), "--output", str(output)], "", "")
+    origin = _report_source(options, ["--images", str(images), "--output", str(output)], "", "")
     check_output_folder(Path(output))
     if options.save_statistics is not None:
         check_file_is_writable(Path(options.save_statistics))
@@ -155,7 +155,7 @@ def _locked(output: Path) -> AbstractContextManager[None]:
     return locked_folder(output, "evaluation") if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
-def _loaded_from(options: MeasuringOptions, leading: list[str], model: str, lora: str) -> ReportSource:
+def _report_source(options: MeasuringOptions, leading: list[str], model: str, lora: str) -> ReportSource:
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return ReportSource(command_of(options, *leading), date, model, lora)
 
@@ -253,7 +253,20 @@ def _sampler(
         }
     )  # fmt: skip
     calls = 2 if w > 1 and supports_negative_prompt(artifact.pipeline) and artifact.adapter is None else 1
-    return Sampler(name, steps, steps * calls, w, described, drawn)
+    return Sampler(name, steps, steps * calls, w, described, drawn, _image_size(artifact, options))
+
+
+def _image_size(artifact: Artifact, options: ModelOptions) -> tuple[int, int] | None:
+    """Returns (height, width) of the images before they are drawn: asked for, trained, or the pipeline's default."""
+    recipe, pipeline = artifact.recipe, artifact.pipeline
+    if options.size is not None:
+        return options.size
+    if recipe is not None and all(recipe.resolution):
+        return recipe.resolution[0], recipe.resolution[1]
+    if "unet" not in pipeline.components:
+        return None
+    side = pipeline.unet.config.sample_size
+    return (side * pipeline.vae_scale_factor,) * 2 if isinstance(side, int) else None
 
 
 def _student_of(

@@ -1,8 +1,8 @@
-"""`stepdistill quickstart`: distil the embedded teacher with DMD2 into 4 steps, as a LoRA, and measure what came out.
+"""`stepdistill quickstart`: distils the embedded teacher with DMD2 into 4 steps, as a LoRA, and measures the student.
 
     DIR/report.json  grid.png  images/<row>/*.png  lora/  run/
 
-Every step is the code that a Stable Diffusion checkpoint takes: train, export with its proof, load with diffusers, sample.
+Every step runs the same code as for a Stable Diffusion checkpoint: train, export with its proof, load with diffusers, sample.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TEACHER_ROW = FOLDER / "teacher_row.json"
 
 @dataclass(frozen=True)
 class Report:
-    """The quickstart's table, and where its files are."""
+    """The quickstart's table, and the folder of its files."""
 
     rows: tuple[ResultRow, ...]
     noise_floor: float
@@ -49,7 +49,7 @@ class Report:
     folder: Path
 
     def row(self, name: str) -> ResultRow:
-        """The row of that name."""
+        """Returns the row of that name."""
         return next(row for row in self.rows if row.name == name)
 
     def to_json(self) -> str:
@@ -61,7 +61,7 @@ class Report:
         return json.dumps(record, indent=2)
 
     def text(self) -> str:
-        """The table, and the lines that load the LoRA in diffusers."""
+        """Formats the table, and the lines that load the LoRA in diffusers."""
         head = f"{'':<18} {'steps':>5} {'calls':>5} {'Frechet':>8} {'accuracy':>8} {'diversity':>9} {'saturation':>10} {'s/image':>8}"
         lines = [
             f"{row.name:<18} {row.steps:>5} {row.network_calls:>5} {row.frechet:>8.3f} {row.prompt_accuracy:>8.3f} "
@@ -96,7 +96,7 @@ class Report:
 def quickstart(
     output: str | Path, *, remeasure: bool = False, overrides: Sequence[str] = (), images: int = NUM_IMAGES
 ) -> Report:
-    """Run the whole of it into a new folder.
+    """Runs the quickstart into a new folder.
 
     Args:
         output: must be new or empty.
@@ -143,7 +143,7 @@ def quickstart(
 
 
 class Bench:
-    """Draws the protocol's images with one pipeline, keeps them as PNG, scores them and takes the time."""
+    """Draws the protocol's images with one pipeline, writes them as PNG, scores them and measures the time."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Bench:
         self.pipeline, self.prompts, self.seeds, self.scorer, self.folder = pipeline, prompts, seeds, scorer, folder
 
     def measure(self, name: str, total_steps: int, network_calls: int, **arguments: Any) -> ResultRow:
-        """The row of these sampler arguments (those of `stepdistill.inference.artifact.draw`)."""
+        """Measures the row of these sampler arguments (those of `stepdistill.inference.artifact.draw`)."""
         logger.info("measuring %s", name)
         begun = time.perf_counter()
         drawn = np.concatenate(list(draw(self.pipeline, self.prompts, self.seeds, batch_size=BATCH, **arguments)))
@@ -167,14 +167,14 @@ class Bench:
 
 
 def teacher_row(bench: Bench, guidance: float) -> ResultRow:
-    """Draw the 50-step guided teacher."""
+    """Measures the 50-step teacher with guidance."""
     return bench.measure(
         "teacher", TEACHER_STEPS, 2 * TEACHER_STEPS, steps=TEACHER_STEPS, guidance=guidance, scheduler="ddim"
     )
 
 
 def shipped_teacher_row(guidance: float) -> ResultRow | None:
-    """The teacher's row as `tools/teacher/teacher_row.py` measured it at this guidance scale, None where it did not."""
+    """Returns the teacher's row that `tools/teacher/teacher_row.py` measured at this guidance scale; None if it did not."""
     rows = json.loads(TEACHER_ROW.read_text()) if TEACHER_ROW.is_file() else {}
     return ResultRow(**rows[f"{guidance:g}"]) if f"{guidance:g}" in rows else None
 
@@ -187,7 +187,7 @@ def draw_grid(
     folder: Path,
     columns: int = 12,
 ) -> None:
-    """Write grid.png: teacher, base, base_same_recipe and student (top to bottom) on the same prompts and seeds."""
+    """Writes grid.png: teacher, base, base_same_recipe and student (top to bottom) on the same prompts and seeds."""
     chosen = list(range(0, len(prompts), max(1, len(prompts) // columns)))[:columns]
     teacher = draw(
         pipeline,

@@ -1,7 +1,7 @@
-"""Measuring the student while it trains, by the same protocols as `stepdistill evaluate`, raw weights and EMA alike.
+"""Measures the student during training by the protocols of `stepdistill evaluate`, with its raw weights and with their EMA.
 
-RUN/evaluation.jsonl     one line per evaluation
-    checkpoints/best     the best so far, which survives pruning
+RUN/evaluation.jsonl     one log record per evaluation
+    checkpoints/best     the best checkpoint so far, which is never pruned
 """
 
 from __future__ import annotations
@@ -50,15 +50,18 @@ from stepdistill.training.session import Session
 
 BATCH = 16
 BEST_METRICS = ("fid", "fd_infinity", "kid", "cmmd", "precision", "recall", "density", "coverage", "diversity")
-"""Metrics with a better side."""
+"""Metrics that can decide which checkpoint is best: lower or higher is better."""
 
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """What an `evaluation` section asks for, before anything is loaded.
+    """What the `evaluation` section of a config asks for, before anything is loaded.
 
     Attributes:
-        place: of the reference: a folder of images, or statistics.
+        protocol: the protocol of the section.
+        metrics: what is computed.
+        prompts: prompts and seeds.
+        reference_path: a folder of images, or statistics.
     """
 
     protocol: Protocol
@@ -68,7 +71,7 @@ class EvaluationSetup:
 
     @classmethod
     def of(cls, config: EvaluationConfig) -> EvaluationSetup:
-        """Raises UserError: unknown protocol or metric, no prompts or no reference."""
+        """Checks a section; raises UserError for an unknown protocol or metric, and if prompts or reference are missing."""
         protocol = load_protocol(config.protocol)
         metrics = tuple(m for m in expand_metric_names(config.metrics) if m != "prompt_accuracy")
         if config.best not in metrics or config.best not in BEST_METRICS:
@@ -90,7 +93,7 @@ class EvaluationSetup:
 
 
 class StudentEvaluation:
-    """Draws the protocol's images with the live roles and measures them.
+    """Draws the protocol's images with the networks in training and measures them.
 
     Args:
         session: the run's.
@@ -125,7 +128,7 @@ class StudentEvaluation:
         check_metrics(self.metrics, self.reference, len(self.prompts))
 
     def __call__(self, iteration: int) -> EvaluationResult:
-        """Measure raw weights and, where there is one, the EMA; the student that would be exported decides the best."""
+        """Measures the raw weights and, if there is one, the EMA; the student that would be exported decides the best checkpoint."""
         values: dict[str, float] = {}
         decisive: float | None = None
         for role in dict.fromkeys((GENERATOR, self.session.student)):
@@ -139,7 +142,7 @@ class StudentEvaluation:
             decisive = found.get(self.best_metric)
         if PartialState().is_main_process:
             self.log.append(iteration, values)
-        # one process decides for all: they save together, and read a file that the main one rewrites
+        # the main process decides for all, because it rewrites the file that the decision reads
         is_main_process = PartialState().is_main_process
         if decisive is None or not gather_object([is_main_process and self._is_best(decisive)])[0]:
             return EvaluationResult(values, None)
@@ -155,7 +158,7 @@ class StudentEvaluation:
         session, setup = self.session, self.session.setup
         state = PartialState()
         indices = indices_of_rank(len(self.prompts), state.process_index, state.num_processes)
-        # the first process has the most images; the others call a sharded network as often as it does
+        # the main process has the most images; all processes must call a sharded network equally often
         calls = range(0, len(indices_of_rank(len(self.prompts), 0, state.num_processes)), BATCH)
         for start in calls:
             mine = indices[start : start + BATCH]
@@ -166,8 +169,13 @@ class StudentEvaluation:
             noise = draws.normal("noise", setup.problem.latent_shape)
             latents = student_latents(session, role, cond, noise, draws)[: len(mine)]
             for latent in latents:
-                decoded = setup.family.decode(session.checkpoint, latent[None])
-                yield self.chain(as_uint8(decoded.float().clamp(0, 1), (0, 1), self.protocol.quantize)[0])
+                decoded = setup.family.decode(session.checkpoint, latent[None]).float()
+                if not torch.isfinite(decoded).all():  # clamping would hide infinity
+                    raise UserError(
+                        f"the {role} draws NaN or infinity at this iteration's evaluation: lower the learning rate, or resume from an "
+                        "earlier checkpoint"
+                    )
+                yield self.chain(as_uint8(decoded.clamp(0, 1), (0, 1), self.protocol.quantize)[0])
 
     def _is_best(self, value: float) -> bool:
         before = checkpoints.read_best_metadata(self.folder / "checkpoints")

@@ -1,10 +1,10 @@
-"""The `fashion` protocol: how samples of the embedded teacher and its students are measured.
+"""The `fashion` protocol, which measures samples of the embedded teacher and of its students.
 
-The judge's 64 features against the held-out photographs (Fréchet distance), what it reads off each image against what the
-prompt says (prompt accuracy), how far samples of one prompt lie apart (diversity), and colour saturation. Rows are
-comparable only at the same number of images: the Fréchet distance is biased by about the noise floor printed beside it.
-Most images have a prompt of their own, for photographs drawn four to a prompt lie far from the reference by the choice of
-prompts alone (0.44 against 0.16 at 1,024 images).
+It has four scores: the Fréchet distance between the judge's 64 features of the samples and of held-out photographs; prompt
+accuracy, the share of the prompt's attributes that the judge recognises; diversity, the distance between samples of one prompt;
+and colour saturation. Rows are comparable only at the same number of images, because the Fréchet distance is biased by about
+the noise floor that is printed with it. Most images have a prompt of their own: with four images per prompt, real photographs
+have a distance of 0.44 instead of 0.16 at 1,024 images, because of the choice of prompts.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SEEDS_PER_PROMPT = 4
 NUM_IMAGES = 1536
 """24 times the feature dimension."""
 FIRST_SEED = 1_000_000
-"""Image i of any protocol has the seed SEED + i, whatever process draws it."""
+"""Image i of any protocol has the seed FIRST_SEED + i, whichever process draws it."""
 IMAGES_PER_BLOCK = 12
-"""Of every UNIT images, SEEDS_PER_PROMPT share a prompt."""
+"""Of every IMAGES_PER_BLOCK images, SEEDS_PER_PROMPT share a prompt."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the judge says of one set of images."""
+    """The four scores of one set of images."""
 
     frechet: float
     prompt_accuracy: float
@@ -47,7 +47,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One line of the table: a sampler and its scores. `seconds_per_image` is wall time on this machine, decoding included."""
+    """A row of the table: a sampler and its scores. `seconds_per_image` is wall time on this machine, including decoding."""
 
     name: str
     steps: int
@@ -67,7 +67,7 @@ class ResultRow:
 
 
 def evaluation_set(images: int = NUM_IMAGES) -> tuple[list[str], list[int]]:
-    """(prompts, seeds) of the protocol at `images` images: a third in groups of SEEDS_PER_PROMPT to a prompt, the rest alone.
+    """Returns the protocol's (prompts, seeds): a third of the images in groups of SEEDS_PER_PROMPT per prompt, the rest alone.
 
     Raises:
         UserError: `images` is not a positive multiple of 12.
@@ -85,7 +85,7 @@ def evaluation_set(images: int = NUM_IMAGES) -> tuple[list[str], list[int]]:
 
 
 def prompt_accuracy_per_image(judge: Judge, images: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float64]:
-    """For each image, the share (N,) of the attributes that its prompt says and the judge sees.
+    """Computes the share (N,) of the attributes in each image's prompt that the judge recognises.
 
     Raises:
         ValueError: a prompt without a garment.

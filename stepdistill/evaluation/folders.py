@@ -25,7 +25,7 @@ from stepdistill.evaluation.measure import (
 )
 from stepdistill.evaluation.networks.features import FeatureExtractor
 from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, text_hash
-from stepdistill.evaluation.reports.html_report import Picture
+from stepdistill.evaluation.reports.html_report import ReportImage
 from stepdistill.evaluation.reports.report import Report, ReportRow, ReportSource
 from stepdistill.evaluation.reports.writing import make_record, write_report
 from stepdistill.files.disk_errors import disk_errors_as_user_errors
@@ -117,7 +117,7 @@ def evaluate_folder(
     found = {**values.metrics, **scored.means}
     described = scorers.record() + (", lossy files allowed" if source.allow_lossy else "")
     name = str(source.reference) if source.reference is not None else ""
-    record = make_record("folders", protocol, prompts.sha256, own.count, extractor, truth, name, described)
+    record = make_record("folders", protocol, prompts, own.count, extractor, truth, name, described)
     row = ReportRow(source.images.resolve().name, None, None, None, "images from a folder", own.count, None, found)
     notes = (*(f"{metric} could not be computed" for metric in metrics if metric not in found), *scored.notes)
     report = Report(record, (row,), values.noise_floor, notes=notes, source=origin)
@@ -126,7 +126,7 @@ def evaluate_folder(
         provenance = {} if extractor is None else feature_provenance(extractor, chain)
         with disk_errors_as_user_errors(save_statistics):
             own.statistics.save(save_statistics, provenance, **kept)
-    write_report(report, output, _generate_images(source, row.name, prompts), None)
+    write_report(report, output, _report_images(source, row.name, prompts), None)
     return report
 
 
@@ -135,7 +135,7 @@ def check_needs(metrics: tuple[Metric, ...], reference: Path | None) -> None:
     needing = [metric for metric in metrics if metric not in METRICS_WITHOUT_NETWORK]
     if needing and reference is None:
         raise UserError(
-            f"{', '.join(needing)} compare the images with a reference: give --reference, or --metrics without them "
+            f"no reference was given, which these metrics need: {', '.join(needing)}; give --reference, or choose --metrics without one "
             f"({', '.join(sorted(METRICS_WITHOUT_NETWORK))})"
         )
 
@@ -161,13 +161,13 @@ def _prompts_of(source: ImageSource) -> PromptSet:
     return PromptSet(tuple(texts), (), text_hash(texts))
 
 
-def _generate_images(source: ImageSource, row: str, prompts: PromptSet) -> list[Picture]:
+def _report_images(source: ImageSource, row: str, prompts: PromptSet) -> list[ReportImage]:
     if source.is_statistics:
         return []
     files = source.files()
     chosen = range(0, len(files), max(1, len(files) // NUM_REPORT_IMAGES))[:NUM_REPORT_IMAGES]
     images = read_images([files[i] for i in chosen])
     return [
-        Picture(row, prompts.prompts[i] if prompts.prompts else files[i].name, image)
+        ReportImage(row, prompts.prompts[i] if prompts.prompts else files[i].name, image)
         for i, image in zip(chosen, images, strict=True)
     ]

@@ -29,7 +29,17 @@ GenerateFunction = Callable[[Sequence[str], Sequence[int]], Iterator[NDArray[np.
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model with its sampling arguments. The others are compared with the one that is named "teacher"."""
+    """A model with its sampling arguments. The others are compared with the one that is named "teacher".
+
+    Attributes:
+        name: of its row and its folder.
+        steps: sampling steps.
+        network_calls: per image.
+        guidance: guidance scale w.
+        description: distinguishes it from every other model and setting.
+        generate: draws images.
+        size: (height, width) in pixels, if it is known before drawing.
+    """
 
     name: str
     steps: int
@@ -37,6 +47,7 @@ class Sampler:
     guidance: float
     description: str
     generate: GenerateFunction
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""Images on their way to a feature network: files, value ranges, crops and sizes.
+"""Reads images for measuring: files, value ranges, crops and sizes.
 
-Everything downstream takes uint8 (H, W, 3). Each step that changes a Fréchet distance by itself (JPEG, transparency,
-rounding, cropping) is asked for by name and stands in the protocol record.
+All functions that measure take uint8 (H, W, 3). Each step that changes a Fréchet distance by itself (JPEG, transparency,
+rounding, cropping) must be asked for and is written to the protocol record.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from stepdistill.data.images.source import UNREADABLE, open_image
 from stepdistill.errors import UserError
 
+logger = logging.getLogger(__name__)
 ImageArray = NDArray[np.uint8]
 """One image (H, W, 3)."""
 
@@ -26,14 +28,16 @@ LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 LOSSY = (".jpg", ".jpeg", ".webp")
 Quantize = Literal["round", "floor"]
 ValueRange = tuple[float, float]
+OVERVIEW = "grid.png"
+"""File in which `stepdistill sample` and the quickstart show all images at once; it is not a sample."""
 
 
 def list_images(folder: str | Path, *, recursive: bool = False, allow_lossy: bool = False) -> list[Path]:
-    """The image files of a folder, sorted by name.
+    """Lists the image files of a folder, sorted by name, except the overview `grid.png` beside other images.
 
     Args:
-        recursive: look into sub-folders too.
-        allow_lossy: take JPEG and WebP, whose artefacts move the Fréchet distance.
+        recursive: search sub-folders too.
+        allow_lossy: take JPEG and WebP, whose compression changes the Fréchet distance.
 
     Raises:
         UserError: not a folder, no image in it, or lossy files that were not allowed.
@@ -48,10 +52,14 @@ def list_images(folder: str | Path, *, recursive: bool = False, allow_lossy: boo
     lossy = [p for p in files if p.suffix.lower() in LOSSY]
     if lossy and not allow_lossy:
         raise UserError(
-            f"{len(lossy)} files in {str(path)!r} are JPEG or WebP (first: {lossy[0].name!r}), whose compression moves the "
-            "Fréchet distance: give PNG files, or allow lossy ones explicitly"
+            f"{len(lossy)} files in {str(path)!r} are JPEG or WebP (first: {lossy[0].name!r}), whose compression changes the "
+            "Fréchet distance: give PNG files, or --allow-lossy"
         )
     chosen = sorted(lossless + lossy)
+    samples = [file for file in chosen if file.name != OVERVIEW]
+    if samples and len(samples) < len(chosen):
+        logger.info("%s is an overview and is not measured", path / OVERVIEW)
+        chosen = samples
     if not chosen:
         found = sorted({p.suffix.lower() or "(none)" for p in files})
         folders = (
@@ -64,7 +72,7 @@ def list_images(folder: str | Path, *, recursive: bool = False, allow_lossy: boo
 
 
 def read_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> ImageArray:
-    """Any image file as RGB: greys are tripled, transparency is laid on `background`.
+    """Reads an image file as RGB: grey becomes three equal channels, transparency is composited on `background`.
 
     Raises:
         UserError: the file is corrupt, or holds more than 8 bits a channel.
@@ -92,16 +100,17 @@ def as_uint8(
     quantize: Quantize = "round",
     tolerance: float = 1e-3,
 ) -> NDArray[np.uint8]:
-    """A batch as uint8 (N, H, W, 3); the range is never guessed.
+    """Converts a batch to uint8 (N, H, W, 3); the value range is never guessed.
 
     Args:
         images: uint8, or floats in `value_range`; (N, 3, H, W) or (N, H, W, 3).
         value_range: (0, 1) or (-1, 1) for floats, None for uint8.
-        quantize: to the nearest level, or floor as DMD2's and AGD's scripts do.
-        tolerance: overshoot, as a share of the range, that is clamped rather than refused.
+        quantize: round to the nearest level, or down as DMD2's and AGD's scripts do.
+        tolerance: overshoot, as a share of the range, that is clamped; a larger one is an error.
 
     Raises:
-        ValueError: shape, type or range is another than said.
+        UserError: NaN or infinity.
+        ValueError: another shape, type or range than stated.
     """
     array = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
@@ -111,6 +120,10 @@ def as_uint8(
         if value_range is not None:
             raise ValueError(f"images are uint8, yet a value range {value_range} was given: leave it out")
         return np.ascontiguousarray(array)
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise UserError(
+            "the images hold NaN or infinity: the model's weights have overflowed, or its data type is too small"
+        )
     found = f"images are {array.dtype} in [{array.min():.4g}, {array.max():.4g}]"
     if not np.issubdtype(array.dtype, np.floating) or value_range is None:
         raise ValueError(f"{found}; give uint8, or floats with value_range=(0, 1) or (-1, 1)")
@@ -124,11 +137,11 @@ def as_uint8(
 
 @dataclass(frozen=True)
 class PixelChain:
-    """What happens to an image before the network's own preprocessing.
+    """Crops and resizes an image before the network's own preprocessing.
 
     Attributes:
-        crop: "square" to the short side, "patch" to `size` x `size` of the full resolution (smaller images pass), "none".
-        size: side after Lanczos resampling; for "patch" the side of the patch; None leaves it.
+        crop: "square" crops to the short side, "patch" to `size` x `size` at full resolution (smaller images stay), "none".
+        size: side after Lanczos resampling, or the side of the patch; None keeps the size.
     """
 
     crop: Literal["none", "square", "patch"] = "none"
@@ -155,12 +168,12 @@ def _center_crop(image: ImageArray, height: int, width: int) -> ImageArray:
 
 
 def indices_of_rank(count: int, rank: int, world: int) -> range:
-    """Global indices of a rank: rank, rank + world, ...; no padding, so no image counts twice."""
+    """Returns the global indices of a rank: rank, rank + world, ...; without padding, so that no image counts twice."""
     return range(rank, count, world)
 
 
 def read_images(paths: Sequence[Path], chain: PixelChain | None = None) -> Iterator[ImageArray]:
-    """The images of `paths`, one by one, through `chain`."""
+    """Reads the images of `paths` one by one, cropped and resized by `chain`."""
     for path in paths:
         image = read_image(path)
         yield image if chain is None else chain(image)

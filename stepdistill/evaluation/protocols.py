@@ -1,7 +1,7 @@
-"""A protocol is everything about a measurement except the model: prompts, reference, pixels, network, counts.
+"""A protocol is everything about a measurement except the model: prompts, reference, pixels, network, number of images.
 
-They are data (`assets/protocols/*.yaml`), so that a number can name the one it was taken by. Every report carries the
-resolved record, and two numbers with different records are never put side by side.
+Protocols are YAML files (`assets/protocols/*.yaml`), so that a published number can name its protocol. Every report contains the
+resolved protocol, and numbers of different protocols are never put into one table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Metric = Literal[
     "saturation", "brightness", "sharpness",
 ]  # fmt: skip
 METRIC_GROUPS: dict[str, tuple[Metric, ...]] = {"prdc": ("precision", "recall", "density", "coverage")}
-"""Names that stand for several metrics."""
+"""Group name -> its metrics."""
 
 
 class ChainConfig(Settings):
@@ -41,7 +41,7 @@ class ChainConfig(Settings):
         return PixelChain(self.crop, self.size)
 
     def text(self) -> str:
-        """For records."""
+        """Describes the crop and size for records."""
         return f"crop {self.crop}, size {self.size or 'as is'}"
 
 
@@ -72,7 +72,7 @@ class Protocol(Settings):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What is drawn: prompt and seed of each image by global index, and the hash of the prompts as drawn."""
+    """Prompt and seed of each image by global index, and the hash of all prompts."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -83,15 +83,15 @@ class PromptSet:
 
 
 def protocol_names() -> list[str]:
-    """Names of the shipped protocols."""
+    """Returns the names of the shipped protocols."""
     return sorted(path.stem for path in PROTOCOLS.glob("*.yaml"))
 
 
 def load_protocol(name: str) -> Protocol:
-    """A shipped protocol, or one of your own as a YAML file.
+    """Loads a shipped protocol, or a user's YAML file.
 
     Raises:
-        UserError: unknown name, or a file that is no protocol.
+        UserError: unknown name, or a file that is not a protocol.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else PROTOCOLS / f"{name}.yaml"
     if not path.is_file():
@@ -102,15 +102,15 @@ def load_protocol(name: str) -> Protocol:
 
 
 def prompt_set(protocol: Protocol, source: str | None, images: int | None, seeds_per_prompt: int = 1) -> PromptSet:
-    """The prompts and seeds of a protocol.
+    """Returns the prompts and seeds of a protocol.
 
     Args:
-        source: the user's prompt file; not for protocols that bring their own.
-        images: fewer than the protocol asks, which renames its numbers.
-        seeds_per_prompt: images of each prompt, for protocols without a count of their own.
+        source: the user's prompt file; an error for protocols that have their own prompts.
+        images: fewer images than the protocol's, which changes the metrics' names.
+        seeds_per_prompt: images per prompt, for protocols without their own number of images.
 
     Raises:
-        UserError: no prompts, or fewer than wanted.
+        UserError: no prompts, or fewer than needed.
     """
     if protocol.prompts.builtin is not None:
         if source is not None:
@@ -127,19 +127,19 @@ def prompt_set(protocol: Protocol, source: str | None, images: int | None, seeds
             f"{source!r} gives {len(expanded)} images and {wanted} are wanted ({protocol.prompts.hint}): "
             f"give the full list, or --num-images {len(expanded)}, which renames the numbers"
         )
-    # hashed as drawn: how many seeds each prompt has, and where the list was cut, tells one set from another
+    # the hash is over the prompts as drawn, so that it depends on the seeds per prompt and on where the list was cut
     return PromptSet(
         tuple(expanded[:wanted]), tuple(FIRST_SEED + i for i in range(wanted)), text_hash(expanded[:wanted])
     )
 
 
 def text_hash(texts: Sequence[str]) -> str:
-    """SHA-256 of a list of texts, in hex."""
+    """Computes the SHA-256 of a list of texts, in hex."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def expand_metric_names(names: Sequence[str]) -> list[Metric]:
-    """Metric names with groups resolved, in order, each once.
+    """Replaces groups by their metrics; keeps the order and removes duplicates.
 
     Raises:
         UserError: unknown name.
@@ -158,5 +158,5 @@ def expand_metric_names(names: Sequence[str]) -> list[Metric]:
 
 
 def metric_label(metric: str, images: int, wanted: int | None) -> str:
-    """`fid` at the protocol's own count, `fid@N` at another."""
+    """Returns `fid` at the protocol's own number of images, `fid@N` at another."""
     return metric if wanted is None or images == wanted else f"{metric}@{images}"

@@ -34,13 +34,14 @@ from stepdistill.evaluation.measure import (
 from stepdistill.evaluation.metrics.win_rate import win_rate
 from stepdistill.evaluation.networks.features import FeatureExtractor
 from stepdistill.evaluation.protocols import Metric, PromptSet, Protocol, metric_label, text_hash
-from stepdistill.evaluation.reports.html_report import Picture
+from stepdistill.evaluation.reports.html_report import ReportImage
 from stepdistill.evaluation.reports.report import Report, ReportRow, ReportSource
 from stepdistill.evaluation.reports.writing import make_record, write_report
 from stepdistill.evaluation.scorers import ScoreArray
 from stepdistill.files.disk_errors import disk_errors_as_user_errors
 
 NUM_REPORT_IMAGES = 8
+JUDGE_SIZE = (32, 32)
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def evaluate_samplers(
     }
     _check_reference(evaluation, samplers)
     _check_set(prompts, metrics, extractor)
+    _check_sizes(evaluation, samplers)
     fixed = _read_fixed_reference(evaluation)
     check_metrics(metrics, fixed, len(prompts))
     drawn: dict[str, GeneratedImages] = {}
@@ -134,11 +136,11 @@ def evaluate_samplers(
     rows, notes, floor = _rows(samplers, evaluation, measured, truth, drawn, scored)
     where = str(evaluation.reference or protocol.reference.kind)
     record = make_record(
-        evaluation.name, protocol, prompts.sha256, len(prompts), extractor, truth, where, evaluation.scorers.record()
+        evaluation.name, protocol, prompts, len(prompts), extractor, truth, where, evaluation.scorers.record()
     )
     wins = _win_rates({name: found.values for name, found in scored.items()}, prompts)
     report = Report(record, tuple(rows), floor, wins, tuple(notes), source)
-    write_report(report, output, _generate_images(drawn, prompts, evaluation.keep_images), stats)
+    write_report(report, output, _report_images(drawn, prompts, evaluation.keep_images), stats)
     return report
 
 
@@ -208,6 +210,20 @@ def _check_set(prompts: PromptSet, metrics: Sequence[Metric], extractor: Feature
                 ) from None
 
 
+def _check_sizes(evaluation: Evaluation, samplers: Sequence[Sampler]) -> None:
+    """Checks before anything is drawn that the networks can read the images. Raises UserError."""
+    for sampler in samplers:
+        if sampler.size is None:
+            continue
+        height, width = evaluation.protocol.chain.chain()(np.zeros((*sampler.size, 3), np.uint8)).shape[:2]
+        if evaluation.extractor is not None:
+            evaluation.extractor.check_size(height, width)
+        if "prompt_accuracy" in evaluation.protocol.metrics and (height, width) != JUDGE_SIZE:
+            raise UserError(
+                f"prompt_accuracy reads {JUDGE_SIZE[1]} x {JUDGE_SIZE[0]} images and {sampler.name} draws {width} x {height}: leave it out"
+            )
+
+
 def _read_fixed_reference(evaluation: Evaluation) -> ImageSetFeatures | None:
     """Reads the reference before anything is drawn; None if there is none, or if it is the teacher's images."""
     protocol, extractor = evaluation.protocol, evaluation.extractor
@@ -239,11 +255,11 @@ def _is_self_comparison(metric: Metric, own: ImageSetFeatures, truth: ImageSetFe
     return truth is not None and own.statistics is truth.statistics and metric not in alone
 
 
-def _generate_images(drawn: Mapping[str, GeneratedImages], prompts: PromptSet, kept: bool) -> list[Picture]:
+def _report_images(drawn: Mapping[str, GeneratedImages], prompts: PromptSet, kept: bool) -> list[ReportImage]:
     """Chooses a few images of each row for the page, at the same prompts. This is a collective."""
     chosen = range(0, len(prompts), max(1, len(prompts) // NUM_REPORT_IMAGES))[:NUM_REPORT_IMAGES]
     return [
-        Picture(name, prompts.prompts[i], image, f"images/{name}/{i:05d}.png" if kept else None)
+        ReportImage(name, prompts.prompts[i], image, f"images/{name}/{i:05d}.png" if kept else None)
         for name, images in drawn.items()
         for i, image in zip(chosen, images.images_at(chosen), strict=True)
     ]

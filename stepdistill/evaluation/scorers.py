@@ -83,7 +83,7 @@ class ClipScorer:
         except (OSError, ValueError, TypeError) as error:
             first = " ".join(str(error).split())[:160]
             raise UserError(
-                f"the CLIP checkpoint {path!r} cannot be loaded ({first}): give a local folder, or allow downloading"
+                f"the CLIP checkpoint {path!r} cannot be loaded ({first}): give a local folder, or --download"
             ) from None
         self.model = self.model.to(device)
         self.device = torch.device(device)

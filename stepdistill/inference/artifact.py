@@ -244,6 +244,11 @@ def draw(
             except ValueError as error:
                 first = " ".join(str(error).split())[:200]
                 raise UserError(f"the pipeline refuses to draw ({first}): change steps, size or scheduler") from None
+            if not np.isfinite(images).all():
+                raise UserError(
+                    f"the model draws NaN or infinity (image {start + int(np.argmin(np.isfinite(images).all((1, 2, 3))))}): its weights "
+                    "have overflowed, or need another data type than this one; try float32"
+                )
             yield (np.floor(images * 255) if quantize == "floor" else (images * 255).round()).astype(np.uint8)
     finally:
         pipeline.scheduler = own  # the next scheduler must start from the checkpoint's config, not from this one's

@@ -160,6 +160,8 @@ def open_run(
     """
     path = Path(folder)
     config = run_config(path)
+    # rounding to float16 or to integers is not undone by loading the same file in float32
+    is_comparable = config.model.dtype != "float16" and config.model.quantization == "none"
     best = path / "checkpoints" / checkpoints.BEST
     newest = checkpoints.latest(path / "checkpoints") if checkpoint == "latest" else best
     if newest is None:
@@ -174,6 +176,11 @@ def open_run(
     config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
     session = open_session(prepare(config, images=False), device)
     saved = checkpoints.read(newest)
+    if is_comparable and saved.metadata.base != session.triple.fingerprint():
+        raise UserError(
+            f"the run {str(path)!r} was trained on other weights than {config.model.path!r} has now (fingerprint "
+            f"{saved.metadata.base}, now {session.triple.fingerprint()}): put the base back that the run was started with"
+        )
     for role in session.triple.layouts:
         session.triple.load_state(role, saved.tensors[role])
     session.stage = saved.metadata.counters.stage

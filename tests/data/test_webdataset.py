@@ -139,7 +139,7 @@ def test_shards_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.tar").write_bytes(b"")
     refusal(lambda: TarImages(str(tmp_path / "c.tar"), WHOLE), "c.tar", "no uncompressed tar file")
     refusal(
-        lambda: open_images(data(tmp_path / "a.tar", streaming=True), (16, 16), 0), "data.streaming", "read in place"
+        lambda: open_images(data(tmp_path / "a.tar", streaming=True), (16, 16), 0), "data.streaming", "is not streamed"
     )
 
 

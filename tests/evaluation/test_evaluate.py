@@ -103,6 +103,12 @@ def test_reports_are_compared_only_under_one_protocol(tmp_path: Path) -> None:
     both = stepdistill.compare(tmp_path / "a", tmp_path / "b/report.json")
     assert "model-1" in both
     assert "model-2" in both
+    stepdistill.compare(tmp_path / "a", tmp_path / "b", tmp_path / "both")
+    page = (tmp_path / "both/comparison.html").read_text()
+    links = re.findall(r"href='([^']*)'", page)
+    assert len(links) == 2 * 8
+    assert all((tmp_path / "both" / link).is_file() for link in links)
+    assert (tmp_path / "both/comparison.md").read_text() == both
     evaluate(tmp_path / "c", steps=[1], metrics=["fid"], features="random")
     with pytest.raises(UserError, match=r"protocols differ \(.*features: 'judge' and 'random'"):
         stepdistill.compare(tmp_path / "a", tmp_path / "c")
@@ -147,6 +153,24 @@ def test_a_run_is_measured_by_its_own_recipe(tmp_path: Path) -> None:
     assert "<h2>Training</h2>" in (tmp_path / "out/report.html").read_text()
     with pytest.raises(UserError, match="leave --lora out"):
         stepdistill.evaluate(str(tmp_path / "run"), tmp_path / "x", protocol="fashion", lora="lora")
+
+
+def test_a_run_without_arguments_is_measured_on_its_own_prompts_against_its_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepdistill.api.run_evaluation.MAX_IMAGES", 24)
+    monkeypatch.setattr("stepdistill.api.run_evaluation.TEACHER_STEPS", 2)
+    short = [
+        "training.max_steps=1", "training.batch_size=2", "training.grid_prompts=1", "training.threads=1", "training.device=cpu",
+    ]  # fmt: skip
+    config = stepdistill.load_config(Path(__file__).parents[2] / "configs/quickstart.yaml", short)
+    stepdistill.distill(config, tmp_path / "run")
+    report = stepdistill.evaluate(str(tmp_path / "run"), tmp_path / "out")
+    assert [row.name for row in report.rows] == ["teacher", "student-4"]
+    assert report.row("student-4").metrics["fid"] > 0
+    assert (report.record.images, report.record.features) == (24, "judge")
+    expected = prompt_set(load_protocol("prompts"), config.data.prompts, 24)
+    assert report.record.prompts_sha256 == expected.sha256
 
 
 @pytest.mark.ci

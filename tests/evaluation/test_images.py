@@ -53,7 +53,7 @@ def test_floor_is_what_scripts_that_truncate_do() -> None:
         ),  # wraps to 1 elsewhere
         (np.full((1, 4, 4, 3), -0.5), (0, 1), "said to be"),
         (np.full((1, 4, 4, 3), 0.5), None, r"value_range=\(0, 1\)"),
-        (np.full((1, 4, 4, 3), np.nan), (0, 1), "nan"),
+        (np.full((1, 4, 4, 3), np.nan), (0, 1), "NaN or infinity"),
         (np.zeros((1, 4, 4, 3), np.int64), (0, 1), "int64"),
         (np.zeros((1, 4, 4, 3), np.uint8), (0, 1), "leave it out"),
         (np.zeros((4, 4, 3), np.uint8), None, "shape"),

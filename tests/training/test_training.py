@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.method_cases import difference, saved
 
 from stepdistill.config.reading import parse
@@ -338,3 +339,27 @@ def test_the_config_of_a_run_does_not_depend_on_the_folder_it_was_started_in(
     monkeypatch.chdir(tmp_path)
     written = run_config(tmp_path / "run")
     assert (Path(written.model.path), Path(str(written.data.prompts)).resolve()) == (base, prompts.resolve())
+
+
+def test_a_run_is_not_opened_on_a_base_that_has_changed(
+    config: Callable[..., RunConfig], tmp_path: Path, copied: Callable[..., Path]
+) -> None:
+    """Export, evaluate and collect open runs; what they draw would be of another model."""
+    base = copied("sd")
+    run = parse(
+        RunConfig,
+        {
+            "model": {"path": str(base)},
+            "method": {"name": "dmd2", "guidance": 2.0, "ratio": 1},
+            "roles": {"generator": {"rank": 2}, "fake_score": {"rank": 2}},
+            "data": {"prompts": "builtin:general"},
+            "training": {"max_steps": 1, "batch_size": 1, "grid_prompts": 1, "device": "cpu"},
+        },
+        "test",
+    )
+    train(run, tmp_path / "run")
+    open_run(tmp_path / "run")
+    file = base / "unet/diffusion_pytorch_model.safetensors"
+    save_file({key: value + 0.05 for key, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="was trained on other weights than"):
+        open_run(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""How much a set of images varies: pairwise distances of one prompt's images."""
+"""Diversity: pairwise distances between images of one prompt."""
 
 from __future__ import annotations
 

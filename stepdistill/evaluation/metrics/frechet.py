@@ -21,7 +21,7 @@ def frechet_distance(
     mean2: NDArray[np.floating],
     covariance2: NDArray[np.floating],
 ) -> float:
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2)), in float64; raw, so rounding may leave -1e-9.
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2)), in float64; rounding may make it slightly negative.
 
     Raises:
         ValueError: shapes that do not fit, or a result too negative to be rounding.
@@ -38,7 +38,7 @@ def frechet_distance(
 
 
 def frechet_between(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """The distance of two statistics; warns where a covariance is singular for lack of images.
+    """Computes the distance of two statistics; warns if a covariance is singular because there are too few images.
 
     Raises:
         ValueError: as `frechet_distance`.
@@ -48,7 +48,7 @@ def frechet_between(first: FeatureStatistics, second: FeatureStatistics) -> floa
 
 
 def frechet_of_features(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """The distance of two feature sets (N, D) and (M, D).
+    """Computes the distance of two feature sets (N, D) and (M, D).
 
     With few images, tr (C1 C2)^(1/2) is the nuclear norm of A B^T for the centred, scaled rows A and B: exact where the
     covariances are singular and their eigenvalues carry only half the digits.
@@ -65,7 +65,7 @@ def frechet_of_features(first: NDArray[np.floating], second: NDArray[np.floating
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """FD at infinitely many images, and how well a line in 1/n fits (None below R^2 = 0.9, where it means nothing)."""
+    """The Fréchet distance at infinitely many images, extrapolated by a line in 1/n; None if the line fits badly (R^2 below 0.9)."""
 
     value: float | None
     r_squared: float
@@ -91,7 +91,7 @@ def frechet_infinity(
 def frechet_standard_error(
     features: NDArray[np.floating], reference: FeatureStatistics, rng: np.random.Generator, subsets: int = 20
 ) -> float:
-    """Standard error of the distance of `features` (N, D) from `reference`, as far as the samples' choice goes.
+    """Estimates the standard error of the distance of `features` (N, D) from `reference` due to the choice of samples.
 
     The spread over random halves drawn without replacement: with m = N / 2 the larger variance of a half and the finite
     population correction cancel, sigma / sqrt(m) sqrt(1 - m / N) = sigma / sqrt(N). A bootstrap would count images twice
@@ -105,7 +105,7 @@ def frechet_standard_error(
 
 
 def noise_floor(covariance: NDArray[np.floating], count1: int, count2: int) -> float:
-    """First-order expectation of the distance between two samples of N(mu, C), ``count1`` and ``count2`` large.
+    """Computes the first-order expectation of the distance between two samples of N(mu, C), ``count1`` and ``count2`` large.
 
     E|mu1 - mu2|^2 = tr(C) h with h = 1/n1 + 1/n2. The covariance term is |C2 - C1|^2 in the Bures metric, of
     expectation h/2 sum_ij (l_i l_j) / (l_i + l_j) + the diagonal's share, over the eigenvalues l of C.
@@ -143,7 +143,7 @@ def _symmetric(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _square_root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The symmetric square root of a positive semi-definite matrix."""
+    """Computes the symmetric square root of a positive semi-definite matrix."""
     values, vectors = np.linalg.eigh(_symmetric(covariance))
     root: NDArray[np.float64] = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
     return root

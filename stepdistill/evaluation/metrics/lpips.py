@@ -1,7 +1,7 @@
 """LPIPS (Zhang et al., CVPR 2018) between images of one prompt: the diversity that DMD2 and others report.
 
-Network and linear layers are torchmetrics'; the backbone's ImageNet weights come from torch's hub cache. The network
-wants [-1, 1]; fed [0, 1] it gives numbers on another scale (some published ones are), so the range is never a default.
+Network and linear layers are torchmetrics'; the backbone's ImageNet weights come from torch's hub cache. The network expects
+[-1, 1]. With [0, 1] it gives numbers on another scale, which some publications report, so the range must always be stated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BACKBONES: dict[str, str] = {
 
 
 class Lpips:
-    """The distance under one backbone.
+    """The LPIPS distance with one backbone.
 
     Raises:
         UserError: unknown backbone, torchmetrics or torchvision missing, or weights that are not here and may not be fetched.
@@ -39,7 +39,7 @@ class Lpips:
         file = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[backbone]
         if not file.is_file() and not download:
             raise UserError(
-                f"LPIPS needs {file.name!r} and downloading is off: put it into {str(file.parent)!r}, or allow it"
+                f"LPIPS needs {file.name!r} and downloading is off: put it into {str(file.parent)!r}, or give --download"
             )
         try:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -55,7 +55,7 @@ class Lpips:
     def mean(
         self, first: torch.Tensor, second: torch.Tensor, *, value_range: ValueRange, batch_size: int = 32
     ) -> float:
-        """Mean distance of the pairs (N, 3, H, W), floats in `value_range`.
+        """Computes the mean distance of pairs of images (N, 3, H, W), floats in `value_range`.
 
         Raises:
             ValueError: values outside the range.
@@ -76,9 +76,11 @@ class Lpips:
     def diversity(
         self, images_at: Callable[[Sequence[int]], Sequence[ImageArray]], prompts: Sequence[str]
     ) -> float | None:
-        """Mean distance over all pairs of images of one prompt; None where no prompt has two.
+        """Computes the mean distance over all pairs of images of one prompt; None if no prompt has two images.
 
-        pick: global indices -> images, asked for one prompt at a time.
+        Args:
+            images_at: global indices -> images; it is called for one prompt at a time.
+            prompts: of all images, by global index.
         """
         total, count = 0.0, 0
         for rows in prompt_groups(prompts):

@@ -80,7 +80,7 @@ def _polynomial_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 
 def _mean_gaussian(a: NDArray[np.floating], b: NDArray[np.floating], sigma: float) -> float:
-    """Mean of exp(-|x - y|^2 / 2 sigma^2) over all pairs, in blocks of rows."""
+    """Computes the mean of exp(-|x - y|^2 / 2 sigma^2) over all pairs, in blocks of rows."""
     b = np.asarray(b, dtype=np.float64)
     total = 0.0
     for start in range(0, len(a), CHUNK):

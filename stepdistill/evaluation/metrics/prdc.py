@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: which of two clouds lies inside the other's neighbourhoods."""
+"""Precision, recall, density and coverage: how many points of one set lie in the nearest-neighbour balls of the other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PRDCResult:
 def compute_prdc(
     samples: NDArray[np.floating], reference: NDArray[np.floating], neighbours: int = 3, density_neighbours: int = 5
 ) -> PRDCResult:
-    """All four for ``samples`` (N, D) against ``reference`` (M, D); a ball reaches to the k-th neighbour, self excluded.
+    """Computes all four for ``samples`` (N, D) against ``reference`` (M, D); a ball's radius is the distance to the k-th neighbour.
 
     Raises:
         ValueError: a set with no more points than neighbours.
@@ -55,12 +55,12 @@ def compute_prdc(
 
 
 def pairwise_distances(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Euclidean distances (N, M) between the rows of ``first`` (N, D) and of ``second`` (M, D), in float64."""
+    """Computes Euclidean distances (N, M) between the rows of ``first`` (N, D) and of ``second`` (M, D), in float64."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    centre = b.mean(axis=0)  # features share a large mean, which would eat the digits of the expanded square
+    centre = b.mean(axis=0)  # features share a large mean, which would cancel most digits of the expanded square
     a, b = a - centre, b - centre
     squared = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None, :] - 2.0 * a @ b.T
-    # Cancellation must not put a point away from its twin: what is below rounding is 0.
+    # equal points must have distance 0 in spite of cancellation, so values below the rounding error are set to 0
     scale = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None, :]
     squared[squared < 1e-14 * scale] = 0.0
     distances: NDArray[np.float64] = np.sqrt(squared)
@@ -68,7 +68,7 @@ def pairwise_distances(first: NDArray[np.floating], second: NDArray[np.floating]
 
 
 def _radii(x: NDArray[np.floating], *ks: int) -> tuple[NDArray[np.float64], ...]:
-    """Distance of each row to its k-th neighbour, itself excluded, for each k."""
+    """Computes the distance of each row to its k-th neighbour, excluding itself, for each k."""
     nearest = []
     for start in range(0, len(x), CHUNK):
         distances = pairwise_distances(x[start : start + CHUNK], x)

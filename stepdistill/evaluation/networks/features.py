@@ -1,7 +1,7 @@
-"""Feature networks behind one interface: images in, one float32 vector an image out.
+"""Feature networks behind one interface: one float32 vector per image.
 
-A network is named as NAME or NAME:WEIGHTS. Its record (name, dimension, hash of the weights, preprocessing) goes into
-every report, since features of two networks, or of one network after two resizes, cannot be compared.
+A network is named as NAME or NAME:WEIGHTS. Its record (name, hash of the weights, preprocessing) is written to every report,
+because features of two networks, or of one network after two ways of resizing, cannot be compared.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from stepdistill.frozen import vision
 Features = NDArray[np.float32]
 CACHE_ENV_VARIABLE = "STEPDISTILL_CACHE"
 FEATURE_BATCH_SIZE = 32
-"""Every network call has this many rows, the last one padded: convolutions round differently at other batch sizes."""
+"""Rows of every network call; the last batch is padded, because convolutions round differently at other batch sizes."""
 
 
 @dataclass(frozen=True)
 class FeatureRecord:
-    """What identifies a feature space."""
+    """Identifies a feature space: two equal records give comparable features."""
 
     name: str
     weights: str
@@ -47,7 +47,7 @@ class FeatureRecord:
 
 
 def cache_folder() -> Path:
-    """Where weights are looked for and fetched to: the user's own folder, or $STEPDISTILL_CACHE."""
+    """Returns the folder for downloaded weights: ~/.cache/stepdistill, or $STEPDISTILL_CACHE."""
     return Path(os.environ.get(CACHE_ENV_VARIABLE) or Path.home() / ".cache" / "stepdistill")
 
 
@@ -56,9 +56,9 @@ class FeatureExtractor:
 
     Args:
         record: name, hash of the weights, preprocessing.
-        prepare: uint8 (H, W, 3) -> (3, h, w), all of one size.
+        prepare: uint8 (H, W, 3) -> (3, h, w), the same size for all images.
         network: (B, 3, h, w) -> (B, D).
-        device: taken from here alone.
+        device: where the network is.
     """
 
     def __init__(
@@ -70,12 +70,16 @@ class FeatureExtractor:
     ) -> None:
         self.record, self._prepare, self._network, self.device = record, prepare, network, torch.device(device)
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raises UserError if the network cannot read images of this size."""
+        self._prepare(np.zeros((height, width, 3), np.uint8))
+
     @torch.inference_mode()
     def stream(self, images: Iterable[ImageArray]) -> Iterator[Features]:
-        """Features (n, D) of images as they come; the caller's batches do not matter.
+        """Computes features (n, D) of a stream of images.
 
         Raises:
-            UserError: the network does not answer with (B, D), or with non-finite numbers.
+            UserError: the network returns another shape than (B, D), or non-finite numbers.
         """
         waiting = iter(images)
         while chunk := list(islice(waiting, FEATURE_BATCH_SIZE)):
@@ -85,18 +89,16 @@ class FeatureExtractor:
                 answer = self._network(padded.to(self.device))
             if answer.ndim != 2 or len(answer) != FEATURE_BATCH_SIZE or answer.shape[1] < 2:
                 raise UserError(
-                    f"the feature network {self.record.name!r} answered with the shape {tuple(answer.shape)}; "
-                    f"({FEATURE_BATCH_SIZE}, D) with D >= 2 is wanted: mend the network"
+                    f"the feature network {self.record.name!r} returned the shape {tuple(answer.shape)}; "
+                    f"({FEATURE_BATCH_SIZE}, D) with D >= 2 is wanted: change the network"
                 )
             features = answer[: len(chunk)].float().cpu().numpy()
             if not np.isfinite(features).all():
-                raise UserError(
-                    f"the feature network {self.record.name!r} answered with NaN or infinity: check its weights"
-                )
+                raise UserError(f"the feature network {self.record.name!r} returned NaN or infinity: check its weights")
             yield features
 
     def close(self) -> None:
-        """Let go of the network and its memory on the device; it answers no more after this."""
+        """Frees the network and its memory on the device; the extractor cannot be used afterwards."""
 
         def closed(x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError(f"the feature network {self.record.name!r} has been closed")
@@ -104,19 +106,19 @@ class FeatureExtractor:
         self._network = closed
 
     def __call__(self, images: Iterable[ImageArray]) -> Features:
-        """Features (N, D) of all images at once."""
+        """Computes the features (N, D) of all images."""
         return np.concatenate(list(self.stream(images)))
 
 
 def load_extractor(
     name: str, *, resize: ResizeMode = "clean", device: torch.device | str = "cpu", download: bool = False
 ) -> FeatureExtractor:
-    """The extractor of a NAME[:WEIGHTS].
+    """Loads the extractor of a NAME[:WEIGHTS].
 
     Args:
         name: inception[:FILE], dinov2:FOLDER or hub id, clip:FOLDER or hub id, judge, random, or MODULE:FUNCTION, which
             is called without arguments and returns a FeatureExtractor.
-        resize: of the Inception's input.
+        resize: how images are resized for the Inception.
         download: allow fetching what is not on this machine.
 
     Raises:
@@ -168,7 +170,7 @@ def _judge(device: torch.device | str) -> FeatureExtractor:
 
 
 def _random(device: torch.device | str, seed: int = 0, width: int = 64) -> FeatureExtractor:
-    """A seeded random network: worthless as a measure, exact as a test of everything around it."""
+    """Makes a network with seeded random weights: useless as a measure, but it needs no file, which tests use."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = nn.Sequential(
@@ -186,7 +188,7 @@ def _random(device: torch.device | str, seed: int = 0, width: int = 64) -> Featu
 
 
 def _dinov2(path: str, device: torch.device | str, download: bool) -> FeatureExtractor:
-    """The class token, as in dgm-eval (Stein et al., NeurIPS 2023): bicubic to 224, ImageNet's mean and deviation."""
+    """Loads DINOv2's class token as in dgm-eval (Stein et al., NeurIPS 2023): bicubic to 224, ImageNet's mean and deviation."""
     from transformers import AutoModel
 
     model = _pretrained(AutoModel, path, download).to(device)
@@ -200,7 +202,7 @@ def _dinov2(path: str, device: torch.device | str, download: bool) -> FeatureExt
 
 
 def _clip(path: str, device: torch.device | str, download: bool) -> FeatureExtractor:
-    """Normalised CLIP image embeddings, as CMMD takes them: bicubic with antialias to the network's own square."""
+    """Loads normalised CLIP image embeddings, as CMMD uses them: bicubic with antialiasing to the network's input size."""
     from transformers import CLIPModel
 
     model = _pretrained(CLIPModel, path, download).to(device)
@@ -223,7 +225,7 @@ def _custom_extractor(module: str, function: str) -> FeatureExtractor:
     try:
         made = vars(importlib.import_module(module))[function]()
     except Exception as error:
-        # a user's module fails in every way there is
+        # a user's module may raise anything
         raise UserError(
             f"the feature network {module}:{function} cannot be loaded ({error}): check the module's name and path"
         ) from None
@@ -240,13 +242,13 @@ def _custom_extractor(module: str, function: str) -> FeatureExtractor:
 def resize_and_normalize(
     image: ImageArray, side: int, mean: NDArray[np.floating], deviation: NDArray[np.floating]
 ) -> torch.Tensor:
-    """PIL bicubic (which has antialias) to a square, then (x / 255 - mean) / deviation; (3, side, side)."""
+    """Resizes with PIL's bicubic filter (which antialiases) to a square, then (x / 255 - mean) / deviation; (3, side, side)."""
     resized = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64)
     return torch.from_numpy(((resized / 255.0 - mean) / deviation).transpose(2, 0, 1)).float()
 
 
 def pooled_embedding(answer: object) -> torch.Tensor:
-    """The projected embedding of `get_image_features`/`get_text_features`: a tensor up to transformers 4, an object since."""
+    """Returns the projected embedding of `get_image_features` or `get_text_features`, which is inside an object since transformers 5."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     if isinstance(answer, torch.Tensor):
@@ -258,7 +260,7 @@ def pooled_embedding(answer: object) -> torch.Tensor:
 
 
 def weights_hash(network: nn.Module) -> str:
-    """SHA-256 over names and values of all parameters and buffers, whatever file they came from."""
+    """Computes the SHA-256 over names and values of all parameters and buffers, independent of their file's format."""
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())
@@ -267,7 +269,7 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def _pretrained(cls: Any, path: str, download: bool) -> Any:
-    """A transformers model from a local folder or the hub cache; the network only where `download` is set."""
+    """Loads a transformers model from a local folder or the hub's cache, or from the hub if `download` is set."""
     try:
         model, loaded = cls.from_pretrained(
             path, local_files_only=not download, output_loading_info=True, use_safetensors=True, trust_remote_code=False
@@ -275,7 +277,7 @@ def _pretrained(cls: Any, path: str, download: bool) -> Any:
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split())[:160]
         raise UserError(
-            f"the checkpoint {path!r} cannot be loaded ({first}): give a local folder, or allow downloading"
+            f"the checkpoint {path!r} cannot be loaded ({first}): give a local folder, or --download"
         ) from None
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])[0]

@@ -1,6 +1,6 @@
-"""The 2015 TensorFlow Inception in PyTorch: its 2048 features are what "FID" means. Not torchvision's inception_v3.
+"""The 2015 TensorFlow Inception in PyTorch, whose 2048 features define the FID. It is not torchvision's inception_v3.
 
-The blocks are torch-fidelity's; the weights are the user's file, in any of three formats that all hold the same numbers.
+The blocks are torch-fidelity's. The weights are a file of the user's: torch-fidelity's or pytorch-fid's .pth, or .safetensors.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ WEIGHTS_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 SHA256_PREFIX = "6726825d"
-"""First digits of the SHA-256 of torch-fidelity's and pytorch-fid's file, which is one and the same."""
+"""First digits of the SHA-256 of the file that torch-fidelity and pytorch-fid both publish."""
 WEIGHT_FILES = (
     "weights-inception-2015-12-05-6726825d.pth",
     "pt_inception-2015-12-05-6726825d.pth",
-    "inception-2015-12-05.pt",
     "inception-2015-12-05.safetensors",
 )
 
 
 def inception_layers() -> nn.Sequential:
-    """The network up to pool3: normalised (B, 3, 299, 299) -> (B, 2048). Keys are pytorch-fid's.
+    """Makes the network up to pool3: normalised (B, 3, 299, 299) -> (B, 2048). Keys are pytorch-fid's.
 
     Raises:
         UserError: torch-fidelity is not installed.
@@ -66,13 +65,13 @@ def inception_layers() -> nn.Sequential:
 
 
 def load_inception(path: Path) -> nn.Module:
-    """The network with the weights of a file: torch-fidelity's or pytorch-fid's .pth, or .safetensors.
+    """Loads the network with the weights of a file: torch-fidelity's or pytorch-fid's .pth, or .safetensors.
 
     Raises:
         UserError: missing, truncated, or not these weights.
     """
     if not path.is_file():
-        raise UserError(f"there is no Inception weight file {str(path)!r}: give {WEIGHT_FILES[0]} or {WEIGHT_FILES[2]}")
+        raise UserError(f"there is no Inception weight file {str(path)!r}: give {WEIGHT_FILES[0]}")
     try:
         if _is_torchscript(path):
             raise UserError(
@@ -87,7 +86,7 @@ def load_inception(path: Path) -> nn.Module:
     except UserError:
         raise
     except Exception as error:
-        # a truncated download ends here, with a different exception from every torch version
+        # a truncated download raises another exception in every version of torch
         raise UserError(
             f"the Inception weights {str(path)!r} cannot be read ({type(error).__name__}; a truncated download?): fetch them again"
         ) from None
@@ -113,14 +112,14 @@ def load_inception(path: Path) -> nn.Module:
 
 
 def find_inception(cache: Path, *, download: bool) -> Path:
-    """The weight file in the user's caches, or a checked download.
+    """Finds the weight file in the user's caches, or downloads and checks it.
 
     Args:
-        cache: folder looked into first, and downloaded into.
-        download: False never touches the network.
+        cache: folder that is searched first, and downloaded to.
+        download: allow downloading.
 
     Raises:
-        UserError: not there, and not downloaded.
+        UserError: no such file, and downloading is off or failed.
     """
     for folder in (cache, Path(torch.hub.get_dir()) / "checkpoints"):
         for name in WEIGHT_FILES:
@@ -128,8 +127,8 @@ def find_inception(cache: Path, *, download: bool) -> Path:
                 return folder / name
     if not download:
         raise UserError(
-            f"the Inception weights are in neither {str(cache)!r} nor torch's hub cache, and downloading is off: put {WEIGHT_FILES[0]!r} "
-            "there, or give its path as inception:PATH"
+            f"the Inception weights are in neither {str(cache)!r} nor torch's hub cache, and downloading is off: give --download, or "
+            f"put {WEIGHT_FILES[0]!r} there, or give its path as --features inception:PATH"
         )
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / WEIGHT_FILES[0]
@@ -144,7 +143,7 @@ def find_inception(cache: Path, *, download: bool) -> Path:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """TorchScript archives carry code beside the tensors; plain `torch.save` archives do not."""
+    """Returns whether a file is a TorchScript archive, which holds code beside the tensors; `torch.save` archives do not."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -1,6 +1,6 @@
-"""The judge: a small network that reads garment, colour and background off an image, and measures with its features.
+"""The judge: a small network that recognises garment, colour and background, and whose features measure distances.
 
-It is for evaluation only: nothing that trains may import it, or its verdict would be worth nothing.
+It is for evaluation only. No training code may import it, because a student trained on it would be measured by its own reward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FEATURE_DIM = 64
 
 @dataclass(frozen=True)
 class Predictions:
-    """The attribute indices that the judge sees, each (N,), in the order of the vocabulary."""
+    """Recognised attributes as indices into the vocabulary, each (N,)."""
 
     garment: NDArray[np.int64]
     colour: NDArray[np.int64]
@@ -30,7 +30,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class JudgeOutputs:
-    """Everything that the judge is trained on: logits of three attributes and the two colours as drawn, in [0, 1]."""
+    """All outputs that the judge is trained on: logits of three attributes, and two RGB colours in [0, 1]."""
 
     garment: torch.Tensor  # (B, 10)
     colour: torch.Tensor  # (B, 8)
@@ -57,19 +57,19 @@ class Judge(nn.Module):
         self.garment = nn.Linear(FEATURE_DIM, len(GARMENTS))
         self.colour = nn.Linear(FEATURE_DIM, len(COLOURS))
         self.background = nn.Linear(FEATURE_DIM, len(BACKGROUNDS))
-        # Regressing the colours themselves makes the features see saturation, which a class label would let them ignore.
+        # Predicting the colours themselves makes the features depend on saturation, which class labels do not.
         self.garment_rgb = nn.Linear(FEATURE_DIM, 3)
         self.background_rgb = nn.Linear(FEATURE_DIM, 3)
 
     @classmethod
     def load(cls, path: str | Path) -> Judge:
-        """The frozen judge of a safetensors file."""
+        """Loads the frozen judge from a safetensors file."""
         judge = cls()
         judge.load_state_dict(load_file(path))
         return judge.eval().requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> JudgeOutputs:
-        """All heads for ``images`` (B, 3, 32, 32) in [-1, 1]."""
+        """Computes all outputs for ``images`` (B, 3, 32, 32) in [-1, 1]."""
         features = self.trunk(images)
         return JudgeOutputs(
             self.garment(features),
@@ -81,13 +81,13 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def features(self, images: NDArray[np.uint8] | torch.Tensor, batch_size: int = 250) -> NDArray[np.float32]:
-        """Features (N, 64) of ``images``: uint8 (N, 32, 32, 3), or float (N, 3, 32, 32) in [-1, 1]."""
+        """Computes features (N, 64) of ``images``: uint8 (N, 32, 32, 3), or float (N, 3, 32, 32) in [-1, 1]."""
         parts = [self.trunk(batch) for batch in torch.split(_as_input(images), batch_size)]
         return torch.cat(parts).cpu().numpy()
 
     @torch.no_grad()
     def predict(self, images: NDArray[np.uint8] | torch.Tensor, batch_size: int = 250) -> Predictions:
-        """The attributes seen in ``images``, given as for :meth:`features`."""
+        """Recognises the attributes in ``images``, which have one of the forms of :meth:`features`."""
         outputs = [self(batch) for batch in torch.split(_as_input(images), batch_size)]
         return Predictions(
             torch.cat([output.garment.argmax(1) for output in outputs]).cpu().numpy(),
@@ -97,12 +97,12 @@ class Judge(nn.Module):
 
 
 def _as_input(images: NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
-    """Float (N, 3, 32, 32) in [-1, 1], whichever of the two accepted forms ``images`` has."""
+    """Converts either accepted form of ``images`` to float (N, 3, 32, 32) in [-1, 1]."""
     tensor = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
     if tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[-1] == 3:
         return tensor.permute(0, 3, 1, 2).float() / 127.5 - 1.0
     if tensor.is_floating_point() and tensor.ndim == 4 and tensor.shape[1] == 3:
-        # The distances must not depend on whether the images passed through 8 bits: float input is rounded likewise.
+        # float images are rounded to 8 bits, so that distances do not depend on whether the images were stored
         return ((tensor.float() + 1.0) * 127.5).round().clamp(0.0, 255.0) / 127.5 - 1.0
     raise ValueError(
         f"the judge got images of shape {tuple(tensor.shape)} and type {tensor.dtype}; "

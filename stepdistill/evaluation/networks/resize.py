@@ -1,4 +1,4 @@
-"""The three ways to bring an image to 299 x 299 for the 2015 Inception, which make three different "FIDs".
+"""The three ways of resizing an image to 299 x 299 for the 2015 Inception. They give three different values of the FID.
 
 clean              PIL bicubic with antialias, channel by channel in float (clean-fid; Parmar et al., CVPR 2022)
 legacy_pytorch     bilinear, no antialias, half-pixel centres (pytorch-fid)
@@ -23,7 +23,7 @@ RESIZE_MODES: tuple[ResizeMode, ...] = ("clean", "legacy_pytorch", "legacy_tenso
 
 
 def resize_for_inception(image: ImageArray, mode: ResizeMode) -> torch.Tensor:
-    """A uint8 image (H, W, 3) as float32 (3, 299, 299) in [0, 255], not rounded."""
+    """Resizes a uint8 image (H, W, 3) to float32 (3, 299, 299) in [0, 255], without rounding."""
     if mode == "clean":
         channels = [Image.fromarray(image[:, :, c].astype(np.float32)) for c in range(3)]
         resized = [
@@ -42,5 +42,5 @@ def resize_for_inception(image: ImageArray, mode: ResizeMode) -> torch.Tensor:
 
 
 def normalize_for_inception(x: torch.Tensor, mode: ResizeMode) -> torch.Tensor:
-    """[0, 255] -> the network's input; pytorch-fid divides by 127.5 where the graph has (x - 128) / 128."""
+    """Maps [0, 255] to the network's input: x / 127.5 - 1 in pytorch-fid, (x - 128) / 128 in the original graph."""
     return x / 127.5 - 1.0 if mode == "legacy_pytorch" else (x - 128.0) / 128.0

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from stepdistill.evaluation.images import read_image
-from stepdistill.evaluation.reports.html_report import Picture, html_page
+from stepdistill.evaluation.reports.html_report import ReportImage, html_page
 from stepdistill.evaluation.reports.report import Report, compared, markdown
 from stepdistill.files.atomic import write_atomically
 from stepdistill.files.disk_errors import disk_errors_as_user_errors
@@ -40,7 +40,7 @@ def compare_reports(first: Path, second: Path, output: Path | None) -> str:
         picture
         for name, folder, report in zip(names, folders, reports, strict=True)
         for row in report.rows
-        for picture in _generate_images(f"{name}: {row.name}", folder / "images" / row.name, output, row.num_images)
+        for picture in _report_images(f"{name}: {row.name}", folder / "images" / row.name, output, row.num_images)
     ]
     with disk_errors_as_user_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -49,12 +49,12 @@ def compare_reports(first: Path, second: Path, output: Path | None) -> str:
     return text
 
 
-def _generate_images(row: str, folder: Path, output: Path, count: int) -> list[Picture]:
+def _report_images(row: str, folder: Path, output: Path, count: int) -> list[ReportImage]:
     """Returns a few images of a row, at the same indices for every row; none if the images were not kept."""
     chosen = range(0, count, max(1, count // NUM_IMAGES))[:NUM_IMAGES]
     files = [folder / f"{i:05d}.png" for i in chosen]
     return [
-        Picture(row, f"image {i}", read_image(file), os.path.relpath(file, output))
+        ReportImage(row, f"image {i}", read_image(file), os.path.relpath(file, output))
         for i, file in zip(chosen, files, strict=True)
         if file.is_file()
     ]

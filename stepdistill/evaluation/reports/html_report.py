@@ -30,7 +30,7 @@ PLOTTED_SIGNALS = ("loss", "score_gap", "latent_std")
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReportImage:
     """An image on the page.
 
     Attributes:
@@ -46,7 +46,7 @@ class Picture:
     link: str | None = None
 
 
-def html_page(report: Report, pictures: Sequence[Picture], stats: Path | None = None) -> str:
+def html_page(report: Report, pictures: Sequence[ReportImage], stats: Path | None = None) -> str:
     """Makes the page: table, pictures, curves over steps if there are several step counts, training curves, protocol record.
 
     Args:
@@ -133,9 +133,9 @@ def _image(figure: Figure) -> str:
     return _embed(buffer.getvalue())
 
 
-def _grid(pictures: Sequence[Picture]) -> str:
+def _grid(pictures: Sequence[ReportImage]) -> str:
     """Makes a table with one row of pictures per row of the report; the captions are above the first of each column."""
-    rows: dict[str, list[Picture]] = {}
+    rows: dict[str, list[ReportImage]] = {}
     for picture in pictures:
         rows.setdefault(picture.row, []).append(picture)
     lines, above = [], None
@@ -149,7 +149,7 @@ def _grid(pictures: Sequence[Picture]) -> str:
     return f"<div class='wide'><table class='pictures'>{''.join(lines)}</table></div>"
 
 
-def _thumbnail(picture: Picture) -> str:
+def _thumbnail(picture: ReportImage) -> str:
     small = Image.fromarray(picture.image)
     small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     buffer = io.BytesIO()

@@ -12,8 +12,8 @@ from accelerate import PartialState
 from stepdistill.evaluation.fashion import FIRST_SEED
 from stepdistill.evaluation.measure import ImageSetFeatures
 from stepdistill.evaluation.networks.features import FeatureExtractor
-from stepdistill.evaluation.protocols import Protocol
-from stepdistill.evaluation.reports.html_report import Picture, html_page
+from stepdistill.evaluation.protocols import PromptSet, Protocol
+from stepdistill.evaluation.reports.html_report import ReportImage, html_page
 from stepdistill.evaluation.reports.report import ProtocolRecord, Report, markdown
 from stepdistill.files.atomic import write_atomically
 from stepdistill.files.disk_errors import disk_errors_as_user_errors
@@ -25,7 +25,7 @@ REPORT_FILES = ("report.json", "report.md", "report.html")
 def make_record(
     name: str,
     protocol: Protocol,
-    prompts_sha256: str,
+    prompts: PromptSet,
     images: int,
     extractor: FeatureExtractor | None,
     reference: ImageSetFeatures | None,
@@ -37,7 +37,7 @@ def make_record(
     Args:
         name: the protocol's name, or its YAML file.
         protocol: the protocol with the user's changes.
-        prompts_sha256: hash of the prompts as drawn; "" if there are none.
+        prompts: prompts and, if images were drawn, their seeds; empty if no metric needs prompts.
         images: number of images.
         extractor: the feature network; None if no metric needs one.
         reference: what the images are compared with; None if no metric needs it.
@@ -46,9 +46,9 @@ def make_record(
     """
     return ProtocolRecord(
         protocol=Path(name).stem if name.endswith((".yaml", ".yml")) else name,
-        prompts_sha256=prompts_sha256,
+        prompts_sha256=prompts.sha256,
         images=images,
-        seeds=f"{FIRST_SEED} + global index" if prompts_sha256 else "",
+        seeds=f"{FIRST_SEED} + global index" if prompts.seeds else "",
         reference=Path(source).name if reference is not None else "",
         reference_sha256=reference.content_hash if reference is not None else "",
         reference_count=reference.count if reference is not None else 0,
@@ -62,7 +62,7 @@ def make_record(
     )
 
 
-def write_report(report: Report, output: Path, pictures: Sequence[Picture], stats: Path | None) -> None:
+def write_report(report: Report, output: Path, pictures: Sequence[ReportImage], stats: Path | None) -> None:
     """Writes the three files of a report; on a full disk, none of them is left.
 
     report.json comes first, because a page that cannot be drawn must not lose hours of numbers.
