@@ -109,16 +109,16 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
-def test_the_readme_shows_the_tables() -> None:
+def test_the_results_page_shows_the_tables() -> None:
     """Of the kept cells, as the tool prints them."""
-    text = (TOOLS.parent / "README.md").read_text()
+    text = (TOOLS.parent / "docs/results.md").read_text()
     cells = comparetables.read_cells(compare.RESULTS)
     for entries in COMPARISON.tables.values():
         assert comparetables.table(cells, entries, compare.teacher_diversity(COMPARISON, entries)) in text
 
 
 def test_what_the_kept_cells_say_of_consistency() -> None:
-    """As the README has it: LCM in 4 steps within twice the teacher's distance, the segmented chain with its score below LCM in one
+    """As docs/results.md has it: LCM in 4 steps within twice the teacher's distance, the segmented chain with its score below LCM in one
     step, TBCM without images within 10 % of sCM, in less memory and time an update."""
     cells = comparetables.read_cells(compare.RESULTS)
     mean = lambda name, steps: fmean(row.frechet for cell in cells[name] if (row := cell.at(steps)))  # noqa: E731
