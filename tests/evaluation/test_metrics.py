@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-import stepdistill
 from stepdistill.data.appearance import brightness, sharpness
 from stepdistill.errors import UserError
 from stepdistill.evaluation.fashion import evaluation_set
@@ -416,29 +415,3 @@ def test_metrics_that_need_more_than_statistics_say_so() -> None:
     wide = ImageSetFeatures(FeatureStatistics.of(np.random.default_rng(0).normal(size=(30, 4))))
     with pytest.raises(UserError, match="3 features and the reference 4"):
         compute_metrics(own, wide, ["fid"], np.random.default_rng(0))
-
-
-def test_two_folders_of_mixed_sizes_are_measured(tmp_path: Path) -> None:
-    """pytorch-fid 1: unequal sizes in one folder."""
-    a, b = write(tmp_path / "a", pictures(40)), write(tmp_path / "b", pictures(50, 1, 40))
-    Image.fromarray(np.zeros((24, 31, 3), np.uint8)).save(a / "odd.png")
-    report = stepdistill.evaluate_images(
-        a, b, tmp_path / "out", features="random", metrics=["fid", "kid", "prdc"], device="cpu"
-    )
-    found = report.rows[0].metrics
-    assert set(found) == {"fid", "kid", "kid_std", "precision", "recall", "density", "coverage"}
-    images = [*pictures(40), np.zeros((24, 31, 3), np.uint8)]
-    network = load_extractor("random")
-    expected = frechet_of_features(network(images), network(list(pictures(50, 1, 40))))
-    assert found["fid"] == pytest.approx(expected, rel=1e-6)
-    saved = tmp_path / "reference.npz"
-    told = {"features": "random", "metrics": ["fid", "kid"], "device": "cpu"}
-    stepdistill.evaluate_images(b, a, tmp_path / "saving", save_statistics=saved, **told)
-    again = stepdistill.evaluate_images(a, saved, tmp_path / "reading", **told).rows[0].metrics
-    assert again["fid"] == pytest.approx(expected, rel=1e-6)
-    for name in ("report.json", "report.md", "report.html"):
-        assert (tmp_path / "out" / name).stat().st_size > 300
-    with pytest.raises(UserError, match="did you mean 'precision'"):
-        stepdistill.evaluate_images(a, b, tmp_path / "other", features="random", metrics=["precison"])
-    with pytest.raises(UserError, match=r"have no caption .*give --prompts FILE"):
-        stepdistill.evaluate_images(a, b, tmp_path / "other", features="random", metrics=["diversity"])

@@ -77,7 +77,9 @@ def test_a_wrong_option_is_one_sentence(given: dict[str, object], sentence: str)
 def test_options_are_checked_before_heavy_imports(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["stepdistill", "evaluate", "builtin:teacher", "--steps", "x", "--output", "/absent/out"])
+    monkeypatch.setattr(
+        sys, "argv", ["stepdistill", "evaluate", "builtin:teacher", "--steps", "x", "--output", "/absent/out"]
+    )
     monkeypatch.setitem(sys.modules, "stepdistill.api.evaluating", None)
     with pytest.raises(SystemExit):
         main()
