@@ -18,7 +18,7 @@ from stepdistill.config.schema import OptimizerConfig
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.base import Family
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.methods.base import Batch, Method, Problem, Progress
 from stepdistill.roles.lora import LoraSettings
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, RoleLayout, Triple
@@ -86,7 +86,7 @@ def random_conditioning(network: UNet2DConditionModel, resolution: int, seed: in
     text = torch.randn(1, 77, network.config.cross_attention_dim, generator=stream)
     if network.config.addition_embed_type is None:
         return Conditioning(text)
-    ids = torch.tensor([ImageSize.plain(resolution, resolution).time_ids()], dtype=torch.float32)
+    ids = torch.tensor([MicroConditioning.plain(resolution, resolution).time_ids()], dtype=torch.float32)
     width = network.config.projection_class_embeddings_input_dim - ids.numel() * network.config.addition_time_embed_dim
     return Conditioning(text, pooled=torch.randn(1, width, generator=stream), time_ids=ids)
 

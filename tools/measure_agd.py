@@ -30,7 +30,7 @@ from stepdistill.assets import TEACHER, resolve
 from stepdistill.diffusion.timesteps import trailing_timesteps
 from stepdistill.errors import UserError
 from stepdistill.evaluation.fashion import NUM_IMAGES, FashionScorer, evaluation_set
-from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.conditioning import MicroConditioning
 from stepdistill.files.atomic import write_atomically
 from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.roles.guidance_adapter import GuidanceAdapter
@@ -124,7 +124,7 @@ def measure(
 def errors(session: Session, w: float, steps: int, prompts: Sequence[str]) -> tuple[float, float]:
     """Mean relative error of the adapter and of the prompt alone, over all states of guided walks of these prompts."""
     setup, triple = session.setup, session.triple
-    sizes = [ImageSize.plain(*setup.problem.size)] * len(prompts)
+    sizes = [MicroConditioning.plain(*setup.problem.size)] * len(prompts)
     cond, null = session.encoder.text(list(prompts), sizes), session.encoder.null(sizes)
     noise = torch.randn(len(prompts), *setup.problem.latent_shape, generator=torch.Generator().manual_seed(1))
     noise = noise.to(session.device)

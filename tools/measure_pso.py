@@ -32,7 +32,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.evaluation.metrics.frechet import frechet_of_features
 from stepdistill.evaluation.metrics.win_rate import win_rate
 from stepdistill.evaluation.networks.judge import Judge
-from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.conditioning import MicroConditioning
 from stepdistill.files.atomic import write_atomically
 from stepdistill.rewards import load_reward
 from stepdistill.training.monitoring.grids import images_to_tensor, save_images, student_latents
@@ -71,7 +71,7 @@ class Measured:
 @torch.no_grad()
 def drawn(session: Session, prompts: Sequence[str], repeats: int, purpose: str) -> Pixels:
     """Samples (P, R, H, W, 3) of a run's student; the same noise whatever the run."""
-    shape, size = session.setup.problem.latent_shape, ImageSize.plain(*session.setup.problem.size)
+    shape, size = session.setup.problem.latent_shape, MicroConditioning.plain(*session.setup.problem.size)
     rows = [(prompt, k * repeats + r) for k, prompt in enumerate(prompts) for r in range(repeats)]
     found = []
     for start in range(0, len(rows), BATCH):

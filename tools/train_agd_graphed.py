@@ -27,7 +27,7 @@ from stepdistill.data.latents.trajectories import TrajectoryStates
 from stepdistill.data.loader import EpochOrder
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.errors import UserError
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.methods.base import Batch, Progress, Terms
 from stepdistill.methods.guidance.guidance_distillation import GuidedRollout
 from stepdistill.roles.triple import GENERATOR
@@ -111,7 +111,7 @@ def _conditionings(session: Session, states: TrajectoryStates) -> tuple[Conditio
     setup, prompts = session.setup, session.setup.prompts
     texts = list(dict.fromkeys(prompts[index] for index in range(len(prompts))))
     places = {text: row for row, text in enumerate(texts)}
-    sizes = [ImageSize.plain(*setup.problem.size)] * len(texts)
+    sizes = [MicroConditioning.plain(*setup.problem.size)] * len(texts)
     with torch.no_grad():
         parts = [
             session.encoder.text(texts[start : start + ENCODED], sizes[start : start + ENCODED])

@@ -27,7 +27,7 @@ from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_ch
 from stepdistill.files.locks import locked_folder
 from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.rewards import load_reward
-from stepdistill.roles.triple import Mode
+from stepdistill.roles.triple import RoleMode
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.description import describe_run
 from stepdistill.training.distributed import check_launcher, is_sharding_requested
@@ -154,7 +154,7 @@ def export(
 
 def default_export_format(config: RunConfig) -> ExportFormat:
     """What holds all of the student that a run of this config trains, in the smallest files that stock diffusers loads."""
-    forms: dict[Mode, ExportFormat] = {"lora": "diffusers-lora", "full": "pipeline", "adapter": "guidance-adapter"}
+    forms: dict[RoleMode, ExportFormat] = {"lora": "diffusers-lora", "full": "pipeline", "adapter": "guidance-adapter"}
     form = forms[config.roles.generator.mode]
     method = load_method(config.method_name)
     receives_guidance = method.network_guidance_range(method.Config.model_validate(config.method_options)) is not None

@@ -40,7 +40,7 @@ from stepdistill.evaluation.protocols import (
     prompt_set,
 )
 from stepdistill.evaluation.reports.report import LOWER_IS_BETTER
-from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.conditioning import MicroConditioning
 from stepdistill.roles.triple import GENERATOR
 from stepdistill.training.evaluation_hook import EvaluationResult
 from stepdistill.training.monitoring.grids import student_latents
@@ -165,7 +165,7 @@ class StudentEvaluation:
             rows = mine or range(1)
             draws = Draws(0, 0, "evaluation", [self.prompts.seeds[i] for i in rows], session.device, session.dtype)
             texts = [self.prompts.prompts[i] for i in rows]
-            cond = session.encoder.text(texts, [ImageSize.plain(*setup.problem.size)] * len(rows))
+            cond = session.encoder.text(texts, [MicroConditioning.plain(*setup.problem.size)] * len(rows))
             noise = draws.normal("noise", setup.problem.latent_shape)
             latents = student_latents(session, role, cond, noise, draws)[: len(mine)]
             for latent in latents:

@@ -35,7 +35,7 @@ from stepdistill.files.outputs import check_folder_is_writable
 from stepdistill.inference import experts as loader
 from stepdistill.inference.artifact import load_artifact
 from stepdistill.inference.lora_files import DIFFUSERS_FILE, KOHYA_FILE, expert_files
-from stepdistill.roles.guidance_adapter import FILE as ADAPTER_FILE
+from stepdistill.roles.guidance_adapter import ADAPTER_FILE as ADAPTER_FILE
 from stepdistill.roles.guidance_adapter import GuidanceAdapter
 from stepdistill.roles.triple import REAL_SCORE, Triple
 

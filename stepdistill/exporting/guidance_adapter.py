@@ -12,7 +12,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.lora_files import RECIPE_KEY
 from stepdistill.roles import guidance_adapter, guidance_modules
-from stepdistill.roles.guidance_adapter import GuidanceAdapter, metadata_of
+from stepdistill.roles.guidance_adapter import GuidanceAdapter, settings_metadata
 from stepdistill.roles.triple import Triple
 
 
@@ -43,7 +43,11 @@ def write_guidance_adapter(triple: Triple, role: str, recipe: Recipe, folder: Pa
         raise UserError(
             f"{len(bad)} tensors of the {role} are not finite in {dtype} (first: {bad[0]!r}): export an earlier checkpoint"
         )
-    save_file(tensors, folder / guidance_adapter.FILE, {**metadata_of(adapter.settings), RECIPE_KEY: recipe.to_json()})
+    save_file(
+        tensors,
+        folder / guidance_adapter.ADAPTER_FILE,
+        {**settings_metadata(adapter.settings), RECIPE_KEY: recipe.to_json()},
+    )
     for module in (guidance_modules, guidance_adapter):
         # beside one another in the export, they are no parts of this package
         source = inspect.getsource(module).replace(

@@ -66,7 +66,7 @@ def write_model_card(
         turns += "in diffusers, and other programs want a sampler of its own for each expert's steps."
         notes = [turns, *notes]
     height, width = recipe.resolution
-    pipeline, is_pipeline = family.pipeline_of(info), format == "pipeline"
+    pipeline, is_pipeline = family.pipeline_class_name(info), format == "pipeline"
     load = loading_code(
         pipeline,
         repr(str(folder.resolve()) if is_pipeline else base_location(recipe.base)),

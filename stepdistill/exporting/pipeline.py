@@ -52,12 +52,12 @@ def merged_network(triple: Triple, role: str) -> nn.Module:
     network = triple.copied(triple.networks[role]) if role in triple.networks else _merged_lora(triple, role)
     guide = triple.guidance_conditioners.get(role)
     if isinstance(guide, GuidanceEmbedding):
-        return triple.family.with_embedding(network, guide.cond_proj.weight.detach())
+        return triple.family.with_guidance_embedding(network, guide.cond_proj.weight.detach())
     return network
 
 
 def _merged_lora(triple: Triple, role: str) -> nn.Module:
-    network = triple.plain_copy()
+    network = triple.copy_base()
     lora_tensors(triple, role, torch.float32)  # refuses a full role and non-finite values
     for module, lora in triple.bank.factors(role).items():
         delta = (lora.up.float().flatten(1) @ lora.down.float().flatten(1)) * lora.scale

@@ -15,7 +15,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.exporting.base_loading import BASE_CONFIGS, loading_code
 from stepdistill.families.base import Checkpoint, Family
-from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.conditioning import MicroConditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.experts import Experts
 from stepdistill.inference.pipeline_calls import seeded_scheduler_steps
@@ -105,7 +105,7 @@ def final_latents(
     """Where a student's roles end up from the noise of these seeds, (N, C, h, w), on the checkpoint's device."""
     device = next(checkpoint.network.parameters()).device
     draws = [noise.to(device) for noise in _noise(checkpoint, recipe, seeds)]
-    cond = triple.family.encode(checkpoint, prompts, [ImageSize.plain(*recipe.resolution)] * len(prompts))
+    cond = triple.family.encode(checkpoint, prompts, [MicroConditioning.plain(*recipe.resolution)] * len(prompts))
     return student_sample(triple, experts, recipe, cond, draws[0], lambda index: draws[index + 1])
 
 
@@ -170,7 +170,7 @@ def reproduction_script(
     if format != "pipeline":
         place = f"sys.argv[1] if len(sys.argv) > 1 else {base!r}"
         if checkpoint.info.single_file is not None:
-            pipeline = f"diffusers.{family.pipeline_of(checkpoint.info)}"
+            pipeline = f"diffusers.{family.pipeline_class_name(checkpoint.info)}"
             configs = f"os.path.join(here, {BASE_CONFIGS!r})"
     omitted = family.omitted_components(checkpoint.info)
     load = f"pipe = {loading_code(pipeline, place, configs, omitted=omitted, dtype='torch.float32')}"

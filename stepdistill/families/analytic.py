@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from stepdistill.diffusion.prediction import Prediction, from_x0_eps
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import UserError
-from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part, Posterior
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.base import ALL_PARTS, Checkpoint, CheckpointInfo, CheckpointPart, Family, Posterior
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Mixture:
     weights: Tensor
     std: float
 
-    def x0(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, members: Tensor) -> Tensor:
+    def x0(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, class_mask: Tensor) -> Tensor:
         """E[x0 | x_t] of the sub-mixture named by `members` (B, K) in {0, 1}; x_t (B, D), alpha and sigma (B, 1)."""
         variance = (alpha * self.std).square() + sigma.square()
         means = self.means.to(x_t)
         offset = x_t[:, None] - alpha[:, None] * means
         # -inf, not a tiny weight: far from its members a narrow mixture would otherwise fall back on the others
-        log_weight = self.weights.to(x_t).log().masked_fill(members == 0, -torch.inf)
+        log_weight = self.weights.to(x_t).log().masked_fill(class_mask == 0, -torch.inf)
         posterior = torch.softmax(log_weight - 0.5 * offset.square().sum(-1) / variance, dim=1)
         gain = alpha[:, None] * self.std**2 / variance[:, None]
         return (posterior[..., None] * (means + gain * offset)).sum(1)
@@ -71,10 +71,10 @@ class MixtureNetwork(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         x = x_t.flatten(1)
         alpha, sigma = (level.to(x)[:, None] for level in (self.schedule.alpha(t), self.schedule.sigma(t)))
-        members = text[:, 0]
-        x0 = self.mixture.x0(x, alpha, sigma, members)
+        class_mask = text[:, 0]
+        x0 = self.mixture.x0(x, alpha, sigma, class_mask)
         exact = from_x0_eps(x0, (x - alpha * x0) / sigma, alpha, sigma, self.schedule.prediction)
-        return (exact + self.mlp(torch.cat([x, alpha, sigma, members], 1))).reshape(x_t.shape)
+        return (exact + self.mlp(torch.cat([x, alpha, sigma, class_mask], 1))).reshape(x_t.shape)
 
 
 class Analytic(Family):
@@ -82,7 +82,7 @@ class Analytic(Family):
     pipeline_name: ClassVar[str] = "AnalyticMixture"
     network_component: ClassVar[str] = "network"
     tiny_variants: ClassVar[tuple[str, ...]] = ("default", "v", "flow")
-    is_stock: ClassVar[bool] = False
+    is_diffusers_model: ClassVar[bool] = False
 
     def inspect(self, source: str, folder: Path, single_file: Path | None) -> CheckpointInfo:
         if single_file is not None:
@@ -95,7 +95,11 @@ class Analytic(Family):
         )
 
     def load(
-        self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
+        self,
+        info: CheckpointInfo,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: frozenset[CheckpointPart] = ALL_PARTS,
     ) -> Checkpoint:
         # nothing to leave out: the classes are in the config, and the network is a kilobyte
         network = _network(info)
@@ -108,7 +112,9 @@ class Analytic(Family):
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return network(x_t, t, cond.text)  # type: ignore[no-any-return]
 
-    def encode(self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+    def encode(
+        self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[MicroConditioning]
+    ) -> Conditioning:
         names = list(checkpoint.info.network_config["classes"])
         rows = []
         for prompt in prompts:
@@ -120,7 +126,9 @@ class Analytic(Family):
         device = next(checkpoint.network.parameters()).device
         return Conditioning(torch.tensor(rows, dtype=torch.float64, device=device)[:, None])
 
-    def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
+    def null(
+        self, checkpoint: Checkpoint, sizes: Sequence[MicroConditioning], negative_prompt: str = ""
+    ) -> Conditioning:
         return self.encode(checkpoint, [negative_prompt] * len(sizes), sizes)
 
     def encoder_files(self, info: CheckpointInfo, part: Literal["text", "images"]) -> dict[str, Path]:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import UserError
-from stepdistill.families.common.guidance_embedding import EmbeddingPlace
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.common.guidance_embedding import GuidanceEmbeddingTarget
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.families.recipe import Recipe
 
-Part: TypeAlias = Literal["network", "text", "images"]
+CheckpointPart: TypeAlias = Literal["network", "text", "images"]
 """What can be left out of memory: the denoising network, the text encoders, the encoder half of the autoencoder."""
-PARTS: frozenset[Part] = frozenset(("network", "text", "images"))
+ALL_PARTS: frozenset[CheckpointPart] = frozenset(("network", "text", "images"))
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,11 @@ class Family(ABC):
 
     @abstractmethod
     def load(
-        self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
+        self,
+        info: CheckpointInfo,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: frozenset[CheckpointPart] = ALL_PARTS,
     ) -> Checkpoint:
         """Load network and pipeline components; the network frozen, in eval mode; the VAE in float32 or better.
 
@@ -113,7 +117,7 @@ class Family(ABC):
     def build_on_meta(self, info: CheckpointInfo, dtype: torch.dtype) -> Checkpoint:
         """What `load` gives, in the same dtypes, with every weight on the meta device; no weight file is looked for."""
 
-    def pipeline_of(self, info: CheckpointInfo) -> str:
+    def pipeline_class_name(self, info: CheckpointInfo) -> str:
         """Class name of the checkpoint's own pipeline, which its exports are loaded with."""
         return self.pipeline_name
 
@@ -130,14 +134,18 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def encode(self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+    def encode(
+        self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[MicroConditioning]
+    ) -> Conditioning:
         """Conditioning of prompts, B rows, equal to what the stock pipeline passes to its network."""
 
     @abstractmethod
-    def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
+    def null(
+        self, checkpoint: Checkpoint, sizes: Sequence[MicroConditioning], negative_prompt: str = ""
+    ) -> Conditioning:
         """The unconditional branch as the stock pipeline builds it for this negative prompt, one row per size."""
 
-    def time_ids(self, sizes: Sequence[ImageSize]) -> Tensor | None:
+    def time_ids(self, sizes: Sequence[MicroConditioning]) -> Tensor | None:
         """What `encode` makes of the sizes alone, (B, 6), on the CPU; None where sizes condition nothing."""
         return None
 
@@ -194,19 +202,19 @@ class Family(ABC):
         """
         return recipe
 
-    def embedding_place(self, network: nn.Module) -> EmbeddingPlace:
+    def guidance_embedding_target(self, network: nn.Module) -> GuidanceEmbeddingTarget:
         """Where an embedded guidance scale is added, in a network that was made without one.
 
         Raises:
             UserError: stock pipelines of the family have no such networks.
         """
-        raise self._no_embedding()
+        raise self._no_guidance_embedding_error()
 
-    def with_embedding(self, network: nn.Module, weight: Tensor) -> nn.Module:
+    def with_guidance_embedding(self, network: nn.Module, weight: Tensor) -> nn.Module:
         """A copy of a network with the embedding inside; `weight` is cond_proj's, (channels, width). Raises as above."""
-        raise self._no_embedding()
+        raise self._no_guidance_embedding_error()
 
-    def _no_embedding(self) -> UserError:
+    def _no_guidance_embedding_error(self) -> UserError:
         return UserError(
             f"the networks of {self.name!r} have no embedding of a guidance scale that stock pipelines feed: set "
             "method.guidance_range to null (of a consistency method method.tell_guidance to false), or use method agd"
@@ -234,5 +242,5 @@ class Family(ABC):
     tiny_variants: ClassVar[tuple[str, ...]] = ("default",)
     has_kohya_layout: ClassVar[bool] = True
     """Loaders of kohya's LoRA layout, diffusers' among them, know the network's modules by `lora_COMPONENT_PATH`."""
-    is_stock: ClassVar[bool] = True
+    is_diffusers_model: ClassVar[bool] = True
     """The network is a model of diffusers, which can be quantised, compiled and given another attention."""

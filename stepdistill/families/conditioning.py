@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ImageSize:
+class MicroConditioning:
     """SDXL's micro-conditioning of one image, in pixels: where it came from and what was cut out of it."""
 
     original: tuple[int, int]
@@ -21,7 +21,7 @@ class ImageSize:
     """(height, width) that the network draws."""
 
     @classmethod
-    def plain(cls, height: int, width: int) -> ImageSize:
+    def plain(cls, height: int, width: int) -> MicroConditioning:
         """No file behind it: original = target, crop at (0, 0), as the pipeline passes for a prompt."""
         return cls((height, width), (0, 0), (height, width))
 
@@ -74,7 +74,7 @@ class Conditioning:
         pooled = moved.pooled.to(dtype) if moved.pooled is not None else None
         return replace(moved, text=moved.text.to(dtype), pooled=pooled)
 
-    def sized_like(self, other: Conditioning) -> Conditioning:
+    def with_size_of(self, other: Conditioning) -> Conditioning:
         """These prompts with the size and crop of `other`: guidance must not compare different sizes."""
         return replace(self, time_ids=other.time_ids)
 

@@ -148,7 +148,7 @@ class Recipe:
             return tuple(schedule.time_at_angle(torch.tensor(self.angles, dtype=torch.float64)).tolist())
         return tuple(float(t) for t in self.timesteps or self.spaced)
 
-    def by_step(self, experts: Sequence[str]) -> tuple[str, ...]:
+    def expert_of_step(self, experts: Sequence[str]) -> tuple[str, ...]:
         """Which of the student's experts makes each network call."""
         shares = zip(experts, self.experts or (self.num_inference_steps,), strict=True)
         return tuple(expert for expert, calls in shares for _ in range(calls))

@@ -35,8 +35,8 @@ from stepdistill.families.checkpoints.files import read_json
 from stepdistill.families.checkpoints.weights import ModelClass
 from stepdistill.families.common import tiny
 from stepdistill.families.common.pipeline import stock_pipeline
-from stepdistill.families.common.transformer import TRAIN_STEPS, TransformerFamily
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.common.transformer import NUM_TRAIN_TIMESTEPS, TransformerFamily
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.families.recipe import TRIGFLOW_SCHEDULER, Recipe
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -44,13 +44,13 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TINY_SCHEDULER: tiny.Config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
-def _default(name: str, pipeline_class: type[DiffusionPipeline] = SanaPipeline) -> Any:
+def _default_argument(name: str, pipeline_class: type[DiffusionPipeline] = SanaPipeline) -> Any:
     """What an argument of the pipeline's call is where nobody gives it."""
     return inspect.signature(pipeline_class.__call__).parameters[name].default
 
 
-TOKENS = int(_default("max_sequence_length"))
-GUIDANCE = float(_default("guidance_scale", SanaSprintPipeline))
+MAX_SEQUENCE_LENGTH = int(_default_argument("max_sequence_length"))
+DEFAULT_GUIDANCE_SCALE = float(_default_argument("guidance_scale", SanaSprintPipeline))
 """What a Sprint network is told unless a method says otherwise."""
 
 
@@ -107,39 +107,43 @@ class Sana(TransformerFamily):
             )
         return channels, 2 ** (len(vae["encoder_block_out_channels"]) - 1)
 
-    def pipeline_of(self, info: CheckpointInfo) -> str:
-        return self._class_of(info).__name__
+    def pipeline_class_name(self, info: CheckpointInfo) -> str:
+        return self._pipeline_class_of(info).__name__
 
-    def _class_of(self, info: CheckpointInfo) -> type[DiffusionPipeline]:
+    def _pipeline_class_of(self, info: CheckpointInfo) -> type[DiffusionPipeline]:
         return SanaSprintPipeline if _is_sprint(info.network_config) else SanaPipeline  # type: ignore[no-any-return]
 
     def _tokenizer(self, folder: Path, name: str) -> GemmaTokenizer:
         if (folder / name / "tokenizer.json").is_file():
             return GemmaTokenizer.from_pretrained(folder / name, local_files_only=True)
         # Gemma's vocabulary is not packaged, and for an outline's shapes any will do that reads the instruction by words
-        return tiny.gemma_tokenizer(" ".join(_default("complex_human_instruction")))
+        return tiny.gemma_tokenizer(" ".join(_default_argument("complex_human_instruction")))
 
     def encoder_files(self, info: CheckpointInfo, part: Literal["text", "images"]) -> dict[str, Path]:
         found = super().encoder_files(info, part)
         if part == "text":
             # the instruction that goes before every prompt is written there
-            found["pipeline of diffusers"] = Path(inspect.getfile(self._class_of(info)))
+            found["pipeline of diffusers"] = Path(inspect.getfile(self._pipeline_class_of(info)))
         return found
 
     def encoding_bytes(self, info: CheckpointInfo, dtype: torch.dtype) -> int:
         hidden = int(read_json(info.folder / "text_encoder" / "config.json")["hidden_size"])
         told = torch.float32.itemsize if _is_sprint(info.network_config) else 0
-        return TOKENS * (hidden * dtype.itemsize + torch.int64.itemsize) + told
+        return MAX_SEQUENCE_LENGTH * (hidden * dtype.itemsize + torch.int64.itemsize) + told
 
     # ---------------------------------------------------------------- prompts
 
-    def encode(self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
-        instruction = _default("complex_human_instruction", self._class_of(checkpoint.info))
-        return _encoded(checkpoint, prompts, instruction)
+    def encode(
+        self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[MicroConditioning]
+    ) -> Conditioning:
+        instruction = _default_argument("complex_human_instruction", self._pipeline_class_of(checkpoint.info))
+        return _encode_prompts(checkpoint, prompts, instruction)
 
-    def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
+    def null(
+        self, checkpoint: Checkpoint, sizes: Sequence[MicroConditioning], negative_prompt: str = ""
+    ) -> Conditioning:
         """The negative prompt without the instruction; Sprint's pipeline has no such branch, and gets Sana's."""
-        return _encoded(checkpoint, [negative_prompt] * len(sizes), None)
+        return _encode_prompts(checkpoint, [negative_prompt] * len(sizes), None)
 
     # ---------------------------------------------------------------- the network
 
@@ -154,7 +158,7 @@ class Sana(TransformerFamily):
                 f"the conditioning has {'no' if cond.guidance is None else 'a'} guidance scale to embed, and the transformer's "
                 f"guidance_embeds is {config.guidance_embeds}: use conditioning that was encoded for this checkpoint"
             )
-        time, guidance = TRAIN_STEPS * config.timestep_scale * t, None
+        time, guidance = NUM_TRAIN_TIMESTEPS * config.timestep_scale * t, None
         if cond.guidance is not None:
             time, guidance = t, cond.guidance.to(cond.text) * config.guidance_embeds_scale
         out: Tensor = network(
@@ -206,7 +210,7 @@ class Sana(TransformerFamily):
             prediction_type="trigflow",
             sigmas=(),
             angles=tuple(walked.tolist()),
-            guidance_scale=GUIDANCE,
+            guidance_scale=DEFAULT_GUIDANCE_SCALE,
             call={
                 **call,
                 "max_timesteps": float(walked[0]),
@@ -234,7 +238,7 @@ class Sana(TransformerFamily):
     def write_tiny(self, folder: Path, variant: str = "default", seed: int = 0) -> None:
         """Images of 32 x 32 pixels, the least that the pipeline takes, to 8 x 8 latents."""
         sprint = variant == "sprint"
-        tokenizer = tiny.gemma_tokenizer(" ".join(_default("complex_human_instruction")))
+        tokenizer = tiny.gemma_tokenizer(" ".join(_default_argument("complex_human_instruction")))
         with tiny.seeded(seed):
             pipeline = (SanaSprintPipeline if sprint else SanaPipeline)(
                 tokenizer=tokenizer,
@@ -254,15 +258,15 @@ def _is_sprint(network_config: Mapping[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def _encoded(checkpoint: Checkpoint, prompts: Sequence[str], instruction: list[str] | None) -> Conditioning:
+def _encode_prompts(checkpoint: Checkpoint, prompts: Sequence[str], instruction: list[str] | None) -> Conditioning:
     pipeline = stock_pipeline(checkpoint)
     sprint = _is_sprint(checkpoint.info.network_config)
     text, mask, *_ = pipeline.encode_prompt(
         list(prompts),
         device=pipeline.text_encoder.device,
-        max_sequence_length=TOKENS,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
         complex_human_instruction=instruction,
         **({} if sprint else {"do_classifier_free_guidance": False}),
     )
-    guidance = torch.full((len(prompts),), GUIDANCE, device=text.device) if sprint else None
+    guidance = torch.full((len(prompts),), DEFAULT_GUIDANCE_SCALE, device=text.device) if sprint else None
     return Conditioning(text, mask=mask, guidance=guidance)

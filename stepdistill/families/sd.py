@@ -15,7 +15,7 @@ from stepdistill.families.checkpoints.weights import ModelClass
 from stepdistill.families.common import tiny
 from stepdistill.families.common.pipeline import stock_pipeline
 from stepdistill.families.common.unet import UNetFamily
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 
 SCHEDULERS: Mapping[str, tiny.Config] = {
     "default": tiny.SD_SCHEDULER,
@@ -39,12 +39,16 @@ class SD(UNetFamily):
     tiny_variants: ClassVar[tuple[str, ...]] = tuple(SCHEDULERS)
 
     @torch.no_grad()
-    def encode(self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+    def encode(
+        self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[MicroConditioning]
+    ) -> Conditioning:
         pipeline = stock_pipeline(checkpoint)
         text, _ = pipeline.encode_prompt(list(prompts), pipeline.text_encoder.device, 1, False)
         return Conditioning(text)
 
-    def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
+    def null(
+        self, checkpoint: Checkpoint, sizes: Sequence[MicroConditioning], negative_prompt: str = ""
+    ) -> Conditioning:
         # the stock pipeline encodes a negative prompt as it does any other, the empty one included
         return self.encode(checkpoint, [negative_prompt] * len(sizes), sizes)
 

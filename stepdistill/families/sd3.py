@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
 from stepdistill.errors import UserError
-from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Part
+from stepdistill.families.base import ALL_PARTS, Checkpoint, CheckpointInfo, CheckpointPart
 from stepdistill.families.checkpoints.files import read_json
 from stepdistill.families.checkpoints.weights import ModelClass
 from stepdistill.families.common import tiny
 from stepdistill.families.common.pipeline import stock_pipeline
-from stepdistill.families.common.transformer import TRAIN_STEPS, TransformerFamily
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.common.transformer import NUM_TRAIN_TIMESTEPS, TransformerFamily
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 
 CLIP_TOKENS, T5_TOKENS = 77, 256
 """Lengths that the pipeline pads every prompt to; without T5 its tokens are zeros."""
@@ -64,7 +64,11 @@ class SD3(TransformerFamily):
     tiny_variants: ClassVar[tuple[str, ...]] = tuple(TINY)
 
     def load(
-        self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
+        self,
+        info: CheckpointInfo,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: frozenset[CheckpointPart] = ALL_PARTS,
     ) -> Checkpoint:
         checkpoint = super().load(info, dtype, device, parts)
         # without T5 the pipeline asks its network, which may be on the meta device, how wide T5's zeros are
@@ -83,7 +87,9 @@ class SD3(TransformerFamily):
     # ---------------------------------------------------------------- prompts
 
     @torch.no_grad()
-    def encode(self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+    def encode(
+        self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[MicroConditioning]
+    ) -> Conditioning:
         """text (B, 77 + 256, 4096): both CLIPs side by side, zeros up to T5's width, then T5; pooled (B, 2048), of the CLIPs."""
         pipeline = stock_pipeline(checkpoint)
         text, _, pooled, _ = pipeline.encode_prompt(
@@ -91,7 +97,9 @@ class SD3(TransformerFamily):
         )
         return Conditioning(text, pooled)
 
-    def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
+    def null(
+        self, checkpoint: Checkpoint, sizes: Sequence[MicroConditioning], negative_prompt: str = ""
+    ) -> Conditioning:
         # the stock pipeline encodes a negative prompt as it does any other, the empty one included
         return self.encode(checkpoint, [negative_prompt] * len(sizes), sizes)
 
@@ -113,7 +121,7 @@ class SD3(TransformerFamily):
             )
         return network(  # type: ignore[no-any-return]
             x_t,
-            timestep=(TRAIN_STEPS * t).float(),
+            timestep=(NUM_TRAIN_TIMESTEPS * t).float(),
             encoder_hidden_states=cond.text,
             pooled_projections=cond.pooled,
             return_dict=False,

@@ -17,7 +17,7 @@ from stepdistill.families.checkpoints.weights import ModelClass
 from stepdistill.families.common import tiny
 from stepdistill.families.common.pipeline import stock_pipeline
 from stepdistill.families.common.unet import UNetFamily
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 
 SCHEDULERS: Mapping[str, tiny.Config] = {
     "default": tiny.SDXL_SCHEDULER,
@@ -37,7 +37,9 @@ class SDXL(UNetFamily):
     tiny_variants: ClassVar[tuple[str, ...]] = tuple(SCHEDULERS)
 
     @torch.no_grad()
-    def encode(self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+    def encode(
+        self, checkpoint: Checkpoint, prompts: Sequence[str], sizes: Sequence[MicroConditioning]
+    ) -> Conditioning:
         pipeline = stock_pipeline(checkpoint)
         text, _, pooled, _ = pipeline.encode_prompt(
             list(prompts), device=pipeline.text_encoder_2.device, do_classifier_free_guidance=False
@@ -45,7 +47,9 @@ class SDXL(UNetFamily):
         return Conditioning(text, pooled, self.time_ids(sizes).to(text.device))
 
     @torch.no_grad()
-    def null(self, checkpoint: Checkpoint, sizes: Sequence[ImageSize], negative_prompt: str = "") -> Conditioning:
+    def null(
+        self, checkpoint: Checkpoint, sizes: Sequence[MicroConditioning], negative_prompt: str = ""
+    ) -> Conditioning:
         """Zeros, text and pooled, where no negative prompt is given and `force_zeros_for_empty_prompt` is set; this is
         the branch of the pipeline called without a negative prompt, not with an empty one."""
         pipeline = stock_pipeline(checkpoint)
@@ -57,7 +61,7 @@ class SDXL(UNetFamily):
         )
         return Conditioning(text, pooled, self.time_ids(sizes).to(text.device))
 
-    def time_ids(self, sizes: Sequence[ImageSize]) -> Tensor:
+    def time_ids(self, sizes: Sequence[MicroConditioning]) -> Tensor:
         """(B, 6) float32: original height and width, crop top and left, target height and width."""
         return torch.tensor([size.time_ids() for size in sizes], dtype=torch.float32)
 
@@ -65,7 +69,7 @@ class SDXL(UNetFamily):
         pooled = int(read_json(info.folder / "text_encoder_2" / "config.json")["projection_dim"])
         return super().encoding_bytes(info, dtype) + pooled * dtype.itemsize
 
-    def added_conditioning(self, cond: Conditioning) -> dict[str, Tensor] | None:
+    def added_cond_kwargs(self, cond: Conditioning) -> dict[str, Tensor] | None:
         if cond.pooled is None or cond.time_ids is None:
             raise ValueError("SDXL needs the pooled text embedding and the time ids in its conditioning")
         return {"text_embeds": cond.pooled, "time_ids": cond.time_ids}

@@ -25,13 +25,13 @@ from stepdistill.errors import UserError
 from stepdistill.frozen.critic import CHANNELS, Critic
 
 CRITIC = "builtin:critic"
-VISION = "vision"
+VISION_ENCODER = "vision"
 """In `Triple.frozen`."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LEVELS = 4
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NUM_FEATURE_MAPS = 4
 """Feature maps of a transformer: after each quarter of its blocks."""
-SIDE = 224
+MAX_IMAGE_SIZE = 224
 """Pixels of an image for a model that takes any size."""
 
 
@@ -63,7 +63,7 @@ class CriticVision(VisionEncoder):
 
 
 @dataclass(frozen=True)
-class Kind:
+class VisionModelKind:
     """A family of transformers.
 
     Attributes:
@@ -75,25 +75,25 @@ class Kind:
     """
 
     network: Any
-    own: Callable[[Any], Any]
-    leading: Callable[[Any], int] | None
+    select_vision_config: Callable[[Any], Any]
+    num_prefix_tokens: Callable[[Any], int] | None
     mean: tuple[float, ...] = IMAGENET_MEAN
-    deviation: tuple[float, ...] = IMAGENET_DEVIATION
-    fixed: bool = True
+    std: tuple[float, ...] = IMAGENET_STD
+    fixed_image_size: bool = True
 
 
 _CLIP = (CLIP_MEAN, CLIP_STD)
-KINDS: Mapping[str, Kind] = {
-    "dinov2": Kind(Dinov2Model, lambda c: c, lambda c: 1, fixed=False),
-    "dinov2_with_registers": Kind(
-        Dinov2WithRegistersModel, lambda c: c, lambda c: 1 + c.num_register_tokens, fixed=False
+KINDS: Mapping[str, VisionModelKind] = {
+    "dinov2": VisionModelKind(Dinov2Model, lambda c: c, lambda c: 1, fixed_image_size=False),
+    "dinov2_with_registers": VisionModelKind(
+        Dinov2WithRegistersModel, lambda c: c, lambda c: 1 + c.num_register_tokens, fixed_image_size=False
     ),
-    "clip": Kind(CLIPVisionModel, lambda c: c.vision_config, lambda c: 1, *_CLIP),
-    "clip_vision_model": Kind(CLIPVisionModel, lambda c: c, lambda c: 1, *_CLIP),
-    "sam": Kind(SamVisionModel, lambda c: c.vision_config, None),
-    "sam_vision_model": Kind(SamVisionModel, lambda c: c, None),
+    "clip": VisionModelKind(CLIPVisionModel, lambda c: c.vision_config, lambda c: 1, *_CLIP),
+    "clip_vision_model": VisionModelKind(CLIPVisionModel, lambda c: c, lambda c: 1, *_CLIP),
+    "sam": VisionModelKind(SamVisionModel, lambda c: c.vision_config, None),
+    "sam_vision_model": VisionModelKind(SamVisionModel, lambda c: c, None),
 }
-PUBLIC: Mapping[str, Callable[[], Any]] = {
+PUBLIC_CONFIGS: Mapping[str, Callable[[], Any]] = {
     "facebook/dinov2-small": lambda: Dinov2Config(
         hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14
     ),
@@ -113,41 +113,47 @@ class TransformerVision(VisionEncoder):
         kind: its family.
     """
 
-    def __init__(self, network: nn.Module, kind: Kind) -> None:
+    def __init__(self, network: nn.Module, kind: VisionModelKind) -> None:
         super().__init__()
         self.network, self.kind = network, kind
         config: Any = network.config
         blocks, patch = int(config.num_hidden_layers), int(config.patch_size)
-        self.layers = tuple(sorted({max(1, round((k + 1) * blocks / LEVELS)) for k in range(LEVELS)}))
+        self.layers = tuple(
+            sorted({max(1, round((k + 1) * blocks / NUM_FEATURE_MAPS)) for k in range(NUM_FEATURE_MAPS)})
+        )
         self.channels = (int(config.hidden_size),) * len(self.layers)
-        self.side = int(config.image_size) if kind.fixed else min(int(config.image_size), SIDE) // patch * patch
-        self.leading = None if kind.leading is None else kind.leading(config)
+        self.side = (
+            int(config.image_size)
+            if kind.fixed_image_size
+            else min(int(config.image_size), MAX_IMAGE_SIZE) // patch * patch
+        )
+        self.num_prefix_tokens = None if kind.num_prefix_tokens is None else kind.num_prefix_tokens(config)
         self.register_buffer("mean", torch.tensor(kind.mean).reshape(3, 1, 1))
-        self.register_buffer("deviation", torch.tensor(kind.deviation).reshape(3, 1, 1))
+        self.register_buffer("std", torch.tensor(kind.std).reshape(3, 1, 1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        pixels = resize_and_normalize(images.to(self.mean.dtype), self.side, self.mean, self.deviation)  # type: ignore[arg-type, union-attr, call-overload]
+        pixels = resize_and_normalize(images.to(self.mean.dtype), self.side, self.mean, self.std)  # type: ignore[arg-type, union-attr, call-overload]
         states = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
-        return [self._map(states[layer]) for layer in self.layers]
+        return [self._feature_map(states[layer]) for layer in self.layers]
 
-    def _map(self, state: Tensor) -> Tensor:
-        if self.leading is None:
+    def _feature_map(self, state: Tensor) -> Tensor:
+        if self.num_prefix_tokens is None:
             return state.movedim(-1, 1)
-        tokens = state[:, self.leading :].mT
+        tokens = state[:, self.num_prefix_tokens :].mT
         side = round(tokens.shape[2] ** 0.5)
         return tokens.reshape(len(tokens), -1, side, side)
 
 
-def resize_and_normalize(images: Tensor, side: int, mean: Tensor, deviation: Tensor) -> Tensor:
+def resize_and_normalize(images: Tensor, side: int, mean: Tensor, std: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1], resized to a square (bicubic, antialiased) and standardised; differentiable."""
     if images.shape[-2:] != (side, side):
         images = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    return (images - mean) / deviation
+    return (images - mean) / std
 
 
 def load_critic() -> Critic:
     """The embedded teacher's critic, frozen; without weights where tensors are made on the meta device."""
-    if is_outline():
+    if builds_on_meta():
         return Critic().eval().requires_grad_(False)
     return Critic.load(FOLDER / "critic.safetensors")
 
@@ -160,17 +166,17 @@ def load_vision(name: str) -> VisionEncoder:
     """
     if name == CRITIC:
         return CriticVision(load_critic())
-    config = PUBLIC[name]() if is_outline() and name in PUBLIC else config_of(name)
+    config = PUBLIC_CONFIGS[name]() if builds_on_meta() and name in PUBLIC_CONFIGS else load_transformers_config(name)
     kind = KINDS.get(config.model_type)
     if kind is None:
         raise UserError(
             f"the vision model {name!r} is of type {config.model_type!r}, which is not known here: use one of {', '.join(KINDS)}"
         )
-    network = kind.network(kind.own(config)) if is_outline() else _loaded(kind, name)
+    network = kind.network(kind.select_vision_config(config)) if builds_on_meta() else _load_pretrained(kind, name)
     return TransformerVision(network, kind).eval().requires_grad_(False)
 
 
-def _loaded(kind: Kind, name: str) -> nn.Module:
+def _load_pretrained(kind: VisionModelKind, name: str) -> nn.Module:
     try:
         return kind.network.from_pretrained(name, use_safetensors=True, trust_remote_code=False)  # type: ignore[no-any-return]
     except OSError as error:
@@ -180,7 +186,7 @@ def _loaded(kind: Kind, name: str) -> nn.Module:
         ) from None
 
 
-def config_of(name: str, *, download: bool = True) -> Any:
+def load_transformers_config(name: str, *, download: bool = True) -> Any:
     """The config of a transformers folder or hub id; only folders and the hub's cache are read if `download` is False.
 
     Raises:
@@ -195,6 +201,6 @@ def config_of(name: str, *, download: bool = True) -> Any:
         ) from None
 
 
-def is_outline() -> bool:
+def builds_on_meta() -> bool:
     """Whether models are made without weights: tensors go to the meta device."""
     return torch.empty(0).is_meta

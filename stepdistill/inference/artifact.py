@@ -24,7 +24,7 @@ from stepdistill.families.recipe import Recipe
 from stepdistill.inference.experts import Experts, adapter_experts, load_experts
 from stepdistill.inference.lora_files import DIFFUSERS_FILE, KOHYA_FILE, expert_files, read_recipe
 from stepdistill.inference.pipeline_calls import decode_in_vae_dtype, seeded_scheduler_steps
-from stepdistill.roles.guidance_adapter import FILE as ADAPTER_FILE
+from stepdistill.roles.guidance_adapter import ADAPTER_FILE as ADAPTER_FILE
 from stepdistill.roles.guidance_adapter import GuidanceAdapter, load_guidance_adapter
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.roles.sampler import GuidedState
-from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Mode, Triple
+from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, RoleMode, Triple
 
 ConfigT = TypeVar("ConfigT", bound=Settings)
 RoleKind = Literal["generator", "fake_score"]
@@ -208,7 +208,7 @@ class Method(ABC, Generic[ConfigT]):
     """Base of all methods. The trainer knows methods by this interface alone."""
 
     Config: ClassVar[type[Settings]]
-    modes: ClassVar[tuple[Mode, ...]] = ("lora", "full")
+    modes: ClassVar[tuple[RoleMode, ...]] = ("lora", "full")
     """How its generator may be held."""
 
     def __init__(self, config: ConfigT, problem: Problem) -> None:

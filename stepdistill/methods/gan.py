@@ -11,10 +11,10 @@ from stepdistill.config.reading import WeightedTermConfig
 from stepdistill.diffusion.draws import Draws, derive_seed
 from stepdistill.errors import UserError
 from stepdistill.families.conditioning import Conditioning
-from stepdistill.frozen.vision import CRITIC, VISION, VisionEncoder
+from stepdistill.frozen.vision import CRITIC, VISION_ENCODER, VisionEncoder
 from stepdistill.methods.base import Batch, Decode, Needs, Problem
 from stepdistill.methods.parts import NoiseLevelConfig
-from stepdistill.roles.heads import GanLoss, discriminator_loss, generator_loss, seeded_head, seeded_maps_head
+from stepdistill.roles.heads import GanLoss, discriminator_loss, generator_loss, seeded_head, seeded_multi_map_head
 from stepdistill.roles.triple import FAKE_SCORE, Triple
 
 DISCRIMINATOR_HEAD = "discriminator"
@@ -68,7 +68,7 @@ def attach_gan(triple: Triple, gan: GanConfig, problem: Problem, decode: Decode 
     else:
         seed = derive_seed(triple.seed, "head")
         triple.attach_head(
-            FAKE_SCORE, DISCRIMINATOR_HEAD, seeded_maps_head(_encoder(triple).channels, seed, gan.width or 64)
+            FAKE_SCORE, DISCRIMINATOR_HEAD, seeded_multi_map_head(_encoder(triple).channels, seed, gan.width or 64)
         )
 
 
@@ -141,7 +141,7 @@ def reals(batch: Batch, gan: GanConfig) -> tuple[Tensor, Conditioning]:
 
 
 def _encoder(triple: Triple) -> VisionEncoder:
-    encoder = triple.frozen[VISION]
+    encoder = triple.frozen[VISION_ENCODER]
     if not isinstance(encoder, VisionEncoder):
         raise TypeError(f"{type(encoder).__name__} is no vision encoder")
     return encoder

@@ -19,7 +19,7 @@ from stepdistill.diffusion.transitions import Transition
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Batch, Rollout
 from stepdistill.roles.denoiser import Denoiser
-from stepdistill.roles.sampler import advance
+from stepdistill.roles.sampler import sample_step
 from stepdistill.roles.triple import Triple
 
 DmWeight = Literal["code", "paper", "exact_kl"]
@@ -229,7 +229,7 @@ def roll_out(
         rows = walking if len(walking) else end_step.new_zeros(1)
         cond = batch.cond[rows]
         with torch.no_grad():
-            step = advance(
+            step = sample_step(
                 lambda x, t, cond=cond: generator.x0(x, t, cond),  # type: ignore[misc]
                 generator.schedule,
                 x_t[rows],

@@ -13,7 +13,7 @@ from stepdistill.config.schema import ModelConfig
 from stepdistill.errors import UserError
 from stepdistill.families.base import CheckpointInfo
 from stepdistill.families.checkpoints.loading import inspect_checkpoint
-from stepdistill.families.checkpoints.public import PUBLIC
+from stepdistill.families.checkpoints.public import PACKAGED_CONFIG_FOLDERS
 from stepdistill.families.checkpoints.single_file import CONFIGS, FAMILY_OF
 from stepdistill.files.sources import is_hub_id
 
@@ -44,10 +44,10 @@ def find_architecture(model: ModelConfig) -> ArchitectureSource:
         try:
             return _in_folder(path, Path(cached).parent, model.family, "configs in the hub's cache")
         except UserError:
-            if path not in PUBLIC:
+            if path not in PACKAGED_CONFIG_FOLDERS:
                 raise
-    if path in PUBLIC:
-        name = PUBLIC[path]
+    if path in PACKAGED_CONFIG_FOLDERS:
+        name = PACKAGED_CONFIG_FOLDERS[path]
         return _packaged(path, name, f"packaged configs {name!r} of this checkpoint, which is not on this machine")
     fitting = [name for name, family in FAMILY_OF.items() if family == model.family]
     if model.family is None:

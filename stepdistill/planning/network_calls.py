@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from stepdistill.diffusion.draws import Draws
 from stepdistill.families.analytic import Analytic, Mixture, MixtureNetwork
 from stepdistill.families.conditioning import Conditioning
-from stepdistill.frozen.vision import VISION, VisionEncoder
+from stepdistill.frozen.vision import VISION_ENCODER, VisionEncoder
 from stepdistill.methods.base import Batch, Method, Progress, Terms
 from stepdistill.planning.meter import Flops
 from stepdistill.rewards.base import HELD_OUT, REWARD, FunctionReward
@@ -122,7 +122,7 @@ class CallCounter:
             before.append(self._read())
 
         def end(_module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            asked = role if network is not self.triple.base else self.triple.playing
+            asked = role if network is not self.triple.base else self.triple.active_role
             # a forward that the denoiser leaves for its features ends without an output
             call = CallKind(self.phase, asked, output is None, torch.is_grad_enabled())
             self.found[call] += CallCount(1, len(args[0]))
@@ -247,7 +247,7 @@ def _toy_run(setup: RunSetup) -> tuple[Method[Any], Triple, Batch]:
     problem = replace(setup.problem, latent_shape=(2, 1, 1), feature_channels=8, feature_size=(1, 1))
     triple = Triple(network, Analytic(), schedule, {role: RoleLayout("full") for role in setup.roles})
     mean = FunctionReward(lambda images, prompts: images.mean((1, 2, 3)))
-    triple.frozen = {VISION: _ToyVision(), REWARD: mean, HELD_OUT: mean}
+    triple.frozen = {VISION_ENCODER: _ToyVision(), REWARD: mean, HELD_OUT: mean}
     cond, latents = Conditioning(torch.ones(rows, 1, 1)), torch.zeros(rows, 2, 1, 1)
     states = GuidedState(latents, torch.full((rows,), 1e-3, dtype=torch.float64), latents, torch.zeros(rows))
     batch = Batch(cond, cond, latents, cond, latents, latents, cond, states, cond.told(1.0), losers=latents)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.methods.base import Batch, Progress
 from stepdistill.planning.fake_tensors import DataDependentOutputError, replace_meta_tensors
 from stepdistill.planning.meter import Flops, Meter, upcast_norm_inputs
@@ -169,7 +169,7 @@ class _Tracer:
         """A micro-batch of the shapes that `BatchSource` makes."""
         setup, checkpoint, rows = self.setup, self.session.checkpoint, self.training.batch_size
         needs = setup.needs
-        sizes, prompts = [ImageSize.plain(*setup.problem.size)] * rows, [""] * rows
+        sizes, prompts = [MicroConditioning.plain(*setup.problem.size)] * rows, [""] * rows
         with self._measured_phase(ENCODE_TEXT):
             cond = setup.family.encode(checkpoint, prompts, sizes)
             null = setup.family.null(checkpoint, sizes, setup.config.model.negative_prompt)

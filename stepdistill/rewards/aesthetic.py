@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepdistill.errors import UserError
-from stepdistill.frozen.vision import is_outline
+from stepdistill.frozen.vision import builds_on_meta
 from stepdistill.rewards.base import Reward
 from stepdistill.rewards.clip import DEFAULT, ClipReward, load_clip
 from stepdistill.rewards.linear_head import linear_stack
@@ -56,7 +56,7 @@ def load_head(path: str, width: int) -> nn.Sequential:
     layers = linear_stack(width)
     if not Path(path).is_file():
         raise UserError(f"there is no aesthetic head {path!r}: give the predictor's weights as .safetensors")
-    if not is_outline():
+    if not builds_on_meta():
         state = {key.removeprefix("layers."): value for key, value in load_file(path).items()}
         try:
             layers.load_state_dict(state)

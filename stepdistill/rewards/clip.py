@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.single_file import CONFIGS
 from stepdistill.families.common.clip import tokenizer_of
-from stepdistill.frozen.vision import CLIP_MEAN, CLIP_STD, config_of, is_outline
+from stepdistill.frozen.vision import CLIP_MEAN, CLIP_STD, builds_on_meta, load_transformers_config
 from stepdistill.rewards.base import Reward
 
 DEFAULT, PICKSCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
@@ -124,8 +124,8 @@ def load_clip(reward: str, name: str, framing: Framing = "transformers", *, down
     Raises:
         UserError: no such checkpoint, or one of another kind.
     """
-    known = is_outline() and name in PUBLIC_CONFIGS
-    config = PUBLIC_CONFIGS[name]() if known else config_of(name, download=download)
+    known = builds_on_meta() and name in PUBLIC_CONFIGS
+    config = PUBLIC_CONFIGS[name]() if known else load_transformers_config(name, download=download)
     if not isinstance(config, CLIPConfig):
         raise UserError(
             f"the reward '{reward}:{name}' is a model of type {config.model_type!r}: give a CLIP checkpoint"
@@ -140,7 +140,7 @@ def load_clip(reward: str, name: str, framing: Framing = "transformers", *, down
         )
         model = (
             CLIPModel(config)
-            if is_outline()
+            if builds_on_meta()
             else CLIPModel.from_pretrained(name, use_safetensors=True, local_files_only=local)
         )
     except (OSError, ValueError) as error:

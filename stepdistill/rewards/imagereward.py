@@ -19,7 +19,7 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from stepdistill.errors import UserError
-from stepdistill.frozen.vision import config_of, is_outline
+from stepdistill.frozen.vision import builds_on_meta, load_transformers_config
 from stepdistill.rewards.base import Reward
 from stepdistill.rewards.clip import ClipPreprocessor
 from stepdistill.rewards.linear_head import linear_stack
@@ -79,7 +79,7 @@ def load(option: str, *, download: bool = True) -> Reward:
             f"the reward 'imagereward' names no weights, and ImageReward is published as a pickle: give imagereward:FOLDER with its "
             f"tensors as {WEIGHTS_FILE}, BLIP's config.json and the tokenizer"
         )
-    config, folder = config_of(option, download=False), Path(option)
+    config, folder = load_transformers_config(option, download=False), Path(option)
     if not isinstance(config, BlipConfig):
         raise UserError(
             f"the reward 'imagereward:{option}' is of type {config.model_type!r}: give a folder with BLIP's config"
@@ -88,7 +88,7 @@ def load(option: str, *, download: bool = True) -> Reward:
     head = linear_stack(int(config.text_config.hidden_size))
     try:
         tokenizer = BertTokenizerFast.from_pretrained(option, local_files_only=True)
-        if not is_outline():
+        if not builds_on_meta():
             _load_published_weights(load_file(folder / WEIGHTS_FILE), vision, text, head)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(

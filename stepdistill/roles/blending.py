@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepdistill.roles.lora import LoraFactors
 from stepdistill.roles.triple import Triple
-from stepdistill.runtime.sharding import laid_out_like, whole
+from stepdistill.runtime.sharding import shard_like, whole
 
 RIDGE = 1e-4
 """Of B^T B, in units of its mean eigenvalue, the source's counted too: directions that B hardly knows would throw A far."""
@@ -33,7 +33,7 @@ def blend_role(triple: Triple, target: str, source: str, weight: float) -> None:
     Args:
         weight: in [0, 1].
     """
-    triple.rest()
+    triple.reshard()
     if target not in triple.networks:
         _blend_lora(triple, target, source, weight)
     elif source in triple.networks:
@@ -48,8 +48,8 @@ def _blend_full(triple: Triple, target: str, source: str, weight: float) -> None
         parameter.lerp_(base[key].to(parameter.dtype), weight)
         module, _, kind = key.rpartition(".")
         if kind == "weight" and module in factors:
-            left, right = _delta(factors[module])
-            parameter.add_(laid_out_like(parameter, (left @ right).reshape(parameter.shape)), alpha=weight)
+            left, right = _delta_factors(factors[module])
+            parameter.add_(shard_like(parameter, (left @ right).reshape(parameter.shape)), alpha=weight)
 
 
 def _blend_lora(triple: Triple, target: str, source: str, weight: float) -> None:
@@ -65,17 +65,17 @@ def _blend_lora(triple: Triple, target: str, source: str, weight: float) -> None
         if full is not None:
             left, right = (whole(moved[key]) - whole(base[key]).to(up.dtype)).flatten(1), None
         elif module in factors:
-            left, right = _delta(factors[module])
-        change_up, change_down = tangent(up.flatten(1), down.flatten(1), left / own.scale, right, weight)
-        own.up.copy_(laid_out_like(own.up, up + change_up.reshape(up.shape)))
-        own.down.copy_(laid_out_like(own.down, down + change_down.reshape(down.shape)))
+            left, right = _delta_factors(factors[module])
+        change_up, change_down = tangent_step(up.flatten(1), down.flatten(1), left / own.scale, right, weight)
+        own.up.copy_(shard_like(own.up, up + change_up.reshape(up.shape)))
+        own.down.copy_(shard_like(own.down, down + change_down.reshape(down.shape)))
 
 
-def _delta(factors: LoraFactors) -> tuple[Tensor, Tensor]:
+def _delta_factors(factors: LoraFactors) -> tuple[Tensor, Tensor]:
     return factors.scale * whole(factors.up).flatten(1), whole(factors.down).flatten(1)
 
 
-def tangent(
+def tangent_step(
     up: Tensor, down: Tensor, left: Tensor, right: Tensor | None, weight: float, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor]:
     """(dB, dA) of the step from B A toward left @ right.
@@ -85,15 +85,15 @@ def tangent(
     """
     onto_rows = left @ (down.T if right is None else right @ down.T)  # S A^T, (d, r)
     onto_columns = up.T @ left if right is None else (up.T @ left) @ right  # B^T S, (r, k)
-    rows = _regular(down @ down.T, 1e-12 * down.double().square().sum())
+    rows = _regularized_gram(down @ down.T, 1e-12 * down.double().square().sum())
     fitted = _solve(rows, onto_rows.T).T  # S A^+
     beyond = onto_columns - _solve(rows, (onto_columns @ down.T).T).T @ down
     size = up.double().square().sum() + fitted.double().square().sum()
-    columns = _regular(up.T @ up, ridge * size)
+    columns = _regularized_gram(up.T @ up, ridge * size)
     return weight * (fitted - up), weight * _solve(columns, beyond)
 
 
-def _regular(gram: Tensor, size: Tensor) -> Tensor:
+def _regularized_gram(gram: Tensor, size: Tensor) -> Tensor:
     """A Gram matrix in float64 with a diagonal that keeps it regular where it has no full rank."""
     amount = size / len(gram) + torch.finfo(torch.float32).tiny
     return gram.double() + amount * torch.eye(len(gram), dtype=torch.float64, device=gram.device)

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stepdistill.roles.state_check import check_fit
+from stepdistill.roles.state_check import check_state_matches
 from stepdistill.roles.triple import Triple
-from stepdistill.runtime.sharding import laid_out_like, norm
+from stepdistill.runtime.sharding import global_norm, shard_like
 
 
 @torch.no_grad()
-def changes(triple: Triple, role: str) -> dict[str, Tensor]:
+def role_delta(triple: Triple, role: str) -> dict[str, Tensor]:
     """A role's own parameters without heads, as above; sharded ones stay so."""
     own = triple.network_parameters(role)
     if role not in triple.networks:
@@ -27,7 +27,7 @@ def changes(triple: Triple, role: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_changes(triple: Triple, role: str, tensors: Mapping[str, Tensor]) -> bool:
+def load_role_delta(triple: Triple, role: str, tensors: Mapping[str, Tensor]) -> bool:
     """Set a role to what `changes` said of one of the same layout, and tell whether any of its tensors is another now.
 
     tensors: whole ones, equal on all processes.
@@ -36,14 +36,14 @@ def load_changes(triple: Triple, role: str, tensors: Mapping[str, Tensor]) -> bo
         UserError: missing or unexpected keys, or another shape; nothing is changed then.
     """
     own = triple.network_parameters(role)
-    check_fit(role, own, tensors)
+    check_state_matches(role, own, tensors)
     base = triple.base_state() if role in triple.networks else {}
     moved = False
     for key, parameter in own.items():
-        value = laid_out_like(parameter, tensors[key].to(parameter.dtype))
+        value = shard_like(parameter, tensors[key].to(parameter.dtype))
         if key in base:
             value = value + base[key].to(parameter.dtype)
         # the norm is the same on every process, whose own shard may be unchanged
-        moved = moved or float(norm([value - parameter])) != 0
+        moved = moved or float(global_norm([value - parameter])) != 0
         parameter.copy_(value)
     return moved

@@ -16,8 +16,8 @@ from stepdistill.diffusion.trigflow import TrigFlow
 from stepdistill.families.base import Family
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.roles.guidance_conditioning import GuidanceConditioner
-from stepdistill.runtime.gradient_checkpointing import Reached
-from stepdistill.runtime.kernels import forward_mode
+from stepdistill.runtime.gradient_checkpointing import StopForward
+from stepdistill.runtime.kernels import math_sdpa
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Denoiser:
         network: nn.Module,
         family: Family,
         schedule: NoiseSchedule,
-        enter: Callable[[], AbstractContextManager[None]] = nullcontext,
+        role_context: Callable[[], AbstractContextManager[None]] = nullcontext,
         autocast: torch.dtype | None = None,
         guide: GuidanceConditioner | None = None,
     ) -> None:
         self.network = network
         self.family = family
         self.schedule = schedule
-        self.enter = enter
+        self.role_context = role_context
         self.autocast = autocast
         self.guide = guide
 
@@ -98,7 +98,7 @@ class Denoiser:
         A tangent has its primal's shape and dtype. Attention runs in its plain form meanwhile, the only one with a
         forward mode; the network is called through its root all the same, so that a sharded one gathers its parameters.
         """
-        with torch.no_grad(), forward_mode(), forward_ad.dual_level():
+        with torch.no_grad(), math_sdpa(), forward_ad.dual_level():
             duals = [forward_ad.make_dual(p.detach(), t.detach()) for p, t in zip(primals, tangents, strict=True)]
             value, tangent = forward_ad.unpack_dual(function(*duals))
             # (a function that does not depend on what is varied has no tangent at all)
@@ -116,7 +116,7 @@ class Denoiser:
             return self.x0(x_t, t, cond.told(w))
         if not isinstance(w, Tensor) and w == 1:
             return self.x0(x_t, t, cond)
-        uncond, conditional = self.both(x_t, t, cond, null)
+        uncond, conditional = self.uncond_and_cond_x0(x_t, t, cond, null)
         if isinstance(w, Tensor):
             w = w.to(uncond).reshape(-1, *(1,) * (uncond.ndim - 1))
         return guide(uncond, conditional, w)
@@ -126,17 +126,19 @@ class Denoiser:
     ) -> tuple[Tensor, Tensor]:
         """(x0, what guidance w adds to it). Of a network that is told its guidance: the difference of what it is told."""
         if self.guide is None and cond.guidance is None:
-            uncond, conditional = self.both(x_t, t, cond, null)
+            uncond, conditional = self.uncond_and_cond_x0(x_t, t, cond, null)
             return conditional, (w - 1) * (conditional - uncond)
         plain = self.x0(x_t, t, replace(cond, guidance=None) if self.guide is not None else cond.told(1.0))
         return plain, self.x0(x_t, t, cond.told(w)) - plain
 
-    def both(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning) -> tuple[Tensor, Tensor]:
+    def uncond_and_cond_x0(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning) -> tuple[Tensor, Tensor]:
         """(unconditional x0, conditional x0) from one batched call of 2B rows."""
-        uncond, conditional = self.branches(x_t, t, cond, null)
+        uncond, conditional = self.uncond_and_cond_estimates(x_t, t, cond, null)
         return uncond.x0, conditional.x0
 
-    def branches(self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning) -> tuple[Estimate, Estimate]:
+    def uncond_and_cond_estimates(
+        self, x_t: Tensor, t: Time, cond: Conditioning, null: Conditioning
+    ) -> tuple[Estimate, Estimate]:
         """(unconditional, conditional) estimate from one batched call of 2B rows."""
         times = float64(t).expand(len(x_t))
         asked = self.estimate(torch.cat([x_t, x_t]), torch.cat([times, times]), Conditioning.cat([null, cond]))
@@ -151,12 +153,12 @@ class Denoiser:
         """
 
         def leave(_module: nn.Module, _args: tuple[object, ...], output: object) -> None:
-            raise Reached(output)
+            raise StopForward(output)
 
         handle = self.family.feature_module(self.network).register_forward_hook(leave)
         try:
             self._forward(x_t, t, cond)
-        except Reached as reached:
+        except StopForward as reached:
             return self.family.feature_map(self.network, reached.output, x_t)
         finally:
             handle.remove()
@@ -173,5 +175,5 @@ class Denoiser:
         told: AbstractContextManager[None] = nullcontext()
         if self.guide is not None:
             told, cond = self.guide.told(cond.guidance), replace(cond, guidance=None)
-        with self.enter(), told, torch.autocast(device, dtype=self.autocast) if mixed else nullcontext():
+        with self.role_context(), told, torch.autocast(device, dtype=self.autocast) if mixed else nullcontext():
             return self.family.call(self.network, x_t.to(dtype), times, cond.to(x_t.device, dtype))

@@ -41,17 +41,17 @@ from stepdistill.roles.guidance_modules import (
     GuidanceInputs,
 )
 
-FILE = "guidance_adapter.safetensors"
-HYPERPARAMETERS = "guidance_adapter"
-ADAPTED: dict[type[nn.Module], str] = {
+ADAPTER_FILE = "guidance_adapter.safetensors"
+METADATA_KEY = "guidance_adapter"
+ADAPTED_ATTENTION: dict[type[nn.Module], str] = {
     BasicTransformerBlock: "attn2",
     JointTransformerBlock: "attn",
     SanaTransformerBlock: "attn2",
 }
 """Block of a network -> its attention that is adapted: the one that looks at the prompt."""
-HALVES = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 """What autocast takes products in."""
-TIMED = ("time_embedding", "time_text_embed", "time_embed")
+TIME_EMBEDDING_NAMES = ("time_embedding", "time_text_embed", "time_embed")
 """Where a network embeds its time."""
 
 
@@ -88,7 +88,7 @@ class GuidanceAdapter(nn.Module):
             self.encoders = nn.ModuleDict({owner: ConditionTokens(*widths, stream, each=each) for owner in owners})
         self._products: torch.dtype | None = None
         self._w: Tensor | float | None = None
-        self._told: GuidanceInputs | None = None
+        self._recorded_guidance: GuidanceInputs | None = None
         self._warned = False
         self._handles: list[RemovableHandle] = []
         self._pipeline: Any = None
@@ -103,7 +103,7 @@ class GuidanceAdapter(nn.Module):
     @w.setter
     def w(self, value: Tensor | float | None) -> None:
         if value is not None:
-            self.warn_outside(value)
+            self.warn_if_outside_trained_range(value)
         self._w = value
 
     @property
@@ -117,13 +117,13 @@ class GuidanceAdapter(nn.Module):
 
     @products.setter
     def products(self, value: torch.dtype | None) -> None:
-        if value not in (None, torch.float32, *HALVES):
+        if value not in (None, torch.float32, *HALF_DTYPES):
             raise ValueError(
                 f"products of guidance adapters were asked for in {value!r}: give torch.bfloat16, torch.float16, torch.float32 or None"
             )
         self._products = value
 
-    def warn_outside(self, value: Tensor | float) -> None:
+    def warn_if_outside_trained_range(self, value: Tensor | float) -> None:
         """Warn, once, where a w is not one that was trained."""
         low, high = float(torch.as_tensor(value).min()), float(torch.as_tensor(value).max())
         settings = self.settings
@@ -147,19 +147,19 @@ class GuidanceAdapter(nn.Module):
     @property
     def recorded_guidance(self) -> GuidanceInputs | None:
         """What the pass that is running, or ran last, was told; None where guidance is off."""
-        return self._told
+        return self._recorded_guidance
 
     @contextmanager
     def restore_guidance(self, told: GuidanceInputs | None) -> Iterator[None]:
         """Inside, modules that are run again hear what their pass was told: for checkpointed blocks in backward."""
-        before, self._told = self._told, told
+        before, self._recorded_guidance = self._recorded_guidance, told
         try:
             yield
         finally:
-            self._told = before
+            self._recorded_guidance = before
 
     @torch.no_grad()
-    def silence(self) -> None:
+    def zero_output(self) -> None:
         """Zero what the adapters add, as at first."""
         for adapter in self.adapters.values():
             for parameter in _last_linear(adapter).parameters():
@@ -186,21 +186,21 @@ class GuidanceAdapter(nn.Module):
                 f"{len(found)}, not the same: load them on the base that they were trained on"
             )
 
-        def timed(_module: nn.Module, _args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-            told = self._told
+        def record_time(_module: nn.Module, _args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            told = self._recorded_guidance
             if told is None:
                 return
             embedded = output[-1] if isinstance(output, tuple) else output
             told.time = embedded.expand(len(told.w), -1)
             if self.settings.shared:  # here, since blocks may be checkpointed, which must not share what they compute
-                told.tokens = self._encoded("all", told)
+                told.tokens = self._encode_tokens("all", told)
 
         self._handles = [
-            network.register_forward_pre_hook(_Begin(self, type(network)), with_kwargs=True),
-            _time_module(network).register_forward_hook(timed),
+            network.register_forward_pre_hook(_ForwardPreHook(self, type(network)), with_kwargs=True),
+            _time_module(network).register_forward_hook(record_time),
         ]
         for name, (module, _) in found.items():
-            self._handles.append(module.register_forward_hook(self._beside(_key(name)), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._make_attention_hook(_key(name)), with_kwargs=True))
         return self
 
     def detach(self) -> None:
@@ -209,17 +209,17 @@ class GuidanceAdapter(nn.Module):
             handle.remove()
         self._handles, self._pipeline = [], None
 
-    def watch(self, pipeline: Any) -> None:
+    def register_pipeline(self, pipeline: Any) -> None:
         """Refuse guidance by two calls of this pipeline from now on, which shares the network with the one before."""
         self._pipeline = pipeline
 
-    def begin(self, given: dict[str, Any]) -> None:
+    def begin_forward(self, given: dict[str, Any]) -> None:
         """A pass begins, of a network that was given these arguments.
 
         Raises:
             ValueError: the pipeline guides as well, or there are neither one w, nor one a row, nor one a prompt.
         """
-        self._told = None
+        self._recorded_guidance = None
         if self._w is None:
             return
         # a pipeline that was never called does not know yet whether it guides
@@ -243,29 +243,31 @@ class GuidanceAdapter(nn.Module):
         if next(self.parameters()).device != text.device:
             self.to(text.device)
         w = w.expand(len(text))
-        self._told = GuidanceInputs(w, text, strength(w)[:, None, None] if self.settings.rising else None)
+        self._recorded_guidance = GuidanceInputs(
+            w, text, guidance_strength(w)[:, None, None] if self.settings.rising else None
+        )
 
-    def _beside(self, name: str) -> Any:
+    def _make_attention_hook(self, name: str) -> Any:
         adapter = self.adapters[name]
 
         def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            told = self._told
+            told = self._recorded_guidance
             if told is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
             attended = output[0] if isinstance(output, tuple) else output
-            tokens = self._encoded(name, told) if told.tokens is None else told.tokens
+            tokens = self._encode_tokens(name, told) if told.tokens is None else told.tokens
             own, like = self._own_dtype(), self._products or attended.dtype
-            half = like in HALVES  # without a cache, which CUDA graphs would read later
+            half = like in HALF_DTYPES  # without a cache, which CUDA graphs would read later
             with torch.autocast(attended.device.type, like if half else None, enabled=half, cache_enabled=False):
                 more = adapter(hidden.to(own), attended.to(own), tokens)
-                more = more if told.strength is None else told.strength.to(more) * more
+                more = more if told.guidance_strength is None else told.guidance_strength.to(more) * more
             added = attended + more.to(attended)
             return (added, *output[1:]) if isinstance(output, tuple) else added  # image and text stream
 
         return add
 
-    def _encoded(self, owner: str, told: GuidanceInputs) -> Tensor:
+    def _encode_tokens(self, owner: str, told: GuidanceInputs) -> Tensor:
         with torch.autocast(told.text.device.type, enabled=False):  # half precision cannot hold the phases of w
             return self.encoders[owner](told)  # type: ignore[no-any-return]
 
@@ -273,14 +275,14 @@ class GuidanceAdapter(nn.Module):
         return next(self.parameters()).dtype
 
 
-class _Begin:
+class _ForwardPreHook:
     """The hook before a network's pass."""
 
     def __init__(self, adapter: GuidanceAdapter, network: type[nn.Module]) -> None:
         self.adapter, self.signature = adapter, inspect.signature(network.forward)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.adapter.begin(self.signature.bind(module, *args, **kwargs).arguments)
+        self.adapter.begin_forward(self.signature.bind(module, *args, **kwargs).arguments)
 
 
 def load_guidance_adapter(pipeline: Any, path: str | Path, w: Tensor | float | None = None) -> GuidanceAdapter:
@@ -298,7 +300,7 @@ def load_guidance_adapter(pipeline: Any, path: str | Path, w: Tensor | float | N
     network = dict(network.named_children()).get("_orig_mod", network)  # within torch.compile's
     adapter = read_guidance_adapter(network, path)
     for hook in list(network._forward_pre_hooks.values()):
-        if isinstance(hook, _Begin):
+        if isinstance(hook, _ForwardPreHook):
             hook.adapter.detach()
     adapter.attach(network, pipeline)
     adapter.w = w
@@ -309,8 +311,8 @@ def read_guidance_adapter(network: nn.Module, path: str | Path) -> GuidanceAdapt
     """Adapters from a file (or its folder) for a network, frozen, not attached. Raises as `load_guidance_adapter`."""
     file = Path(path)
     if file.is_dir():
-        file = file / FILE
-    adapter = GuidanceAdapter(network, settings_in(file))
+        file = file / ADAPTER_FILE
+    adapter = GuidanceAdapter(network, read_adapter_settings(file))
     tensors, own = load_state_dict(str(file)), adapter.state_dict()
     for what, keys in (("lacks", own.keys() - tensors.keys()), ("has", tensors.keys() - own.keys())):
         if keys:
@@ -327,35 +329,35 @@ def read_guidance_adapter(network: nn.Module, path: str | Path) -> GuidanceAdapt
     return adapter.eval().requires_grad_(False)
 
 
-def settings_in(file: Path) -> GuidanceAdapterSettings:
+def read_adapter_settings(file: Path) -> GuidanceAdapterSettings:
     """The hyperparameters in a file's metadata. Raises ValueError where it is no guidance adapter."""
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         metadata = json.loads(opened.read(length)).get("__metadata__", {})
-    if HYPERPARAMETERS not in metadata:
+    if METADATA_KEY not in metadata:
         raise ValueError(
             f"{file} is not a guidance adapter (it says no hyperparameters): give one that was exported as such"
         )
-    return GuidanceAdapterSettings(**json.loads(metadata[HYPERPARAMETERS]))
+    return GuidanceAdapterSettings(**json.loads(metadata[METADATA_KEY]))
 
 
-def metadata_of(settings: GuidanceAdapterSettings) -> dict[str, str]:
+def settings_metadata(settings: GuidanceAdapterSettings) -> dict[str, str]:
     """What `settings_in` reads."""
-    return {HYPERPARAMETERS: json.dumps(asdict(settings))}
+    return {METADATA_KEY: json.dumps(asdict(settings))}
 
 
 def adapted_modules(network: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     """Name -> (attention module, channels of its input), of every block by its type: 16 in SD 1.5 and 2.1, 70 in SDXL."""
     found = {}
     for name, block in network.named_modules():
-        attribute = ADAPTED.get(type(block))
+        attribute = ADAPTED_ATTENTION.get(type(block))
         if attribute is not None:
             module = block.get_submodule(attribute)
             found[f"{name}.{attribute}"] = (module, module.get_submodule("to_q").in_features)
     return found
 
 
-def strength(w: Tensor) -> Tensor:
+def guidance_strength(w: Tensor) -> Tensor:
     """(w - 1) / (1 + |w - 1| / 4): guidance's own slope at w = 1, less where it bends what a network makes of it."""
     above = w - 1
     return above / (1 + above.abs() / 4)
@@ -377,9 +379,9 @@ def text_width(network: Any) -> int:
 
 def _time_module(network: nn.Module) -> nn.Module:
     for name, module in network.named_children():
-        if name in TIMED:
+        if name in TIME_EMBEDDING_NAMES:
             return module
-    raise ValueError(f"{type(network).__name__} embeds no time in any of {', '.join(TIMED)}")
+    raise ValueError(f"{type(network).__name__} embeds no time in any of {', '.join(TIME_EMBEDDING_NAMES)}")
 
 
 def _last_linear(module: nn.Module) -> nn.Linear:

@@ -11,16 +11,20 @@ import torch
 from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.families.common.guidance_embedding import EmbeddingPlace, EmbeddingSettings, GuidanceEmbedding
+from stepdistill.families.common.guidance_embedding import (
+    GuidanceEmbedding,
+    GuidanceEmbeddingSettings,
+    GuidanceEmbeddingTarget,
+)
 from stepdistill.roles.guidance_adapter import GuidanceAdapter, read_guidance_adapter
 from stepdistill.roles.guidance_modules import GuidanceAdapterSettings, GuidanceInputs
 
 GuidanceConditioner: TypeAlias = GuidanceAdapter | GuidanceEmbedding
-GuidanceConditionerSettings: TypeAlias = GuidanceAdapterSettings | EmbeddingSettings
-Heard: TypeAlias = Mapping[GuidanceConditioner, GuidanceInputs | None]
+GuidanceConditionerSettings: TypeAlias = GuidanceAdapterSettings | GuidanceEmbeddingSettings
+RecordedGuidance: TypeAlias = Mapping[GuidanceConditioner, GuidanceInputs | None]
 
 
-def adapter_beside(network: nn.Module, settings: GuidanceAdapterSettings, seed: int) -> GuidanceAdapter:
+def attach_new_guidance_adapter(network: nn.Module, settings: GuidanceAdapterSettings, seed: int) -> GuidanceAdapter:
     """Adapters that leave the network as it is until they are trained, attached to it; float32 or better, on its device.
 
     Raises:
@@ -34,14 +38,16 @@ def adapter_beside(network: nn.Module, settings: GuidanceAdapterSettings, seed: 
     return adapter.attach(network)
 
 
-def embedding_beside(network: nn.Module, settings: EmbeddingSettings, place: EmbeddingPlace) -> GuidanceEmbedding:
+def attach_new_guidance_embedding(
+    network: nn.Module, settings: GuidanceEmbeddingSettings, place: GuidanceEmbeddingTarget
+) -> GuidanceEmbedding:
     """An embedding that says nothing until it is trained, attached to the network; float32 or better, on its device."""
     embedding = GuidanceEmbedding(settings, place)
     _place(embedding, network)
     return embedding.attach(network, place)
 
 
-def read_guide(network: nn.Module, path: str | Path) -> GuidanceAdapter:
+def attach_guidance_adapter_file(network: nn.Module, path: str | Path) -> GuidanceAdapter:
     """The adapters of an exported file, frozen and attached to a network.
 
     Raises:
@@ -56,7 +62,7 @@ def read_guide(network: nn.Module, path: str | Path) -> GuidanceAdapter:
 
 
 @contextmanager
-def restore_guidance(recorded_guidance: Heard) -> Iterator[None]:
+def restore_guidance(recorded_guidance: RecordedGuidance) -> Iterator[None]:
     """Inside, every guide hears what it heard when `heard` was noted down."""
     with ExitStack() as stack:
         for guide, told in recorded_guidance.items():

@@ -56,7 +56,7 @@ class GuidanceInputs:
 
     w: Tensor
     text: Tensor
-    strength: Tensor | None = None
+    guidance_strength: Tensor | None = None
     time: Tensor | None = None
     tokens: Tensor | None = None
 
@@ -120,7 +120,7 @@ class CrossAdapter(nn.Module):
 
     def forward(self, hidden: Tensor, attended: Tensor, tokens: Tensor) -> Tensor:
         """Input hidden and output attended of the module, (B, N, C) each; tokens (B, S, d) -> (B, N, C)."""
-        tokens = tokens + positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens)
+        tokens = tokens + sinusoidal_positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens)
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.query(hidden), self.key(tokens), self.value(tokens))
@@ -174,7 +174,7 @@ KINDS: dict[str, type[CrossAdapter | PerceptronAdapter | OffsetAdapter]] = {
 }
 
 
-def positions(count: int, width: int, device: torch.device | None = None) -> Tensor:
+def sinusoidal_positions(count: int, width: int, device: torch.device | None = None) -> Tensor:
     """Sinusoidal code of places 0 .. count - 1, (count, width): sines, then cosines."""
     half = (width + 1) // 2
     places, rates = torch.arange(count, device=device), torch.arange(half, device=device)

@@ -35,7 +35,7 @@ class FeatureHead(nn.Module):
         return self.layers(features.to(next(self.parameters()).dtype)).flatten(1).mean(1)
 
 
-class AngleWeight(nn.Module):
+class AdaptiveWeight(nn.Module):
     """A number for every angle, learned: TrigFlow angles (B,) in [0, pi/2] -> (B,), 0 before training.
 
     Linear in the first harmonics, smooth enough for what an angle contributes to a loss.
@@ -76,7 +76,7 @@ def seeded_head(channels: int, size: tuple[int, int], seed: int, width: int | No
         return FeatureHead(channels, size, width)
 
 
-class MapsHead(nn.Module):
+class MultiMapHead(nn.Module):
     """One logit (B,) from several feature maps (B, C, h, w): the mean over the positions of each, then over the maps."""
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
@@ -95,8 +95,8 @@ class MapsHead(nn.Module):
         return torch.stack(logits).mean(0)
 
 
-def seeded_maps_head(channels: Sequence[int], seed: int, width: int) -> MapsHead:
+def seeded_multi_map_head(channels: Sequence[int], seed: int, width: int) -> MultiMapHead:
     """As `seeded_head`, for several maps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MapsHead(channels, width)
+        return MultiMapHead(channels, width)

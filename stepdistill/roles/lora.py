@@ -75,7 +75,9 @@ class AdapterBank:
         Raises:
             UserError: a target matches no module.
         """
-        unmatched = [target for target, count in suffixes_present(self.network, settings.targets).items() if count == 0]
+        unmatched = [
+            target for target, count in count_target_matches(self.network, settings.targets).items() if count == 0
+        ]
         if unmatched:
             raise UserError(f"no module of the network matches the LoRA targets {unmatched}: mend roles.*.targets")
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -146,7 +148,7 @@ class AdapterBank:
         return checkpointed(run, *args)
 
 
-def suffixes_present(network: nn.Module, targets: Sequence[str]) -> dict[str, int]:
+def count_target_matches(network: nn.Module, targets: Sequence[str]) -> dict[str, int]:
     """How many modules each target suffix matches: a target that matches none is a typing error worth naming."""
     names = [name for name, _ in network.named_modules()]
     return {target: sum(name == target or name.endswith("." + target) for name in names) for target in targets}

@@ -15,7 +15,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.files import read_header
 from stepdistill.roles.triple import Triple
 
-MATRICES = {"lora_A": ("lora_A", "lora_down", "lora.down"), "lora_B": ("lora_B", "lora_up", "lora.up")}
+MATRIX_NAMES = {"lora_A": ("lora_A", "lora_down", "lora.down"), "lora_B": ("lora_B", "lora_up", "lora.up")}
 """A role's matrix -> what files call it."""
 
 
@@ -40,7 +40,7 @@ def load_lora_file(triple: Triple, role: str, path: Path) -> None:
     for key, value in tensors.items():
         if key.endswith(".alpha"):
             continue
-        module, matrix = _parts(key)
+        module, matrix = _split_key(key)
         own = names.get(module, module.removeprefix("base_model.model.").removeprefix(f"{component}."))
         if matrix == "lora_B":
             # the file's alpha / rank; the role's own follows from its settings
@@ -54,10 +54,10 @@ def load_lora_file(triple: Triple, role: str, path: Path) -> None:
     triple.load_state(role, found)
 
 
-def _parts(key: str) -> tuple[str, str]:
+def _split_key(key: str) -> tuple[str, str]:
     """Module and matrix of a key; a key of no LoRA is its own module, which fits no role."""
     stem = key.removesuffix(".weight")
-    for matrix, words in MATRICES.items():
+    for matrix, words in MATRIX_NAMES.items():
         for word in words:
             if stem.endswith(f".{word}"):
                 return stem.removesuffix(f".{word}"), matrix

@@ -18,14 +18,14 @@ from stepdistill.families.recipe import Recipe
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.triple import Triple
 
-Predict = Callable[[Tensor, float], Tensor]
+PredictX0 = Callable[[Tensor, float], Tensor]
 """(x_t, t) -> x0."""
-Noise = Callable[[int], Tensor]
+StepNoise = Callable[[int], Tensor]
 """Index of a step -> fresh standard normal noise of x's shape; called only where a transition needs it."""
 
 
 @dataclass(frozen=True)
-class Step:
+class TrajectoryStep:
     """One transition of a walk: x_s was drawn from `gaussian`, which came from (x_t, x0)."""
 
     t: float
@@ -36,14 +36,14 @@ class Step:
     x_s: Tensor
 
 
-def walk(
-    predict: Predict,
+def sample_trajectory(
+    predict: PredictX0,
     schedule: NoiseSchedule,
     noise: Tensor,
     ladder: Sequence[float],
     transition: Transition,
-    fresh: Noise,
-) -> Iterator[Step]:
+    step_noise: StepNoise,
+) -> Iterator[TrajectoryStep]:
     """Walk from pure noise down the ladder to the clean end, yielding every step.
 
     noise: initial x at ladder[0], (B, ...), standard normal. A VP schedule has some signal left at its last timestep
@@ -52,40 +52,40 @@ def walk(
     x = noise
     for index, t in enumerate(ladder):
         s = ladder[index + 1] if index + 1 < len(ladder) else transition.final_time(schedule)
-        step = advance(predict, schedule, x, t, s, transition, lambda index=index: fresh(index))  # type: ignore[misc]
+        step = sample_step(predict, schedule, x, t, s, transition, lambda index=index: step_noise(index))  # type: ignore[misc]
         yield step
         x = step.x_s
 
 
-def advance(
-    predict: Predict,
+def sample_step(
+    predict: PredictX0,
     schedule: NoiseSchedule,
     x_t: Tensor,
     t: float,
     s: float,
     transition: Transition,
-    fresh: Callable[[], Tensor],
-) -> Step:
+    step_noise: Callable[[], Tensor],
+) -> TrajectoryStep:
     """One network call and one transition, t -> s."""
     x0 = predict(x_t, t)
     gaussian = transition(schedule, x_t, x0, t, s)
     # diffusers' samplers draw no noise where none is used; drawing in their order keeps seeds interchangeable
-    x_s = gaussian.mean if gaussian.is_deterministic else gaussian.sample(fresh())
-    return Step(t, s, x_t, x0, gaussian, x_s)
+    x_s = gaussian.mean if gaussian.is_deterministic else gaussian.sample(step_noise())
+    return TrajectoryStep(t, s, x_t, x0, gaussian, x_s)
 
 
 @torch.no_grad()
 def sample(
-    predict: Predict,
+    predict: PredictX0,
     schedule: NoiseSchedule,
     noise: Tensor,
     ladder: Sequence[float],
     transition: Transition,
-    fresh: Noise,
+    step_noise: StepNoise,
 ) -> Tensor:
     """The clean sample at the end of `walk`, (B, ...)."""
     x = noise
-    for step in walk(predict, schedule, noise, ladder, transition, fresh):
+    for step in sample_trajectory(predict, schedule, noise, ladder, transition, step_noise):
         x = step.x_s
     return x
 
@@ -112,7 +112,7 @@ def guided_state(
     teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning, null: Conditioning, w: Tensor
 ) -> GuidedState:
     """What the teacher, guided by w (B,), says at x_t (B, ...) and t (B,)."""
-    uncond, conditional = teacher.branches(x_t, t, cond, null)
+    uncond, conditional = teacher.uncond_and_cond_estimates(x_t, t, cond, null)
     target = guide(uncond.raw, conditional.raw, broadcast(w, x_t))
     return GuidedState(x_t, t, target, relative_error(conditional.raw, target))
 
@@ -140,9 +140,9 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).flatten(1).square().sum(1) / own
 
 
-def by_turns(
+def make_expert_predictor(
     triple: Triple, ladder: Sequence[float], roles: Sequence[str], cond: Conditioning, told: float | None = None
-) -> Predict:
+) -> PredictX0:
     """x0 along a ladder by the role whose turn it is, one role for each step.
 
     told: guidance scale for the roles that are told one.
@@ -157,15 +157,15 @@ def by_turns(
 
 
 def student_sample(
-    triple: Triple, experts: Sequence[str], recipe: Recipe, cond: Conditioning, noise: Tensor, fresh: Noise
+    triple: Triple, experts: Sequence[str], recipe: Recipe, cond: Conditioning, noise: Tensor, step_noise: StepNoise
 ) -> Tensor:
     """Where a student takes `noise` by its recipe, (B, C, h, w); `experts` are its roles, one for each of the recipe's."""
     ladder = recipe.native_timesteps(triple.schedule)
     with ExitStack() as stack:
         for role in dict.fromkeys(experts):
-            stack.enter_context(triple.at_hand(role))
-        predict = by_turns(triple, ladder, recipe.by_step(experts), cond, recipe.told_guidance)
-        return sample(predict, triple.schedule, noise, ladder, recipe.transition(), fresh)
+            stack.enter_context(triple.on_device(role))
+        predict = make_expert_predictor(triple, ladder, recipe.expert_of_step(experts), cond, recipe.told_guidance)
+        return sample(predict, triple.schedule, noise, ladder, recipe.transition(), step_noise)
 
 
 def teacher_sample(

@@ -25,20 +25,20 @@ from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.guidance_conditioning import (
     GuidanceConditioner,
     GuidanceConditionerSettings,
-    adapter_beside,
-    embedding_beside,
-    read_guide,
+    attach_guidance_adapter_file,
+    attach_new_guidance_adapter,
+    attach_new_guidance_embedding,
     restore_guidance,
 )
 from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 from stepdistill.roles.lora import AdapterBank, LoraSettings
-from stepdistill.roles.state_check import check_fit
+from stepdistill.roles.state_check import check_state_matches
 from stepdistill.runtime.gradient_checkpointing import checkpointed
-from stepdistill.runtime.parking import ParkedParameters
-from stepdistill.runtime.quantization import unpacked
-from stepdistill.runtime.sharding import laid_out_like, rest, shard
+from stepdistill.runtime.parking import OffloadedParameters
+from stepdistill.runtime.quantization import dequantized
+from stepdistill.runtime.sharding import reshard, shard, shard_like
 
-Mode: TypeAlias = Literal["lora", "full", "adapter"]
+RoleMode: TypeAlias = Literal["lora", "full", "adapter"]
 GENERATOR, FAKE_SCORE, REAL_SCORE = "generator", "fake_score", "real_score"
 
 
@@ -50,7 +50,7 @@ class RoleLayout:
         guide: how its network is told the guidance scale; None where it is told none.
     """
 
-    mode: Mode
+    mode: RoleMode
     lora: LoraSettings | None = None
     guide: GuidanceConditionerSettings | None = None
 
@@ -81,7 +81,7 @@ class Triple:
         *,
         compute_dtype: torch.dtype | None = None,
         seed: int = 0,
-        teacher_adapter: str | None = None,
+        teacher_guidance_adapter: str | None = None,
     ) -> None:
         self.base = network.eval().requires_grad_(False)
         self.family = family
@@ -95,15 +95,15 @@ class Triple:
         self.heads: dict[str, dict[str, nn.Module]] = {}
         self.copies: dict[str, str] = {}
         self.frozen: dict[str, nn.Module] = {}
-        self._parked: dict[str, ParkedParameters] = {}
-        self.playing = REAL_SCORE
+        self._offloaded: dict[str, OffloadedParameters] = {}
+        self.active_role = REAL_SCORE
         self.sharded = False
         self._checkpointing = False
         # full copies are taken from the base before adapters are injected into it
         for name, layout in sorted(layouts.items(), key=lambda item: item[1].mode != "full"):
             self.add_role(name, layout)
-        if teacher_adapter is not None:
-            self.guidance_conditioners[REAL_SCORE] = read_guide(self.base, teacher_adapter)
+        if teacher_guidance_adapter is not None:
+            self.guidance_conditioners[REAL_SCORE] = attach_guidance_adapter_file(self.base, teacher_guidance_adapter)
 
     # ---------------------------------------------------------------- roles
 
@@ -124,18 +124,20 @@ class Triple:
         if role != REAL_SCORE and role not in self.layouts:
             raise KeyError(f"there is no role {role!r}; there are {[REAL_SCORE, *self.layouts]}")
         network, guide = self.networks.get(role, self.base), self.guidance_conditioners.get(role)
-        return Denoiser(network, self.family, self.schedule, lambda: self._playing(role), self.compute_dtype, guide)
+        return Denoiser(
+            network, self.family, self.schedule, lambda: self._activate_role(role), self.compute_dtype, guide
+        )
 
     @contextmanager
-    def _playing(self, role: str) -> Iterator[None]:
+    def _activate_role(self, role: str) -> Iterator[None]:
         """Inside, the role's network is this role."""
-        before, self.playing = self.playing, role
+        before, self.active_role = self.active_role, role
         adapter = role if role in self.bank.settings else None
         try:
-            with self.at_hand(role), nullcontext() if role in self.networks else self.bank.role(adapter):
+            with self.on_device(role), nullcontext() if role in self.networks else self.bank.role(adapter):
                 yield
         finally:
-            self.playing = before
+            self.active_role = before
 
     def add_role(self, name: str, layout: RoleLayout, *, trainable: bool = True) -> None:
         """Add a role equal to the base.
@@ -159,7 +161,9 @@ class Triple:
                 raise ValueError(f"role {name!r} is a LoRA without LoRA settings")
             self.bank.add(name, layout.lora, seed=derive_seed(self.seed, "lora", name), trainable=trainable)
         if layout.guide is not None:
-            self.guidance_conditioners[name] = self._guide_of(self.networks.get(name, self.base), layout.guide)
+            self.guidance_conditioners[name] = self._attach_guidance_conditioner(
+                self.networks.get(name, self.base), layout.guide
+            )
             self.guidance_conditioners[name].requires_grad_(trainable)
         self.layouts[name] = layout
         if self._checkpointing:
@@ -171,10 +175,12 @@ class Triple:
         self.copies[name] = source
         self.copy_role(source, name)
 
-    def _guide_of(self, network: nn.Module, settings: GuidanceConditionerSettings) -> GuidanceConditioner:
+    def _attach_guidance_conditioner(
+        self, network: nn.Module, settings: GuidanceConditionerSettings
+    ) -> GuidanceConditioner:
         if isinstance(settings, GuidanceAdapterSettings):
-            return adapter_beside(network, settings, derive_seed(self.seed, "guide"))
-        return embedding_beside(network, settings, self.family.embedding_place(network))
+            return attach_new_guidance_adapter(network, settings, derive_seed(self.seed, "guide"))
+        return attach_new_guidance_embedding(network, settings, self.family.guidance_embedding_target(network))
 
     def copied(self, network: nn.Module) -> nn.Module:
         """A copy of a network, without the guides that are attached to it."""
@@ -191,9 +197,9 @@ class Triple:
     @torch.no_grad()
     def reset_role(self, name: str) -> None:
         """Set a role back to the base: zero B for a LoRA (A stays), the base's weights for a full network, a silent guide."""
-        self.rest()
+        self.reshard()
         if name in self.guidance_conditioners:
-            self.guidance_conditioners[name].silence()
+            self.guidance_conditioners[name].zero_output()
         if name in self.networks:
             self.networks[name].load_state_dict(self.base_state())
             return
@@ -246,19 +252,19 @@ class Triple:
     @torch.no_grad()
     def copy_role(self, source: str, target: str) -> None:
         """Overwrite target's own parameters with source's (same layout)."""
-        self.rest()
-        values = {**self.network_parameters(source), **self._guide_buffers(source)}
-        for key, tensor in {**self.network_parameters(target), **self._guide_buffers(target)}.items():
+        self.reshard()
+        values = {**self.network_parameters(source), **self._guidance_conditioner_buffers(source)}
+        for key, tensor in {**self.network_parameters(target), **self._guidance_conditioner_buffers(target)}.items():
             tensor.copy_(values[key])
 
-    def _guide_buffers(self, role: str) -> dict[str, Tensor]:
+    def _guidance_conditioner_buffers(self, role: str) -> dict[str, Tensor]:
         named = self.guidance_conditioners[role].named_buffers() if role in self.guidance_conditioners else ()
         return {f"guide.{key}": value for key, value in named}
 
     @torch.no_grad()
     def lerp_role(self, target: str, source: str, weight: float) -> None:
         """target <- target + weight (source - target), parameter by parameter, by name (EMA)."""
-        self.rest()
+        self.reshard()
         values = self.network_parameters(source)
         for key, parameter in self.network_parameters(target).items():
             # where source lives, also for a parked target: another device would round otherwise
@@ -270,7 +276,7 @@ class Triple:
     def state(self, role: str) -> dict[str, Tensor]:
         """Detached parameters of a role, and buffers of its heads and guide, for a checkpoint."""
         state = {key: value.detach() for key, value in self.parameters(role).items()}
-        state.update(self._guide_buffers(role))
+        state.update(self._guidance_conditioner_buffers(role))
         for head_name, head in self.heads.get(role, {}).items():
             state.update({f"head.{head_name}.{key}": value for key, value in head.named_buffers()})
         return state
@@ -283,9 +289,9 @@ class Triple:
             UserError: missing or unexpected keys, or another shape; nothing is changed then.
         """
         own = self.state(role)
-        check_fit(role, own, tensors)
+        check_state_matches(role, own, tensors)
         for key, value in own.items():
-            value.copy_(laid_out_like(value, tensors[key]))
+            value.copy_(shard_like(value, tensors[key]))
 
     # ---------------------------------------------------------------- processes and memory
 
@@ -295,19 +301,19 @@ class Triple:
             shard(network, self.family.blocks(network), mesh)
         self.sharded = True
 
-    def rest(self) -> None:
+    def reshard(self) -> None:
         """Sharded networks hold their shares alone afterwards: a forward without backward leaves its root gathered."""
         if self.sharded:
             for network in (self.base, *self.networks.values()):
-                rest(network)
+                reshard(network)
 
-    def park(self, role: str) -> None:
+    def offload_role(self, role: str) -> None:
         """Keep an untrained role in main memory from now on; its denoiser brings it to the device for each forward."""
-        self._parked[role] = ParkedParameters(self.network_parameters(role).values())
+        self._offloaded[role] = OffloadedParameters(self.network_parameters(role).values())
 
-    def at_hand(self, role: str) -> AbstractContextManager[None]:
+    def on_device(self, role: str) -> AbstractContextManager[None]:
         """A parked role stays on the device inside, for several forwards in a row; nothing happens to other roles."""
-        return self._parked[role].at_hand() if role in self._parked else nullcontext()
+        return self._offloaded[role].on_device() if role in self._offloaded else nullcontext()
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade compute for memory; each segment recomputes under the role of its own forward."""
@@ -332,11 +338,11 @@ class Triple:
         """Names the base by the first values of each of its tensors, before sharding; the same in float32 and bfloat16."""
         digest = blake2b(digest_size=8)
         for key, value in self.base_state().items():
-            first = unpacked(value.detach()).flatten()[:64].to("cpu", torch.bfloat16)
+            first = dequantized(value.detach()).flatten()[:64].to("cpu", torch.bfloat16)
             digest.update(f"{key} {tuple(value.shape)}".encode() + first.float().numpy().tobytes())
         return digest.hexdigest()
 
-    def plain_copy(self) -> nn.Module:
+    def copy_base(self) -> nn.Module:
         """A copy of the base without any adapter, in float32 or better."""
         dtype = torch.float64 if next(self.base.parameters()).dtype == torch.float64 else torch.float32
         network = self.family.empty_like(self.base).to(dtype)

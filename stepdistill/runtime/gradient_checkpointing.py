@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-class Reached(Exception):
+class StopForward(Exception):
     """Carries a module's output out of a forward pass that is not wanted beyond it."""
 
     def __init__(self, output: object) -> None:
@@ -28,11 +28,11 @@ def checkpointed(function: Callable[..., Any], *args: Tensor) -> Any:
     def run(*inputs: Tensor) -> Any:
         try:
             return function(*inputs)
-        except Reached as found:
+        except StopForward as found:
             left.append(True)
             return found.output
 
     output = checkpoint(run, *args, use_reentrant=False)
     if left:
-        raise Reached(output)
+        raise StopForward(output)
     return output

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.errors import UserError
 
-RECOMPILATIONS = 128
+RECOMPILE_LIMIT = 128
 """Compiled forms of one block class: one for each role, each role that is trained meanwhile, and each shape."""
 
 
@@ -35,7 +35,9 @@ def check_xformers(device: str | None = None) -> None:
         )
 
 
-def lay_out(network: nn.Module, attention: Literal["sdpa", "xformers"], channels_last: bool) -> None:
+def set_attention_and_memory_format(
+    network: nn.Module, attention: Literal["sdpa", "xformers"], channels_last: bool
+) -> None:
     """Choose attention kernel and memory layout, in place; copies of the network inherit both.
 
     sdpa is what diffusers chooses by itself (`AttnProcessor2_0`).
@@ -45,7 +47,7 @@ def lay_out(network: nn.Module, attention: Literal["sdpa", "xformers"], channels
     """
     if attention == "xformers":
         check_xformers()
-        _stock(network).enable_xformers_memory_efficient_attention()
+        _as_model_mixin(network).enable_xformers_memory_efficient_attention()
     if channels_last:
         # convolutions alone have such a layout, and a quantised weight is no tensor to be asked for it
         for module in network.modules():
@@ -54,7 +56,7 @@ def lay_out(network: nn.Module, attention: Literal["sdpa", "xformers"], channels
 
 
 @contextmanager
-def forward_mode() -> Iterator[None]:
+def math_sdpa() -> Iterator[None]:
     """Inside, scaled dot products run in their plain form, the only one with derivatives in forward mode.
 
     The values are the same but for rounding. What processors of attention outside torch do is not changed.
@@ -73,7 +75,7 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
         UserError: the network names no repeated blocks, or torch is too old to be told how often it may compile again.
     """
     try:
-        _stock(network).compile_repeated_blocks(backend=backend, recompile_limit=RECOMPILATIONS)
+        _as_model_mixin(network).compile_repeated_blocks(backend=backend, recompile_limit=RECOMPILE_LIMIT)
     except ValueError:
         raise UserError(
             f"model.compile is true, and {type(network).__name__} names no repeated blocks to compile: set model.compile to false"
@@ -85,7 +87,7 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
         ) from None
 
 
-def _stock(network: nn.Module) -> ModelMixin:
+def _as_model_mixin(network: nn.Module) -> ModelMixin:
     if not isinstance(network, ModelMixin):
         raise TypeError(f"a model of diffusers was expected, not {type(network).__name__}")
     return network

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from stepdistill.runtime.parking import to_main_memory
+from stepdistill.runtime.parking import to_pinned_memory
 
 State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
 
@@ -38,7 +38,7 @@ class OffloadedState:
             if (parameter, name) in self._cpu_copies:
                 self._cpu_copies[parameter, name][1].copy_(value)
             else:
-                self._cpu_copies[parameter, name] = value.device, to_main_memory(value)
+                self._cpu_copies[parameter, name] = value.device, to_pinned_memory(value)
             self._state[parameter][name] = self._cpu_copies[parameter, name][1]
 
     def _on_device(self) -> Iterator[tuple[Tensor, str, Tensor]]:

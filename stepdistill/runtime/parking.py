@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-def to_main_memory(tensor: Tensor) -> Tensor:
+def to_pinned_memory(tensor: Tensor) -> Tensor:
     """A copy of a tensor in main memory, pinned where it comes from CUDA; the tensor itself where it is there already."""
     if tensor.device.type == "cpu":
         return tensor
@@ -17,7 +17,7 @@ def to_main_memory(tensor: Tensor) -> Tensor:
     return parked.copy_(tensor)
 
 
-class ParkedParameters:
+class OffloadedParameters:
     """Untrained parameters that are on their device only within `at_hand`.
 
     Args:
@@ -29,10 +29,10 @@ class ParkedParameters:
         self._device = self._parameters[0].device
         self._users = 0
         for parameter in self._parameters:
-            parameter.data = to_main_memory(parameter.data)
+            parameter.data = to_pinned_memory(parameter.data)
 
     @contextmanager
-    def at_hand(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
         """The parameters are on the device inside, where they must not be written to; may be nested."""
         parked = [parameter.data for parameter in self._parameters]
         if self._users == 0:

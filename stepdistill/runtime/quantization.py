@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stepdistill.errors import UserError
 
-Quantized: TypeAlias = Literal["int8", "int4"]
+QuantizationKind: TypeAlias = Literal["int8", "int4"]
 BLOCK, SCALE_BLOCK = 64, 256
 """Weights that share a scale in NF4, and scales that share a scale of their own."""
 
@@ -37,7 +37,7 @@ def check_quantization() -> None:
 
 
 @torch.no_grad()
-def quantize(network: nn.Module, kind: Quantized, device: torch.device | str) -> None:
+def quantize(network: nn.Module, kind: QuantizationKind, device: torch.device | str) -> None:
     """Quantise the weights of all linear layers, in place, and move the network to `device`.
 
     Layer by layer: the device never holds more of the whole network than its quantised form. Layers whose weights do not
@@ -55,7 +55,7 @@ def quantize(network: nn.Module, kind: Quantized, device: torch.device | str) ->
     network.to(device)
 
 
-def unpacked(tensor: Tensor) -> Tensor:
+def dequantized(tensor: Tensor) -> Tensor:
     """The values of a quantised weight, in the dtype that it is unpacked to; any other tensor itself."""
     if not is_traceable_wrapper_subclass(tensor) or find_spec("torchao") is None:
         return tensor

@@ -30,7 +30,7 @@ def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> 
         raise RuntimeError(f"{len(left)} parameters were not sharded, such as {left[0]!r}")
 
 
-def rest(network: nn.Module) -> None:
+def reshard(network: nn.Module) -> None:
     """Free what forwards have gathered and kept, so that parameters are shards again."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
@@ -42,7 +42,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def laid_out_like(pattern: Tensor, values: Tensor) -> Tensor:
+def shard_like(pattern: Tensor, values: Tensor) -> Tensor:
     """Whole `values`, equal on all processes, on the device of `pattern` and sharded as it is."""
     values = values.to(pattern.device)
     if not isinstance(pattern, DTensor):
@@ -50,7 +50,7 @@ def laid_out_like(pattern: Tensor, values: Tensor) -> Tensor:
     return distribute_tensor(values, pattern.device_mesh, pattern.placements)
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all tensors, float64 scalar, the same on every process; one reduction where some are sharded."""
     squares = {True: torch.zeros((), dtype=torch.float64), False: torch.zeros((), dtype=torch.float64)}
     group = None

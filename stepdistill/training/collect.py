@@ -31,12 +31,12 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.timesteps import trailing_timesteps
 from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.conditioning import MicroConditioning
 from stepdistill.files.outputs import check_folder_is_writable
 from stepdistill.roles.denoiser import Denoiser
-from stepdistill.roles.guidance_conditioning import read_guide
+from stepdistill.roles.guidance_conditioning import attach_guidance_adapter_file
 from stepdistill.roles.sampler import guided_trajectory, teacher_sample
-from stepdistill.runtime.kernels import compile_blocks, lay_out
+from stepdistill.runtime.kernels import compile_blocks, set_attention_and_memory_format
 from stepdistill.training.monitoring.grids import student_latents
 from stepdistill.training.run import open_run
 from stepdistill.training.session import DTYPES, process_device
@@ -182,19 +182,19 @@ class _TeacherSource:
         self.family = load_family(info.family)
         self.device = device
         self.checkpoint = load_checkpoint(info, DTYPES[model.dtype], self.device, quantization=model.quantization)
-        lay_out(self.checkpoint.network, model.attention, model.channels_last)
+        set_attention_and_memory_format(self.checkpoint.network, model.attention, model.channels_last)
         if model.compile:
             compile_blocks(self.checkpoint.network)
         adapter = None
         if model.guidance_adapter is not None:
-            adapter = read_guide(self.checkpoint.network, model.guidance_adapter)
+            adapter = attach_guidance_adapter_file(self.checkpoint.network, model.guidance_adapter)
         self.denoiser = Denoiser(self.checkpoint.network, self.family, self.schedule, guide=adapter)
         self.negative_prompt = model.negative_prompt
         self.sampler = "euler, shifted" if self.schedule.is_flow else "ddim, trailing"
 
     @torch.no_grad()
     def draw(self, texts: list[str], seeds: list[int]) -> torch.Tensor:
-        sizes = [ImageSize.plain(*self.size)] * len(texts)
+        sizes = [MicroConditioning.plain(*self.size)] * len(texts)
         cond = self.family.encode(self.checkpoint, texts, sizes)
         null = self.family.null(self.checkpoint, sizes, self.negative_prompt)
         noise = torch.stack([noise_for(seed, self.shape) for seed in seeds]).to(self.device)
@@ -203,7 +203,7 @@ class _TeacherSource:
     @torch.no_grad()
     def draw_trajectories(self, texts: list[str], seeds: list[int], keep: int) -> dict[str, torch.Tensor]:
         """Columns of a trajectory folder, but for seeds and prompts. Each walk depends on its seed alone."""
-        sizes = [ImageSize.plain(*self.size)] * len(texts)
+        sizes = [MicroConditioning.plain(*self.size)] * len(texts)
         cond = self.family.encode(self.checkpoint, texts, sizes)
         null = self.family.null(self.checkpoint, sizes, self.negative_prompt)
         noise = torch.stack([noise_for(seed, self.shape) for seed in seeds]).to(self.device)
@@ -242,7 +242,7 @@ class _Student:
     @torch.no_grad()
     def draw(self, texts: list[str], seeds: list[int]) -> torch.Tensor:
         session, setup = self.session, self.session.setup
-        cond = session.encoder.text(texts, [ImageSize.plain(*self.size)] * len(texts))
+        cond = session.encoder.text(texts, [MicroConditioning.plain(*self.size)] * len(texts))
         shape = setup.problem.latent_shape
         noise = torch.stack([noise_for(seed, shape) for seed in seeds]).to(session.device, session.dtype)
         draws = Draws(0, 0, "collect", seeds, session.device, session.dtype)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from stepdistill.config.schema import OptimizerConfig
 from stepdistill.errors import UserError
 from stepdistill.runtime.optimizer_offload import OffloadedState
-from stepdistill.runtime.sharding import laid_out_like, norm
+from stepdistill.runtime.sharding import global_norm, shard_like
 
 CODEBOOK_KEYS = ("qmap1", "qmap2")
 """What the 256 codes of 8-bit moments mean: one tensor for all parameters, saved once."""
@@ -65,7 +65,7 @@ class RoleOptimizer:
     def clip(self) -> Tensor:
         """Norm of the summed gradient before clipping, float64 scalar; gradients are clipped in place."""
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        total = norm(gradients)
+        total = global_norm(gradients)
         factor = self.config.clip / (float(total) + 1e-6) if self.config.clip else 1.0
         if factor < 1:
             for gradient in gradients:
@@ -145,7 +145,7 @@ class RoleOptimizer:
     def _to_optimizer_layout(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor | int:
         """A saved value as the optimizer holds it."""
         if key != "step":
-            placed = laid_out_like(parameter, value.clone())
+            placed = shard_like(parameter, value.clone())
             # a fused step wants the parameter's own memory layout, which files do not keep
             same = placed.shape == parameter.shape and not isinstance(placed, DTensor)
             return torch.empty_like(parameter, dtype=placed.dtype).copy_(placed) if same else placed

@@ -12,7 +12,7 @@ from stepdistill.config.schema import RunConfig
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Needs, RoleKind
-from stepdistill.roles.triple import Mode
+from stepdistill.roles.triple import RoleMode
 from stepdistill.runtime.kernels import check_xformers
 from stepdistill.runtime.quantization import check_quantization
 from stepdistill.training.optimizers import check_adamw8bit, check_muon
@@ -33,7 +33,7 @@ def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, R
         "compile": model.compile,
         "attention": model.attention != "sdpa",
     }
-    if not family.is_stock and any(asked.values()):
+    if not family.is_diffusers_model and any(asked.values()):
         key = next(key for key, wanted in asked.items() if wanted)
         raise UserError(
             f"model.{key} is set, which is for networks of diffusers, and the family {family.name!r} has one of its own: remove the key"
@@ -50,7 +50,7 @@ def check_model_options(config: RunConfig, family: Family, roles: Mapping[str, R
     check_quantization()
 
 
-def check_role_modes(config: RunConfig, roles: Mapping[str, RoleKind], generator: Sequence[Mode]) -> None:
+def check_role_modes(config: RunConfig, roles: Mapping[str, RoleKind], generator: Sequence[RoleMode]) -> None:
     """Whether the roles may be held as the config says; `generator` is how its method may hold it. Raises UserError."""
     modes = {"generator": config.roles.generator.mode, "fake_score": config.roles.fake_score.mode}
     for kind in roles.values():

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from stepdistill.errors import UserError
-from stepdistill.families.base import PARTS, Checkpoint
+from stepdistill.families.base import ALL_PARTS, Checkpoint
 from stepdistill.families.checkpoints.loading import load_checkpoint
 from stepdistill.families.recipe import Recipe
-from stepdistill.frozen.vision import VISION, load_vision
+from stepdistill.frozen.vision import VISION_ENCODER, load_vision
 from stepdistill.methods.base import Decode, Method, Needs
 from stepdistill.rewards import HELD_OUT, REWARD, load_reward
 from stepdistill.roles.guidance_adapter import GuidanceAdapter
 from stepdistill.roles.triple import GENERATOR, REAL_SCORE, Triple
-from stepdistill.runtime.kernels import compile_blocks, lay_out
+from stepdistill.runtime.kernels import compile_blocks, set_attention_and_memory_format
 from stepdistill.training.initialization import load_initial_roles
 from stepdistill.training.inputs.encoding import Encoder, RunCaches, make_encoder
 from stepdistill.training.setup import RunSetup
@@ -72,10 +72,10 @@ def open_session(setup: RunSetup, device: torch.device | str | None = None, cach
         setup.info,
         DTYPES[config.model.dtype],
         where,
-        caches.parts if caches is not None else PARTS,
+        caches.parts if caches is not None else ALL_PARTS,
         config.model.quantization,
     )
-    lay_out(checkpoint.network, config.model.attention, config.model.channels_last)
+    set_attention_and_memory_format(checkpoint.network, config.model.attention, config.model.channels_last)
     session = build_session(setup, checkpoint, where, caches)
     if config.init is not None:
         load_initial_roles(session.triple, Path(config.init), tuple(setup.roles), EMA)
@@ -95,14 +95,14 @@ def build_session(
         setup.layouts,
         compute_dtype=dtype,
         seed=config.training.seed,
-        teacher_adapter=config.model.guidance_adapter,
+        teacher_guidance_adapter=config.model.guidance_adapter,
     )
     with torch.device("cpu"):  # its ladders and levels are numbers even where weights are outlines
         method = setup.method_class(setup.method_config, setup.problem)
     teacher = triple.guidance_conditioners.get(REAL_SCORE)
     guidance = dict(setup.method_config).get("guidance")
     if isinstance(teacher, GuidanceAdapter) and guidance is not None:
-        teacher.warn_outside(float(guidance))
+        teacher.warn_if_outside_trained_range(float(guidance))
     pipeline = checkpoint.pipeline
     triple.frozen = load_frozen_models(setup.method_class.needs(setup.method_config))
     decode: Decode | None = None
@@ -139,7 +139,7 @@ def load_frozen_models(needs: Needs) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     if needs.vision is not None:
-        found[VISION] = load_vision(needs.vision)
+        found[VISION_ENCODER] = load_vision(needs.vision)
     if needs.reward is not None:
         found[REWARD] = load_reward(needs.reward)
     if needs.held_out is not None:
@@ -154,7 +154,7 @@ def finalize_placement(session: Session) -> None:
     """
     config, triple = session.setup.config, session.triple
     if "ema" in config.training.offload and EMA in triple.layouts:
-        triple.park(EMA)
+        triple.offload_role(EMA)
     if config.model.compile:
         for network in (triple.base, *triple.networks.values()):
             compile_blocks(network)

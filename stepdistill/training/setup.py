@@ -22,7 +22,7 @@ from stepdistill.data.prompts import PromptList, read_prompts
 from stepdistill.errors import UserError
 from stepdistill.families.base import CheckpointInfo, Family
 from stepdistill.families.checkpoints.loading import inspect_checkpoint
-from stepdistill.families.common.guidance_embedding import EmbeddingSettings
+from stepdistill.families.common.guidance_embedding import GuidanceEmbeddingSettings
 from stepdistill.methods.base import Method, Needs, Problem, RoleKind
 from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 from stepdistill.roles.lora import LoraSettings
@@ -171,7 +171,7 @@ def role_layout(config: RoleConfig, family: Family, guidance_range: tuple[float,
         except ValueError as error:
             raise UserError(str(error)) from error
         return RoleLayout("adapter", guide=guide)
-    embedding = None if guidance_range is None else EmbeddingSettings()
+    embedding = None if guidance_range is None else GuidanceEmbeddingSettings()
     if config.mode == "full":
         return RoleLayout("full", guide=embedding)
     targets = family.lora_targets(config.targets) if isinstance(config.targets, str) else tuple(config.targets)

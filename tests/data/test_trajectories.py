@@ -21,7 +21,7 @@ from stepdistill.data.latents.trajectories import TrajectoryFolder
 from stepdistill.diffusion.timesteps import trailing_timesteps
 from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.conditioning import MicroConditioning
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.sampler import relative_error
 from stepdistill.training.collect import CollectConfig, collect
@@ -58,7 +58,7 @@ def test_states_are_what_the_guided_teacher_says(wanted: Callable[..., CollectCo
     assert config.model is not None
     info = inspect_checkpoint(config.model.path, None, None)
     checkpoint, family = load_checkpoint(info, torch.float64, torch.device("cpu")), load_family(info.family)
-    denoiser, size = Denoiser(checkpoint.network, family, info.schedule), [ImageSize.plain(1, 1)]
+    denoiser, size = Denoiser(checkpoint.network, family, info.schedule), [MicroConditioning.plain(1, 1)]
     null, timesteps = family.null(checkpoint, size), trailing_timesteps(info.schedule, 6)
     walks: dict[int, list[float]] = {}
     for index in range(len(folder)):

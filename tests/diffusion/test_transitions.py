@@ -23,7 +23,7 @@ from stepdistill.diffusion.prediction import Prediction, convert_prediction, fro
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Gaussian, Transition, TransitionKind
 from stepdistill.errors import UserError
-from stepdistill.roles.sampler import Step, sample, walk
+from stepdistill.roles.sampler import TrajectoryStep, sample, sample_trajectory
 
 BETAS = {key: value for key, value in SD.items() if key != "_class_name"}
 X_T, X0, FRESH = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1), noise(2, 4, 3, 3, seed=2)
@@ -285,7 +285,7 @@ def test_walk(name: str, transition: Transition) -> None:
     def predict(x: Tensor, t: float) -> Tensor:
         return torch.tanh(x) * t / timesteps[0]
 
-    steps: list[Step] = list(walk(predict, schedule, noise(2, 3), timesteps, transition, fresh))
+    steps: list[TrajectoryStep] = list(sample_trajectory(predict, schedule, noise(2, 3), timesteps, transition, fresh))
     stochastic = transition.kind is not TransitionKind.DETERMINISTIC and (
         transition.strength > 0 or transition.kind is TransitionKind.RENOISE
     )

@@ -18,7 +18,7 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.timesteps import trailing_timesteps
 from stepdistill.diffusion.trigflow import TrigFlow
 from stepdistill.families.analytic import Analytic
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.roles.denoiser import Denoiser
 from stepdistill.roles.sampler import teacher_sample
 from stepdistill.roles.triple import GENERATOR
@@ -105,7 +105,10 @@ def test_a_converted_checkpoints_samples_are_its_own(tiny: Callable[..., Path], 
     """In float32, where an epsilon network's x0 at the last timestep is 15 times as inexact as what it said."""
     checkpoint = load(tiny(family, variant))
     told, schedule = load_family(family), checkpoint.info.schedule
-    denoiser, size = Denoiser(checkpoint.network, told, schedule), ImageSize.plain(*checkpoint.info.default_size)
+    denoiser, size = (
+        Denoiser(checkpoint.network, told, schedule),
+        MicroConditioning.plain(*checkpoint.info.default_size),
+    )
     cond, null = told.encode(checkpoint, ["a red cat"], [size]), told.null(checkpoint, [size])
     eps = noise(1, *checkpoint.info.latent_shape()).float()
     with torch.no_grad():

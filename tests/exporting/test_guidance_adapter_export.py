@@ -129,9 +129,9 @@ def test_an_adapted_teacher_for_another_method(
 
 
 def size_of(session: stepdistill.training.session.Session) -> object:
-    from stepdistill.families.conditioning import ImageSize
+    from stepdistill.families.conditioning import MicroConditioning
 
-    return ImageSize.plain(*session.setup.problem.size)
+    return MicroConditioning.plain(*session.setup.problem.size)
 
 
 def test_adapters_of_a_quantised_base_are_proved_on_the_whole_one(tiny: Callable[..., Path], tmp_path: Path) -> None:

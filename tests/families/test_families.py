@@ -28,16 +28,16 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint, Family
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.common.guidance_embedding import guidance_embedding
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.families.sdxl import SDXL
 from stepdistill.roles.denoiser import Denoiser
-from stepdistill.roles.lora import suffixes_present
+from stepdistill.roles.lora import count_target_matches
 from stepdistill.roles.sampler import sample
 
 UNETS = ("sd", "sdxl")
 VARIANTS = [(name, variant) for name in UNETS for variant in registry.load_family(name).tiny_variants]
 PROMPTS = ["a photo of the red cat", "a blue square, " + "very " * 30]
-SIZES = [ImageSize.plain(16, 16)] * 2
+SIZES = [MicroConditioning.plain(16, 16)] * 2
 Tiny = Callable[..., Path]
 
 
@@ -183,7 +183,7 @@ def test_sdxl_without_forced_zeros_encodes_the_empty_prompt(tiny: Tiny, tmp_path
 
 def test_sdxl_is_told_the_sizes_that_the_pipeline_tells(tiny: Tiny) -> None:
     family, checkpoint, stock = open_tiny(tiny, "sdxl")
-    sizes = [ImageSize((30, 20), (3, 5), (16, 24))] * 2
+    sizes = [MicroConditioning((30, 20), (3, 5), (16, 24))] * 2
     told = spied(
         stock,
         prompt=PROMPTS,
@@ -206,7 +206,7 @@ def test_sdxl_is_told_the_sizes_that_the_pipeline_tells(tiny: Tiny) -> None:
 
 def test_every_image_of_a_batch_has_its_own_sizes(tiny: Tiny) -> None:
     family, checkpoint, _ = open_tiny(tiny, "sdxl")
-    sizes = [ImageSize((30, 20), (3, 5), (16, 16)), ImageSize.plain(16, 16)]
+    sizes = [MicroConditioning((30, 20), (3, 5), (16, 16)), MicroConditioning.plain(16, 16)]
     ids = family.encode(checkpoint, PROMPTS, sizes).time_ids
     assert ids.tolist() == [[30, 20, 3, 5, 16, 16], [16, 16, 0, 0, 16, 16]]
 
@@ -236,7 +236,7 @@ def test_guided_samples_are_the_stock_pipeline_s(tiny: Tiny, name: str, variant:
             start,
             trailing_timesteps(schedule, 5),
             Transition(TransitionKind.DETERMINISTIC),
-            fresh=lambda _: pytest.fail("a deterministic walk draws no noise"),
+            step_noise=lambda _: pytest.fail("a deterministic walk draws no noise"),
         )
         for w in (4.0, 1.0)
     }
@@ -281,7 +281,7 @@ def test_features_come_from_the_mid_block(tiny: Tiny, name: str) -> None:
 def test_every_lora_target_names_modules(tiny: Tiny, name: str) -> None:
     family, checkpoint, _ = open_tiny(tiny, name)
     for preset in ("attention", "all"):
-        assert all(suffixes_present(checkpoint.network, family.lora_targets(preset)).values())
+        assert all(count_target_matches(checkpoint.network, family.lora_targets(preset)).values())
     with pytest.raises(UserError, match="did you mean 'attention'"):
         family.lora_targets("atention")
 

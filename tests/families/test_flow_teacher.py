@@ -20,7 +20,7 @@ from stepdistill.config.registry import load_family
 from stepdistill.config.schema import RunConfig
 from stepdistill.evaluation.fashion import FashionScorer, evaluation_set
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.conditioning import MicroConditioning
 from stepdistill.families.sd3 import T5_TOKENS
 from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.roles.denoiser import Denoiser
@@ -85,7 +85,7 @@ def test_latents_are_known_again_under_noise(source: str) -> None:
     info = inspect_checkpoint(resolve(source))
     family, checkpoint = load_family(info.family), load_checkpoint(info, torch.float32, "cpu")
     denoiser = Denoiser(checkpoint.network, family, info.schedule)
-    prompts, sizes = evaluation_set(12)[0], [ImageSize.plain(32, 32)] * 12
+    prompts, sizes = evaluation_set(12)[0], [MicroConditioning.plain(32, 32)] * 12
     cond, null = family.encode(checkpoint, prompts, sizes), family.null(checkpoint, sizes)
     stream = torch.Generator().manual_seed(0)
     noise, eps = (torch.randn(12, 8, 8, 8, generator=stream) for _ in range(2))

@@ -38,15 +38,15 @@ from stepdistill.diffusion.transitions import Transition, TransitionKind
 from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.families.recipe import Recipe
-from stepdistill.families.sana import GUIDANCE, Sana
+from stepdistill.families.sana import DEFAULT_GUIDANCE_SCALE, Sana
 from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.methods.base import Problem
 from stepdistill.methods.consistency.scm import SCM, SCMConfig
 from stepdistill.methods.matching.dmd2 import DMD2, DMD2Config
 from stepdistill.roles.denoiser import Denoiser
-from stepdistill.roles.lora import AdapterBank, LoraSettings, suffixes_present
+from stepdistill.roles.lora import AdapterBank, LoraSettings, count_target_matches
 from stepdistill.roles.sampler import sample, teacher_sample
 from stepdistill.training.run import train
 from stepdistill.training.setup import prepare
@@ -54,7 +54,7 @@ from stepdistill.training.setup import prepare
 SANA = Sana()
 VARIANTS = SANA.tiny_variants
 PROMPTS = ["a photo of the red cat", "A blue square, " + "very " * 30]
-SIZES = [ImageSize.plain(32, 32)] * 2
+SIZES = [MicroConditioning.plain(32, 32)] * 2
 CALL: dict[str, Any] = {"use_resolution_binning": False, "height": 32, "width": 32, "output_type": "latent"}
 Tiny = Callable[..., Path]
 
@@ -213,7 +213,7 @@ def test_sprint_is_told_what_its_pipeline_tells(tiny: Tiny) -> None:
     ours = SANA.encode(checkpoint, PROMPTS, SIZES)
     assert torch.equal(ours.text, told["encoder_hidden_states"])
     assert torch.equal(ours.mask, told["encoder_attention_mask"])
-    assert ours.guidance.tolist() == [GUIDANCE] * 2 == [4.5] * 2
+    assert ours.guidance.tolist() == [DEFAULT_GUIDANCE_SCALE] * 2 == [4.5] * 2
     hook = checkpoint.network.register_forward_pre_hook(lambda _m, _a, kw: network_told.append(kw), with_kwargs=True)
     SANA.call(checkpoint.network, noise(2, 4, 8, 8), torch.ones(2, dtype=torch.float64), ours)
     hook.remove()
@@ -377,7 +377,7 @@ def test_features_are_the_block_s_tokens_also_under_checkpointing(tiny: Tiny) ->
 def test_every_lora_target_names_modules(tiny: Tiny, variant: str) -> None:
     network = SANA.empty_like(loaded(tiny("sana", variant)).network)
     for preset in ("attention", "all"):
-        assert all(suffixes_present(network, SANA.lora_targets(preset)).values())
+        assert all(count_target_matches(network, SANA.lora_targets(preset)).values())
     AdapterBank(network).add("generator", LoraSettings(2, 2, SANA.lora_targets("all")), seed=0)
     # all but the depthwise convolutions and the one that makes patches of the latents
     reached = {name.partition(".lora_A.")[0] for name, _ in network.named_parameters() if ".lora_A." in name}

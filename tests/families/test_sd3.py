@@ -38,7 +38,7 @@ from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
 from stepdistill.families.checkpoints.single_file import CONFIGS
 from stepdistill.families.checkpoints.weights import empty_component
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.families.sd3 import SD3, TINY
 from stepdistill.inference.artifact import draw, load_artifact
@@ -46,14 +46,14 @@ from stepdistill.methods.base import Problem
 from stepdistill.methods.student_recipe import few_step_recipe
 from stepdistill.planning.plan import plan
 from stepdistill.roles.denoiser import Denoiser
-from stepdistill.roles.lora import suffixes_present
+from stepdistill.roles.lora import count_target_matches
 from stepdistill.roles.sampler import teacher_sample
-from stepdistill.runtime.gradient_checkpointing import Reached, checkpointed
+from stepdistill.runtime.gradient_checkpointing import StopForward, checkpointed
 from stepdistill.training.run import train
 
 FAMILY: SD3 = load_family("sd3")
 PROMPTS = ["a photo of the red cat", "a blue square, " + "very " * 80]
-SIZES = [ImageSize.plain(16, 16)] * 2
+SIZES = [MicroConditioning.plain(16, 16)] * 2
 Tiny = Callable[..., Path]
 
 
@@ -256,7 +256,7 @@ def test_conditioning_that_the_network_has_no_input_for_is_refused(tiny: Tiny) -
 def test_every_lora_target_names_modules(tiny: Tiny, variant: str) -> None:
     network = _loaded(tiny("sd3", variant)).network
     for preset in ("attention", "all"):
-        assert all(suffixes_present(network, FAMILY.lora_targets(preset)).values())
+        assert all(count_target_matches(network, FAMILY.lora_targets(preset)).values())
     linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and "blocks" in name]
     targets = FAMILY.lora_targets("all")
     assert [name for name in linears if not name.endswith(tuple(f".{target}" for target in targets))] == []
@@ -320,10 +320,10 @@ def test_leaving_a_checkpoint_carries_the_graph_along() -> None:
         out = (x * weight).sin()
         if leaving:
             leaving.clear()
-            raise Reached(out)
+            raise StopForward(out)
         return out.exp()
 
-    with pytest.raises(Reached) as caught:
+    with pytest.raises(StopForward) as caught:
         checkpointed(function, torch.ones(3))
     output = caught.value.output
     assert isinstance(output, torch.Tensor)

@@ -18,9 +18,9 @@ from support.tiny_checkpoints import load, refusal, same
 from stepdistill.config.registry import load_family
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.families.checkpoints import single_file
-from stepdistill.families.checkpoints.files import Header, read_header
+from stepdistill.families.checkpoints.files import SafetensorsHeader, read_header
 from stepdistill.families.checkpoints.loading import inspect_checkpoint
-from stepdistill.families.checkpoints.weights import wanted_shapes
+from stepdistill.families.checkpoints.weights import expected_shapes
 from stepdistill.families.common import tiny as tiny_parts
 from stepdistill.families.common.clip import clip_merges, make_tokenizer, vocabulary
 from stepdistill.families.common.unet import UNetFamily
@@ -67,16 +67,19 @@ def test_marker_tensors_tell_the_prediction_type(one_file: Callable[..., tuple[P
     assert scheduler.rescale_betas_zero_snr
 
 
-def full_size_header(name: str) -> Header:
+def full_size_header(name: str) -> SafetensorsHeader:
     """The header of a whole checkpoint in the original format, from the packaged configs."""
     folder = single_file.CONFIGS / name
     family: UNetFamily = load_family(single_file.FAMILY_OF[name])
     parts = [
-        {key: torch.empty(shape, device="meta") for key, shape in wanted_shapes(folder, component, model_class).items()}
-        for component, model_class in family._classes(folder).items()
+        {
+            key: torch.empty(shape, device="meta")
+            for key, shape in expected_shapes(folder, component, model_class).items()
+        }
+        for component, model_class in family._component_classes(folder).items()
     ]
     write = {"sd15": sd1, "sdxl": sdxl}.get(name, sd2)
-    return Header({key: tuple(value.shape) for key, value in write(*parts, layers=2).items()}, {})
+    return SafetensorsHeader({key: tuple(value.shape) for key, value in write(*parts, layers=2).items()}, {})
 
 
 @pytest.mark.parametrize(
@@ -92,9 +95,11 @@ def test_packaged_configs_fit_files_of_full_size(name: str, stock: str, tensors:
     assert len(header.shapes) == tensors
     assert infer_diffusers_model_type({key: torch.empty(s, device="meta") for key, s in header.shapes.items()}) == stock
     path = Path("model.safetensors")
-    assert single_file.architecture(path, header) == name
+    assert single_file.detect_architecture(path, header) == name
     family: UNetFamily = load_family(single_file.FAMILY_OF[name])
-    single_file.check_file(path, header, single_file.CONFIGS / name, family._classes(single_file.CONFIGS / name))
+    single_file.check_single_file(
+        path, header, single_file.CONFIGS / name, family._component_classes(single_file.CONFIGS / name)
+    )
     info = family.inspect(name, single_file.CONFIGS / name, None)
     size, prediction = {"sd15": (512, "epsilon"), "sd21": (768, "v_prediction"), "sdxl": (1024, "epsilon")}[name]
     assert info.default_size == (size, size)
@@ -107,8 +112,8 @@ def test_the_second_generation_says_what_it_predicts_or_a_warning_does(
     told: str | None, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     shapes = {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3), "cond_stage_model.model.logit_scale": ()}
-    header = Header(shapes, {"modelspec.prediction_type": told} if told else {})
-    assert single_file.architecture(Path("m.safetensors"), header) == name
+    header = SafetensorsHeader(shapes, {"modelspec.prediction_type": told} if told else {})
+    assert single_file.detect_architecture(Path("m.safetensors"), header) == name
     assert ("v_prediction is assumed" in caplog.text) == (told is None)
 
 

@@ -22,7 +22,7 @@ from stepdistill.config.reading import parse
 from stepdistill.config.schema import RunConfig
 from stepdistill.diffusion.draws import Draws
 from stepdistill.errors import UserError
-from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.conditioning import MicroConditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.inference.artifact import Artifact, draw, load_artifact
 from stepdistill.inference.experts import Experts, load_experts
@@ -139,7 +139,7 @@ def test_a_run_draws_with_the_experts_that_it_has(runs: Callable[..., Path], ste
     """After each phase: finished experts, the student in training, and the teacher where later phases will be."""
     session, _ = open_run(runs(steps=steps), "cpu")
     roles = {"g": "generator_ema", "r": "real_score", "1": "expert_1", "2": "expert_2"}
-    cond = session.encoder.text(["a", "b"], [ImageSize.plain(*session.setup.problem.size)] * 2)
+    cond = session.encoder.text(["a", "b"], [MicroConditioning.plain(*session.setup.problem.size)] * 2)
     draws = Draws(0, 0, "test", range(2))
     noise = draws.normal("noise", session.setup.problem.latent_shape)
     found = student_latents(session, session.student, cond, noise, draws)
@@ -280,7 +280,7 @@ def test_recipes_of_one_student_say_nothing_of_experts() -> None:
     assert "experts" not in json.loads(one.to_json())
     several = Recipe("EulerDiscreteScheduler", 4, "epsilon", experts=(3, 1))
     assert Recipe.from_json(several.to_json()) == several
-    assert several.by_step(["a", "b"]) == ("a", "a", "a", "b")
-    assert one.by_step(["a"]) == ("a",) * 4
+    assert several.expert_of_step(["a", "b"]) == ("a", "a", "a", "b")
+    assert one.expert_of_step(["a"]) == ("a",) * 4
     with pytest.raises(ValueError, match="longer than argument"):
-        several.by_step(["a"])
+        several.expert_of_step(["a"])

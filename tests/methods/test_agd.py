@@ -22,7 +22,7 @@ from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Batch, Problem, Progress
 from stepdistill.methods.guidance.agd import AGD
 from stepdistill.methods.guidance.guidance_distillation import GuidanceDistillationConfig, GuidedRollout
-from stepdistill.roles.guidance_adapter import metadata_of
+from stepdistill.roles.guidance_adapter import settings_metadata
 from stepdistill.roles.guidance_modules import GuidanceAdapterSettings
 from stepdistill.roles.sampler import guided_trajectory, relative_error
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, RoleLayout, Triple
@@ -137,9 +137,11 @@ def test_an_adapted_teacher_is_guided_in_one_call(tmp_path: Path) -> None:
     guide_of = triple.guidance_conditioners[GENERATOR]
     file = tmp_path / "guidance_adapter.safetensors"
     save_file(
-        {key: value.contiguous() for key, value in guide_of.state_dict().items()}, file, metadata_of(guide_of.settings)
+        {key: value.contiguous() for key, value in guide_of.state_dict().items()},
+        file,
+        settings_metadata(guide_of.settings),
     )
-    adapted = Triple(unet(), ToyUNet(), vp(), layouts("lora", "lora"), teacher_adapter=str(tmp_path))  # type: ignore[arg-type]
+    adapted = Triple(unet(), ToyUNet(), vp(), layouts("lora", "lora"), teacher_guidance_adapter=str(tmp_path))  # type: ignore[arg-type]
     calls: list[int] = []
     adapted.base.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
     with torch.no_grad():
@@ -154,7 +156,7 @@ def test_an_adapted_teacher_is_guided_in_one_call(tmp_path: Path) -> None:
     assert torch.equal(plain, adapted.real_score.x0(noise(2, 4, 8, 8), T, text()))
     assert torch.equal(ask(adapted, GENERATOR, None), ask(adapted, REAL_SCORE, None))
     with pytest.raises(UserError, match=r"model\.guidance_adapter cannot be used: .*nowhere"):
-        Triple(unet(), ToyUNet(), vp(), layouts("lora", "lora"), teacher_adapter=str(tmp_path / "nowhere"))  # type: ignore[arg-type]
+        Triple(unet(), ToyUNet(), vp(), layouts("lora", "lora"), teacher_guidance_adapter=str(tmp_path / "nowhere"))  # type: ignore[arg-type]
 
 
 def test_a_network_without_attention_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from stepdistill.methods.matching.dmd import DMD, DMDConfig
 from stepdistill.methods.matching.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.student_recipe import few_step_recipe
 from stepdistill.roles.heads import FeatureHead, discriminator_loss, generator_loss
-from stepdistill.roles.sampler import sample, walk
+from stepdistill.roles.sampler import sample, sample_trajectory
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 from stepdistill.training.run import train
 
@@ -349,7 +349,7 @@ def test_each_sample_leaves_the_rollout_at_its_own_exit(exits: parts.RolloutEnd)
         )
         roll = stream.for_role("rollout")
         states = list(
-            walk(
+            sample_trajectory(
                 lambda x, t: triple.generator.x0(x, t, batch.cond), schedule, roll.normal("noise", SHAPE), ladder, transition,
                 lambda index, roll=roll: roll.normal(f"fresh{index}", SHAPE),
             )
@@ -486,7 +486,7 @@ def test_training_walks_what_inference_walks(name: str, transition: str) -> None
         stream = draws(step=step).for_role("rollout")
         rollout = method.rollout(batch_of(4), triple, FIRST, draws(step=step))
         steps = list(
-            walk(
+            sample_trajectory(
                 lambda x, t: triple.generator.x0(x, t, prompts(4)).detach(),
                 schedule,
                 stream.normal("noise", (DIMENSION, 1, 1)),

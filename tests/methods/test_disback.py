@@ -39,7 +39,7 @@ from stepdistill.methods.matching.disback import TARGET, DisBack, DisBackConfig
 from stepdistill.methods.matching.dmd2 import DMD2, DMD2Config
 from stepdistill.planning.network_calls import count_network_calls
 from stepdistill.planning.plan import plan
-from stepdistill.roles.deltas import changes, load_changes
+from stepdistill.roles.deltas import load_role_delta, role_delta
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 from stepdistill.training.run import train
 from stepdistill.training.run_folder.tensor_store import RunTensorStore
@@ -284,16 +284,16 @@ def test_changes_come_back(layout: str, dtype: torch.dtype) -> None:
     triple = unet_triple("lora", layout, dtype)
     triple.add_role(TARGET, triple.layouts[FAKE_SCORE], trainable=False)
     disturb(triple, 0.01)
-    kept = changes(triple, FAKE_SCORE)
+    kept = role_delta(triple, FAKE_SCORE)
     assert {value.dtype for value in kept.values()} == {torch.float32 if layout == "lora" else torch.bfloat16}
-    assert load_changes(triple, TARGET, kept)
+    assert load_role_delta(triple, TARGET, kept)
     base, fake = triple.base_state(), triple.state(FAKE_SCORE)
     for key, value in triple.state(TARGET).items():
         start = 0 if layout == "lora" else base[key].float()
         assert torch.equal(value, start + kept[key].float()), key
         error = (value - fake[key]).abs() - (fake[key] - start).abs() * 2**-8
         assert float(error.max()) < 1e-6, key
-    assert not load_changes(triple, TARGET, kept)
+    assert not load_role_delta(triple, TARGET, kept)
 
 
 @pytest.mark.parametrize("layout", ["lora", "full"])
@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(layout: str, fault: st
     disturb(triple)
     for key, value in triple.network_parameters(TARGET).items():
         value.copy_(before[key])
-    kept = dict(changes(triple, FAKE_SCORE))
+    kept = dict(role_delta(triple, FAKE_SCORE))
     first = next(iter(kept))
     if fault == "missing":
         del kept[first]
@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(layout: str, fault: st
     else:
         kept[first] = kept[first][:1]
     with pytest.raises(UserError, match=f"the saved target does not fit this one, with tensors 1 {fault}"):
-        load_changes(triple, TARGET, kept)
+        load_role_delta(triple, TARGET, kept)
     assert all(torch.equal(value, before[key]) for key, value in triple.state(TARGET).items())
 
 

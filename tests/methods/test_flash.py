@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.transitions import Transition
-from stepdistill.frozen.vision import VISION, VisionEncoder
+from stepdistill.frozen.vision import VISION_ENCODER, VisionEncoder
 from stepdistill.methods.base import Batch, Progress
 from stepdistill.methods.gan import gan_generator_loss
 from stepdistill.methods.matching.dmd2 import DMD2, DMD2Config
@@ -51,7 +51,10 @@ def flash(name: str, sign: float = 1.0, **options: Any) -> tuple[Flash, Triple]:
     config = {"guidance": 2.0, "gan": {"weight": 0.3, "features": "vision", "reals": "pairs", "width": 8}, **options}
     method = Flash(FlashConfig.model_validate(config), problem(schedule, 2))
     triple = analytic_triple(four_modes(std=0.4), schedule, four_modes((0.4, 0.3, 0.2, 0.1), std=0.5))
-    triple.frozen = {VISION: Pixels(), REWARD: FunctionReward(lambda x, texts: sign * first_coordinate(x, texts))}
+    triple.frozen = {
+        VISION_ENCODER: Pixels(),
+        REWARD: FunctionReward(lambda x, texts: sign * first_coordinate(x, texts)),
+    }
     method.prepare(triple, decode)
     triple.heads[FAKE_SCORE]["discriminator"].double()
     return method, triple

@@ -17,7 +17,11 @@ from torch import Tensor
 
 import stepdistill
 from stepdistill.errors import UserError
-from stepdistill.families.common.guidance_embedding import EmbeddingSettings, GuidanceEmbedding, guidance_embedding
+from stepdistill.families.common.guidance_embedding import (
+    GuidanceEmbedding,
+    GuidanceEmbeddingSettings,
+    guidance_embedding,
+)
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.families.recipe import Recipe
 from stepdistill.families.sd import SD
@@ -36,7 +40,7 @@ W = torch.tensor([2.0, 5.0], dtype=torch.float64)
 def embedded_triple(mode: str) -> Triple:
     lora = LoraSettings(4, 2.0, ("to_q", "conv1")) if mode == "lora" else None
     held = layouts("lora", "lora")
-    held[GENERATOR] = RoleLayout(mode, lora, EmbeddingSettings(16))  # type: ignore[arg-type]
+    held[GENERATOR] = RoleLayout(mode, lora, GuidanceEmbeddingSettings(16))  # type: ignore[arg-type]
     return Triple(unet(), ToyUNet(), vp(), held)  # type: ignore[arg-type]
 
 
@@ -229,4 +233,4 @@ def test_refusals(run: Callable[..., Path], tmp_path: Path, tiny: Callable[..., 
         train(Bench(tiny, tmp_path).config(CASES["guidance"], 1, family="sd3"), tmp_path / "run")
     network = with_input()
     with pytest.raises(UserError, match="told a guidance scale already"):
-        SD().embedding_place(network)
+        SD().guidance_embedding_target(network)

@@ -31,13 +31,13 @@ from stepdistill.frozen.vision import (
     CLIP_MEAN,
     CLIP_STD,
     CRITIC,
-    IMAGENET_DEVIATION,
     IMAGENET_MEAN,
+    IMAGENET_STD,
     load_vision,
     resize_and_normalize,
 )
 from stepdistill.rewards import load_reward
-from stepdistill.roles.heads import seeded_maps_head
+from stepdistill.roles.heads import seeded_multi_map_head
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2}
 SAM = {
@@ -75,7 +75,7 @@ def test_maps_of_a_transformer(name: str, tmp_path: Path) -> None:
     assert [tuple(m.shape) for m in maps] == [(2, 16, side, side)] * 4
     assert encoder.channels == (16,) * 4
     torch.testing.assert_close(encoder(images[1:])[2], maps[2][1:])
-    seeded_maps_head(encoder.channels, 0, 8)(maps).sum().backward()
+    seeded_multi_map_head(encoder.channels, 0, 8)(maps).sum().backward()
     assert images.grad is not None
     assert float(images.grad.abs().max()) > 0
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
@@ -84,7 +84,7 @@ def test_maps_of_a_transformer(name: str, tmp_path: Path) -> None:
 def test_maps_are_the_hidden_states_in_the_order_of_rows(tmp_path: Path) -> None:
     encoder = load_vision(written("dinov2", tmp_path))
     model = Dinov2Model.from_pretrained(tmp_path)
-    mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.no_grad():
         pixels = resize_and_normalize(pictures(), 28, mean, deviation)
         states = model(pixel_values=pixels, output_hidden_states=True).hidden_states

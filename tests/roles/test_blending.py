@@ -9,7 +9,7 @@ import torch
 from support.toys import disturb, noise, unet_triple
 from torch import Tensor
 
-from stepdistill.roles.blending import blend_role, tangent
+from stepdistill.roles.blending import blend_role, tangent_step
 from stepdistill.roles.lora import LoraSettings
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, RoleLayout, Triple
 
@@ -21,7 +21,7 @@ def factors(seed: int, rank: int = R) -> tuple[Tensor, Tensor]:
 
 
 def stepped(up: Tensor, down: Tensor, source: Tensor, weight: float, ridge: float = 1e-14) -> Tensor:
-    change_up, change_down = tangent(up, down, source, None, weight, ridge)
+    change_up, change_down = tangent_step(up, down, source, None, weight, ridge)
     return (up + change_up) @ (down + change_down)
 
 
@@ -57,7 +57,7 @@ def test_a_step_within_the_tangent_space_is_exact_to_first_order() -> None:
     (up, down), (u, v) = factors(0), factors(5)
     source = up @ down + u @ down + up @ v
     for weight in (1e-1, 1e-2, 1e-3):
-        change_up, change_down = tangent(up, down, source, None, weight, 1e-14)
+        change_up, change_down = tangent_step(up, down, source, None, weight, 1e-14)
         first_order = change_up @ down + up @ change_down
         torch.testing.assert_close(first_order, weight * (source - up @ down), rtol=0, atol=1e-10)
 
@@ -82,7 +82,7 @@ def test_the_best_approximation_is_met_to_second_order() -> None:
 def test_factors_of_the_source_say_the_same_as_its_product() -> None:
     (up, down), (left, right) = factors(0), factors(5, rank=5)
     for mine, dense in zip(
-        tangent(up, down, left, right, 0.3), tangent(up, down, left @ right, None, 0.3), strict=True
+        tangent_step(up, down, left, right, 0.3), tangent_step(up, down, left @ right, None, 0.3), strict=True
     ):
         torch.testing.assert_close(mine, dense)
 
@@ -91,17 +91,17 @@ def test_at_zero_b_only_b_moves() -> None:
     """A keeps its gauge, and B takes the part of the source that lies in A's rows."""
     _, down = factors(0)
     source = noise(D, K, seed=9)
-    change_up, change_down = tangent(torch.zeros(D, R).double(), down, source, None, 0.1)
+    change_up, change_down = tangent_step(torch.zeros(D, R).double(), down, source, None, 0.1)
     assert torch.equal(change_down, torch.zeros_like(down))
     torch.testing.assert_close(change_up, 0.1 * source @ torch.linalg.pinv(down))
-    for change in tangent(torch.zeros(D, R).double(), down, torch.zeros(D, K).double(), None, 0.1):
+    for change in tangent_step(torch.zeros(D, R).double(), down, torch.zeros(D, K).double(), None, 0.1):
         assert torch.equal(change, torch.zeros_like(change))
 
 
 def test_a_direction_that_b_hardly_knows_moves_a_little() -> None:
     up, down = factors(0)
     up[:, 0] *= 1e-9
-    _, change_down = tangent(up, down, noise(D, K, seed=9), None, 0.03)
+    _, change_down = tangent_step(up, down, noise(D, K, seed=9), None, 0.03)
     assert float(change_down.norm() / down.norm()) < 1
 
 
@@ -109,7 +109,7 @@ def test_repeated_blending_reaches_a_source_whose_rank_suffices() -> None:
     (left, right), down = factors(5, rank=2), noise(R, K, seed=1)
     up = torch.zeros(D, R).double()
     for _ in range(600):
-        change_up, change_down = tangent(up, down, left, right, 0.03)
+        change_up, change_down = tangent_step(up, down, left, right, 0.03)
         up, down = up + change_up, down + change_down
     torch.testing.assert_close(up @ down, left @ right, rtol=0, atol=1e-6)
 

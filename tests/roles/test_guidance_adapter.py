@@ -22,14 +22,19 @@ from support.guidance_adapters import grown, written
 from torch import Tensor
 
 from stepdistill.assets import FOLDER
-from stepdistill.roles.guidance_adapter import GuidanceAdapter, load_guidance_adapter, metadata_of, strength
+from stepdistill.roles.guidance_adapter import (
+    GuidanceAdapter,
+    guidance_strength,
+    load_guidance_adapter,
+    settings_metadata,
+)
 from stepdistill.roles.guidance_modules import (
     ConditionTokens,
     CrossAdapter,
     GuidanceAdapterSettings,
     GuidanceInputs,
     PerceptronAdapter,
-    positions,
+    sinusoidal_positions,
 )
 
 KINDS = [
@@ -131,7 +136,7 @@ def test_rising_adapters_are_nothing_at_w_1_and_steepest_there(pipeline: Diffusi
     assert float((on[1] - own[1]).abs().max()) > 1e-3
     w = torch.tensor([0.0, 1.0, 1.001, 5.0, 9.0], dtype=torch.float64)
     wanted = torch.tensor([-0.8, 0.0, 0.001, 2.0, 8 / 3], dtype=torch.float64)
-    assert torch.allclose(strength(w), wanted, atol=1e-6)
+    assert torch.allclose(guidance_strength(w), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "shared", "heads"), KINDS)
@@ -220,7 +225,7 @@ def test_another_pipeline_on_the_network_is_watched_instead(tiny: Callable[..., 
     with pytest.raises(ValueError, match="and the pipeline guides as well"):
         first("a cat", num_inference_steps=1, guidance_scale=7.5)
     second = StableDiffusionImg2ImgPipeline.from_pipe(first)
-    adapter.watch(second)
+    adapter.register_pipeline(second)
     image = torch.rand(1, 3, 16, 16)
     second("a cat", image=image, num_inference_steps=2, guidance_scale=1.0, output_type="latent")
     with pytest.raises(ValueError, match="and the pipeline guides as well"):
@@ -305,7 +310,7 @@ def test_w_outside_of_the_range_warns_once(pipeline: DiffusionPipeline) -> None:
 def test_loading_takes_the_right_file_alone(tiny: Callable[..., Path], tmp_path: Path, fault: str) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny("sd"))
     file = written(GuidanceAdapter(pipe.unet, GuidanceAdapterSettings(width=16)), tmp_path)
-    tensors, metadata = load_file(file), metadata_of(GuidanceAdapterSettings(width=16))
+    tensors, metadata = load_file(file), settings_metadata(GuidanceAdapterSettings(width=16))
     key = min(tensors)
     if fault == "missing":
         del tensors[key]
@@ -375,7 +380,7 @@ def test_products_are_in_a_float_that_autocast_knows(tiny: Callable[..., Path], 
 
 
 def test_places_are_told_apart() -> None:
-    code = positions(79, 16)
+    code = sinusoidal_positions(79, 16)
     assert code.shape == (79, 16)
     assert torch.equal(code[0], torch.tensor([0.0] * 8 + [1.0] * 8))
     distances = torch.cdist(code, code) + 10 * torch.eye(79)
@@ -387,7 +392,7 @@ def test_heads_are_attentions_on_slices_of_the_channels() -> None:
     adapter = CrossAdapter(12, GuidanceAdapterSettings(width=8, heads=2))
     torch.nn.init.normal_(adapter.out.weight, generator=stream)
     hidden, tokens = torch.randn(2, 5, 12, generator=stream), torch.randn(2, 3, 8, generator=stream)
-    told = tokens + positions(3, 8)
+    told = tokens + sinusoidal_positions(3, 8)
     query, key, value = adapter.query(hidden), adapter.key(told), adapter.value(told)
     slices = [slice(0, 4), slice(4, 8)]
     each = [((query[..., s] @ key[..., s].mT) / 2).softmax(-1) @ value[..., s] for s in slices]

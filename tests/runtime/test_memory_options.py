@@ -21,12 +21,12 @@ from stepdistill.config.registry import load_family
 from stepdistill.config.schema import OptimizerConfig, RunConfig
 from stepdistill.errors import UserError
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.methods.base import Needs
 from stepdistill.roles.lora import LoraSettings
 from stepdistill.roles.triple import RoleLayout, Triple
 from stepdistill.runtime import kernels
-from stepdistill.runtime.kernels import compile_blocks, lay_out
+from stepdistill.runtime.kernels import compile_blocks, set_attention_and_memory_format
 from stepdistill.training import optimizers
 from stepdistill.training.optimizers import RoleOptimizer, check_adamw8bit
 from stepdistill.training.option_checks import check_training_options, float32_precision
@@ -82,7 +82,7 @@ def build(folder: Path, device: str = "cpu", mode: Any = "lora") -> tuple[Triple
         noise = torch.Generator().manual_seed(seed)
         for parameter in triple.network_parameters(role).values():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise).to(device)
-    cond = family.encode(checkpoint, ["a cat", "a dog"], [ImageSize.plain(*info.default_size)] * 2)
+    cond = family.encode(checkpoint, ["a cat", "a dog"], [MicroConditioning.plain(*info.default_size)] * 2)
     return triple, cond
 
 
@@ -317,7 +317,7 @@ def test_a_parked_role_is_the_same_role(tiny: Callable[..., Path], mode: str, de
     triple.lerp_role(EMA, "fake_score", 0.3)
     after = triple.denoiser(EMA).x0(x_t(device), torch.tensor(500.0), cond)
     triple.copy_role("generator", EMA)
-    triple.park(EMA)
+    triple.offload_role(EMA)
 
     def places() -> set[str]:
         return {parameter.device.type for parameter in triple.network_parameters(EMA).values()}
@@ -328,7 +328,7 @@ def test_a_parked_role_is_the_same_role(tiny: Callable[..., Path], mode: str, de
     assert torch.equal(drawn(), before)
     triple.lerp_role(EMA, "fake_score", 0.3)
     assert places() == {"cpu"}
-    with triple.at_hand(EMA):
+    with triple.on_device(EMA):
         assert places() == {device}
         assert torch.equal(drawn(), after)
         assert places() == {device}
@@ -408,7 +408,7 @@ def test_a_compiled_run_goes_through(config: Callable[..., RunConfig], tmp_path:
 
 def test_attention_is_sdpa(tiny: Callable[..., Path]) -> None:
     checkpoint = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu")
-    lay_out(checkpoint.network, "sdpa", False)
+    set_attention_and_memory_format(checkpoint.network, "sdpa", False)
     processors = checkpoint.network.attn_processors  # type: ignore[union-attr]
     assert {type(processor) for processor in processors.values()} == {AttnProcessor2_0}  # type: ignore[union-attr]
 
@@ -430,7 +430,7 @@ def test_channels_last_draws_the_same(tiny: Callable[..., Path], mode: str) -> N
     info = inspect_checkpoint(tiny("sd"))
     plain, cond = build(tiny("sd"), mode=mode)
     network = load_checkpoint(info, torch.float32, "cpu").network
-    lay_out(network, "sdpa", True)
+    set_attention_and_memory_format(network, "sdpa", True)
     layouts = {"generator": plain.layouts["generator"]}
     other = Triple(network, plain.family, info.schedule, layouts, compute_dtype=torch.float32)
     other.load_state("generator", plain.state("generator"))

@@ -25,19 +25,19 @@ from stepdistill.errors import UserError
 from stepdistill.exporting.proof import Proof, QuantizedStudent
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.roles.lora import LoraSettings
 from stepdistill.roles.triple import RoleLayout, Triple
 from stepdistill.runtime import quantization
-from stepdistill.runtime.kernels import lay_out
-from stepdistill.runtime.quantization import Quantized, quantize, unpacked
+from stepdistill.runtime.kernels import set_attention_and_memory_format
+from stepdistill.runtime.quantization import QuantizationKind, dequantized, quantize
 from stepdistill.training.collect import CollectConfig, collect
 from stepdistill.training.run import open_run, train
 from stepdistill.training.run_folder import checkpoints
 from stepdistill.training.setup import prepare
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-KINDS: list[Quantized] = ["int8", "int4"]
+KINDS: list[QuantizationKind] = ["int8", "int4"]
 TIME = torch.tensor(500.0)
 
 
@@ -77,7 +77,7 @@ def loaded(folder: Path, kind: Any, dtype: torch.dtype = torch.float32) -> tuple
     for role in ("generator", "fake_score"):
         for parameter in triple.network_parameters(role).values():
             parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=noise))
-    cond = family.encode(checkpoint, ["a cat", "a dog"], [ImageSize.plain(*info.default_size)] * 2)
+    cond = family.encode(checkpoint, ["a cat", "a dog"], [MicroConditioning.plain(*info.default_size)] * 2)
     return checkpoint, triple, cond
 
 
@@ -106,7 +106,7 @@ def test_a_known_weight() -> None:
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.01), ("int4", 0.15)])
 def test_forward_and_gradients_are_nearly_the_base_s(
-    tiny: Callable[..., Path], family: str, kind: Quantized, tolerance: float
+    tiny: Callable[..., Path], family: str, kind: QuantizationKind, tolerance: float
 ) -> None:
     """To x_t, through layers that have no gradient of their own, and to the adapters on them; checkpointed or not."""
     folder = tiny(family)
@@ -147,7 +147,7 @@ class Doubled(nn.Module):
 
 @needs_torchao
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_frees_the_input_of_a_quantised_layer(kind: Quantized) -> None:
+def test_checkpointing_frees_the_input_of_a_quantised_layer(kind: QuantizationKind) -> None:
     """What bitsandbytes' 8-bit layer does not do: it keeps the input where autograd cannot drop it."""
     block = Doubled(nn.Linear(64, 64)).requires_grad_(False)
     quantize(block, kind, "cpu")
@@ -172,7 +172,7 @@ def test_a_quantised_teacher_says_so(tiny: Callable[..., Path], tmp_path: Path) 
 
 @needs_torchao
 @pytest.mark.parametrize("kind", KINDS)
-def test_roles_share_the_quantised_base(tiny: Callable[..., Path], kind: Quantized) -> None:
+def test_roles_share_the_quantised_base(tiny: Callable[..., Path], kind: QuantizationKind) -> None:
     checkpoint, triple, cond = loaded(tiny("sd"), kind)
     plain = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", quantization=kind)
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_roles_share_the_quantised_base(tiny: Callable[..., Path], kind: Quantiz
 
 @needs_torchao
 @pytest.mark.parametrize(("kind", "byte"), [("int8", 1.0), ("int4", 0.5)])
-def test_size_and_what_stays(tiny: Callable[..., Path], kind: Quantized, byte: float) -> None:
+def test_size_and_what_stays(tiny: Callable[..., Path], kind: QuantizationKind, byte: float) -> None:
     """Linear layers of the network shrink; its convolutions, the text encoder and the VAE do not."""
     from torchao.quantization import Int8Tensor, NF4Tensor
 
@@ -216,17 +216,17 @@ def test_a_single_file_is_quantised_like_its_folder(tiny: Callable[..., Path], t
     one = load_checkpoint(info, torch.float32, "cpu", quantization="int8").network
     other = load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", quantization="int8").network
     for key, value in one.state_dict().items():
-        assert torch.equal(unpacked(value), unpacked(other.state_dict()[key])), key
+        assert torch.equal(dequantized(value), dequantized(other.state_dict()[key])), key
 
 
 @needs_torchao
 @pytest.mark.parametrize("kind", KINDS)
-def test_channels_last_leaves_quantised_weights_alone(tiny: Callable[..., Path], kind: Quantized) -> None:
+def test_channels_last_leaves_quantised_weights_alone(tiny: Callable[..., Path], kind: QuantizationKind) -> None:
     plain, other = (
         load_checkpoint(inspect_checkpoint(tiny("sd")), torch.float32, "cpu", quantization=kind).network
         for _ in range(2)
     )
-    lay_out(other, "sdpa", True)
+    set_attention_and_memory_format(other, "sdpa", True)
     arguments = x_t().detach(), TIME, torch.ones(2, 77, 32)
     with torch.no_grad():
         assert torch.allclose(plain(*arguments).sample, other(*arguments).sample, atol=1e-5)

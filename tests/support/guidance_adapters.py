@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from stepdistill.roles.guidance_adapter import GuidanceAdapter, metadata_of
+from stepdistill.roles.guidance_adapter import GuidanceAdapter, settings_metadata
 
 
 def grown(adapter: GuidanceAdapter, scale: float = 0.3) -> GuidanceAdapter:
@@ -22,5 +22,5 @@ def grown(adapter: GuidanceAdapter, scale: float = 0.3) -> GuidanceAdapter:
 
 def written(adapter: GuidanceAdapter, folder: Path) -> Path:
     file = folder / "guidance_adapter.safetensors"
-    save_file(adapter.state_dict(), file, metadata_of(adapter.settings))
+    save_file(adapter.state_dict(), file, settings_metadata(adapter.settings))
     return file

@@ -15,7 +15,7 @@ from stepdistill.config.registry import load_family
 from stepdistill.errors import UserError
 from stepdistill.families.base import Checkpoint
 from stepdistill.families.checkpoints.loading import inspect_checkpoint, load_checkpoint
-from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.conditioning import MicroConditioning
 
 
 def refusal(call: Callable[[], object], *parts: str) -> None:
@@ -49,7 +49,7 @@ def same(one: Checkpoint, other: Checkpoint) -> bool:
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     outputs = []
     for checkpoint in (one, other):
-        cond = family.encode(checkpoint, ["a red cat"], [ImageSize.plain(16, 16)])
+        cond = family.encode(checkpoint, ["a red cat"], [MicroConditioning.plain(16, 16)])
         out = family.call(checkpoint.network, x, torch.tensor([499.0]), cond)
         outputs.append((cond.text, out, family.decode(checkpoint, out)))
     return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*outputs, strict=True))

@@ -14,7 +14,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.analytic import Analytic, Mixture, MixtureNetwork
-from stepdistill.families.common.guidance_embedding import EmbeddingPlace
+from stepdistill.families.common.guidance_embedding import GuidanceEmbeddingTarget
 from stepdistill.families.common.unet import UNetFamily
 from stepdistill.families.conditioning import Conditioning
 from stepdistill.methods.base import Batch, Problem
@@ -119,8 +119,8 @@ class ToyUNet:
     def feature_map(self, network: nn.Module, output: Tensor, x_t: Tensor) -> Tensor:
         return output
 
-    def embedding_place(self, network: nn.Module) -> EmbeddingPlace:
-        return UNetFamily.embedding_place(self, network)  # type: ignore[arg-type]
+    def guidance_embedding_target(self, network: nn.Module) -> GuidanceEmbeddingTarget:
+        return UNetFamily.guidance_embedding_target(self, network)  # type: ignore[arg-type]
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return UNetFamily.blocks(self, network)  # type: ignore[arg-type]

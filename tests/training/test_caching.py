@@ -34,7 +34,7 @@ from stepdistill.diffusion.draws import generator
 from stepdistill.families.base import Checkpoint, Family, Posterior
 from stepdistill.families.checkpoints.single_file import CONFIGS
 from stepdistill.families.common.unet import UNetFamily
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.families.sdxl import SDXL
 from stepdistill.training.inputs import caching
 from stepdistill.training.inputs.batches import BatchSource
@@ -139,7 +139,7 @@ def test_conditioning_comes_back_to_the_bit(
     session = open_session(setup, "cpu", open_caches(setup, "cpu"))
     live = open_session(setup, "cpu")
     texts = list(setup.prompts.texts)
-    sizes = [ImageSize((40 + i, 30), (i, 2), (16, 16)) for i in range(len(texts))]
+    sizes = [MicroConditioning((40 + i, 30), (i, 2), (16, 16)) for i in range(len(texts))]
     wanted = [setup.family.encode(live.checkpoint, [text], [size]) for text, size in zip(texts, sizes, strict=True)]
     # what an encoder says of padding is not stored, and zero in a run without a cache too
     assert same(session.encoder.text(texts, sizes), Conditioning.cat(wanted).masked())
@@ -216,7 +216,7 @@ def test_one_file_is_cached_as_its_folder_is(
     cached = open_session(setup, "cpu", open_caches(setup, "cpu"))
     assert cached.checkpoint.pipeline is not None
     assert cached.checkpoint.pipeline.text_encoder is None
-    live, sizes = open_session(setup, "cpu"), [ImageSize.plain(16, 16)]
+    live, sizes = open_session(setup, "cpu"), [MicroConditioning.plain(16, 16)]
     assert same(cached.encoder.text(["a photo"], sizes), live.encoder.text(["a photo"], sizes))
     noise = torch.zeros(1, *setup.problem.latent_shape)
     pictures = [encoder.images.read(2, generator(0)) for encoder in (cached.encoder, live.encoder)]  # type: ignore[union-attr]
@@ -228,7 +228,7 @@ def test_one_file_is_cached_as_its_folder_is(
 def test_a_gpu_s_batch_comes_back_to_the_bit(config: Configure, images: Path, dtype: str) -> None:
     setup = prepare(config("sdxl", method__gan=GAN, data__images=str(images), model__dtype=dtype))
     cached, live = open_session(setup, "cuda", open_caches(setup, "cuda")).encoder, open_session(setup, "cuda").encoder
-    texts, sizes = list(setup.prompts.texts), [ImageSize.plain(16, 16)] * len(setup.prompts)
+    texts, sizes = list(setup.prompts.texts), [MicroConditioning.plain(16, 16)] * len(setup.prompts)
     assert same(cached.text(texts, sizes), live.text(texts, sizes))
     noise = torch.zeros(3, *setup.problem.latent_shape, device="cuda")
     items = [[encoder.images.read(i, generator(i)) for i in range(3)] for encoder in (cached, live)]  # type: ignore[union-attr]
@@ -314,14 +314,14 @@ def test_encoders_leave_memory(config: Configure, images: Path, monkeypatch: pyt
     assert pipeline.vae.encoder is None
     assert setup.family.decode(session.checkpoint, torch.zeros(1, *setup.problem.latent_shape)).shape == (1, 3, 16, 16)
     with pytest.raises(RuntimeError, match="left memory"):
-        session.encoder.text(["of no cache"], [ImageSize.plain(16, 16)])
+        session.encoder.text(["of no cache"], [MicroConditioning.plain(16, 16)])
 
 
 def test_an_evaluation_keeps_the_text_encoders(config: Configure, calls: Counter[str]) -> None:
     setup = prepare(config(evaluation__every=1))
     session = open_session(setup, "cpu", open_caches(setup, "cpu"))
     calls.clear()
-    prompts, sizes = ["a photo", "of no cache"], [ImageSize.plain(16, 16)] * 2
+    prompts, sizes = ["a photo", "of no cache"], [MicroConditioning.plain(16, 16)] * 2
     cond = session.encoder.text(prompts, sizes)
     assert calls["text"] == 1
     assert same(cond, open_session(setup, "cpu").encoder.text(prompts, sizes))
@@ -419,7 +419,9 @@ def test_refusals(
 def test_a_prompt_without_a_finite_embedding_is_named(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     original = type(load_family("sd")).encode
 
-    def broken(self: Family, checkpoint: Checkpoint, prompts: list[str], sizes: list[ImageSize]) -> Conditioning:
+    def broken(
+        self: Family, checkpoint: Checkpoint, prompts: list[str], sizes: list[MicroConditioning]
+    ) -> Conditioning:
         cond = original(self, checkpoint, prompts, sizes)
         return Conditioning(cond.text * (torch.nan if prompts == ["the dog"] else 1))
 

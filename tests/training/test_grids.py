@@ -66,7 +66,7 @@ def test_rows_of_the_scores_are_what_both_say_of_the_same_noised_samples(bench: 
         for k, level in enumerate(SCORE_LEVELS):
             t = opened.triple.schedule.time_at_fraction(level).expand(3)
             x_t = opened.triple.schedule.add_noise(x, grid.draws[0].normal(f"scores{level}", x.shape[1:]), t)
-            uncond, base = opened.triple.real_score.both(x_t, t, grid.cond, grid.null)
+            uncond, base = opened.triple.real_score.uncond_and_cond_x0(x_t, t, grid.cond, grid.null)
             assert torch.allclose(rows[1 + 2 * k], guide(uncond, base, 4.0))
             assert torch.allclose(rows[2 + 2 * k], opened.triple.fake_score.x0(x_t, t, grid.cond))
             gaps.append(float(score_gap(x, base, rows[2 + 2 * k])))

@@ -28,19 +28,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Header:
+class SafetensorsHeader:
     """The header of a safetensors file."""
 
     shapes: Shapes
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> SafetensorsHeader:
     """Names and shapes of a file's tensors; no tensor is read. Raises UserError where it is not a safetensors file."""
     try:
         with safe_open(str(path), framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            return Header(shapes, file.metadata() or {})
+            return SafetensorsHeader(shapes, file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{str(path)!r} is not a readable safetensors file ({error}): download or write it again"
@@ -116,15 +116,15 @@ def variant_of(folder: Path, component: str) -> str:
     )
 
 
-def refuse_pickles(folder: Path) -> None:
+def raise_if_pickled(folder: Path) -> None:
     """Raises UserError where a component has pickled weights only: unpickling runs whatever code they carry."""
     for component in components(folder):
         pickles = sorted(path for path in (folder / component).glob("*") if path.suffix in PICKLES)
         if pickles and not weights(folder, component):
-            refuse_pickle(pickles[0])
+            raise_pickle_error(pickles[0])
 
 
-def refuse_pickle(path: Path) -> None:
+def raise_pickle_error(path: Path) -> None:
     """Raises UserError."""
     raise UserError(
         f"{str(path)!r} is a pickle, which can run code when it is opened, and safetensors files alone are loaded: "
@@ -132,7 +132,7 @@ def refuse_pickle(path: Path) -> None:
     )
 
 
-def refuse_key_differences(where: str, found: Shapes, wanted: Shapes, advice: str) -> None:
+def raise_if_keys_differ(where: str, found: Shapes, wanted: Shapes, advice: str) -> None:
     """Raises UserError, naming the first few keys, unless both have the same keys and shapes."""
     differences = {
         "missing": [key for key in wanted if key not in found],
@@ -143,7 +143,7 @@ def refuse_key_differences(where: str, found: Shapes, wanted: Shapes, advice: st
             if key in found and found[key] != wanted[key]
         ],
     }
-    told = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in differences.items() if keys]
+    told = [f"{len(keys)} {kind} ({_first_names(keys)})" for kind, keys in differences.items() if keys]
     if told:
         raise UserError(f"the weights of {where} do not fit their config, with tensors {' and '.join(told)}: {advice}")
 
@@ -166,6 +166,6 @@ def licence(folder: Path) -> str | None:
     return str(named or card["license"])
 
 
-def _some(keys: Iterable[str], limit: int = 3) -> str:
+def _first_names(keys: Iterable[str], limit: int = 3) -> str:
     listed = list(keys)
     return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")

@@ -11,21 +11,21 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from stepdistill.config.registry import family_names, load_family, suggestion_for
 from stepdistill.errors import UserError
-from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part
+from stepdistill.families.base import ALL_PARTS, Checkpoint, CheckpointInfo, CheckpointPart, Family
 from stepdistill.families.checkpoints.files import (
     FALLBACK_VARIANTS,
     PICKLES,
     check_component_libraries,
     components,
+    raise_if_pickled,
+    raise_pickle_error,
     read_header,
     read_json,
-    refuse_pickle,
-    refuse_pickles,
     weights,
 )
-from stepdistill.families.checkpoints.single_file import CONFIGS, FAMILY_OF, architecture
+from stepdistill.families.checkpoints.single_file import CONFIGS, FAMILY_OF, detect_architecture
 from stepdistill.files.sources import is_hub_id
-from stepdistill.runtime.quantization import Quantized, quantize
+from stepdistill.runtime.quantization import QuantizationKind, quantize
 
 _CONFIGS = ("model_index.json", "README.md", "*/*.json", "*/*.txt", "*/spiece.model")
 
@@ -47,7 +47,7 @@ def inspect_checkpoint(
     source = str(source)
     path = Path(source).expanduser()
     if path.suffix in PICKLES and not path.is_dir():
-        refuse_pickle(path)
+        raise_pickle_error(path)
     if path.is_file():
         return _inspect_file(source, path, family, config_dir)
     if config_dir is not None:
@@ -62,9 +62,9 @@ def inspect_checkpoint(
         raise UserError(
             f"there is no file or folder {source!r}: give a path that exists, or a hub id like 'owner/name'"
         )
-    _refuse_other_folders(folder)
+    _raise_if_no_pipeline_folder(folder)
     found = load_family(family) if family is not None else _family_of(folder)
-    refuse_pickles(folder)
+    raise_if_pickled(folder)
     return found.inspect(source, folder, None)
 
 
@@ -72,8 +72,8 @@ def load_checkpoint(
     info: CheckpointInfo,
     dtype: torch.dtype,
     device: torch.device | str,
-    parts: frozenset[Part] = PARTS,
-    quantization: Quantized | Literal["none"] = "none",
+    parts: frozenset[CheckpointPart] = ALL_PARTS,
+    quantization: QuantizationKind | Literal["none"] = "none",
 ) -> Checkpoint:
     """Load what `inspect_checkpoint` described; network and text encoders in `dtype`, the VAE in float32.
 
@@ -103,7 +103,7 @@ def fetch_weights(info: CheckpointInfo) -> None:
 def _inspect_file(source: str, path: Path, family: str | None, config_dir: str | Path | None) -> CheckpointInfo:
     if path.suffix != ".safetensors":
         raise UserError(f"{source!r} is a file of type {path.suffix!r}: give a .safetensors file or a diffusers folder")
-    kind = architecture(path, read_header(path))
+    kind = detect_architecture(path, read_header(path))
     found: Family = load_family(family or FAMILY_OF[kind])
     if found.name != FAMILY_OF[kind]:
         raise UserError(
@@ -116,7 +116,7 @@ def _inspect_file(source: str, path: Path, family: str | None, config_dir: str |
         raise UserError(
             f"config_dir {str(config_dir)!r} is no folder: give a diffusers folder of the same architecture"
         )
-    _refuse_other_folders(folder)
+    _raise_if_no_pipeline_folder(folder)
     if _family_of(folder).name != found.name:
         raise UserError(
             f"config_dir {str(config_dir)!r} is a folder of family {_family_of(folder).name!r}, while {source!r} holds the tensors "
@@ -125,7 +125,7 @@ def _inspect_file(source: str, path: Path, family: str | None, config_dir: str |
     return found.inspect(source, folder, path)
 
 
-def _refuse_other_folders(folder: Path) -> None:
+def _raise_if_no_pipeline_folder(folder: Path) -> None:
     if (folder / "model_index.json").is_file():
         check_component_libraries(folder)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-PUBLIC: Mapping[str, str] = {
+PACKAGED_CONFIG_FOLDERS: Mapping[str, str] = {
     "runwayml/stable-diffusion-v1-5": "sd15",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "CompVis/stable-diffusion-v1-4": "sd15",

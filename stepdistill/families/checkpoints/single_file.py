@@ -23,8 +23,8 @@ from torch import Tensor
 
 from stepdistill.assets import FOLDER
 from stepdistill.errors import UserError
-from stepdistill.families.checkpoints.files import Header, Shapes, read_json, refuse_key_differences
-from stepdistill.families.checkpoints.weights import ModelClass, canonical, wanted_shapes
+from stepdistill.families.checkpoints.files import SafetensorsHeader, Shapes, raise_if_keys_differ, read_json
+from stepdistill.families.checkpoints.weights import ModelClass, canonical_keys, expected_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ FAMILY_OF = {
 """Folder of packaged configs -> family."""
 
 # parts of the training program that lie under the VAE's prefix
-_NOT_OF_THE_VAE = (VAE + "loss.", VAE + "model_ema.")
+_VAE_TRAINING_PREFIXES = (VAE + "loss.", VAE + "model_ema.")
 
 
-def architecture(path: Path, header: Header) -> str:
+def detect_architecture(path: Path, header: SafetensorsHeader) -> str:
     """Name of the packaged config folder: sd15, sd21, sd21base or sdxl. Raises UserError for anything else."""
     shapes = header.shapes
     if any("lora" in key for key in shapes):
@@ -55,7 +55,9 @@ def architecture(path: Path, header: Header) -> str:
             "transformer_blocks.0.": "one component in diffusers keys",
             UNET + "joint_blocks.0.": "an SD3 model, which is read from a folder only",
         }
-        kind = next((words for prefix, words in known.items() if _has(shapes, prefix)), "of no known architecture")
+        kind = next(
+            (words for prefix, words in known.items() if _has_prefix(shapes, prefix)), "of no known architecture"
+        )
         raise UserError(
             f"{str(path)!r} has no 'model.diffusion_model.input_blocks', as SD 1.x, 2.x and SDXL files have, and is {kind}: "
             "give the folder of the whole pipeline in diffusers format"
@@ -65,18 +67,18 @@ def architecture(path: Path, header: Header) -> str:
             f"{str(path)!r} is an inpainting or editing model, whose network reads {conv_in[1]} channels: give the "
             "text-to-image model that it was made from"
         )
-    if _has(shapes, SDXL_OPEN_CLIP):
+    if _has_prefix(shapes, SDXL_OPEN_CLIP):
         return "sdxl"
-    if _has(shapes, REFINER):
+    if _has_prefix(shapes, REFINER):
         raise UserError(f"{str(path)!r} is an SDXL refiner, which draws nothing on its own: give the SDXL base model")
-    if _has(shapes, OPEN_CLIP):
-        return _second_generation(path, header)
-    if _has(shapes, CLIP_L):
+    if _has_prefix(shapes, OPEN_CLIP):
+        return _sd2_architecture(path, header)
+    if _has_prefix(shapes, CLIP_L):
         return "sd15"
     raise UserError(f"{str(path)!r} has a network but no text encoder: give a file that holds the whole checkpoint")
 
 
-def scheduler_facts(header: Header) -> Mapping[str, Any]:
+def scheduler_overrides(header: SafetensorsHeader) -> Mapping[str, Any]:
     """What the file itself says about its noise schedule, in the terms of a scheduler config.
 
     `v_pred` and `ztsnr` are the marker tensors that SDXL v-prediction fine-tunes carry for the user interfaces.
@@ -101,7 +103,7 @@ def scheduler_facts(header: Header) -> Mapping[str, Any]:
     return facts
 
 
-def check_file(path: Path, header: Header, folder: Path, classes: Mapping[str, ModelClass]) -> None:
+def check_single_file(path: Path, header: SafetensorsHeader, folder: Path, classes: Mapping[str, ModelClass]) -> None:
     """Run diffusers' conversion on shapes and compare with what the configs ask for.
 
     Args:
@@ -114,24 +116,27 @@ def check_file(path: Path, header: Header, folder: Path, classes: Mapping[str, M
     source = {key: torch.empty(shape, device="meta") for key, shape in header.shapes.items()}
     for component, model_class in classes.items():
         prefix = _prefix(component, header.shapes)
-        if not _has(header.shapes, prefix):
+        if not _has_prefix(header.shapes, prefix):
             raise UserError(
                 f"{str(path)!r} has no tensors '{prefix}*' for the {component}: give a file with all components"
             )
-        converted = _converted(component, prefix, source, folder)
-        refuse_key_differences(
+        converted = _convert_component(component, prefix, source, folder)
+        raise_if_keys_differ(
             f"the {component} in {str(path)!r}",
-            canonical(
-                {key: tuple(tensor.shape) for key, tensor in converted.items()} | _left_over(prefix, source, converted)
+            canonical_keys(
+                {key: tuple(tensor.shape) for key, tensor in converted.items()}
+                | _unconverted_tensors(prefix, source, converted)
             ),
-            wanted_shapes(folder, component, model_class),
+            expected_shapes(folder, component, model_class),
             f"this is another architecture than {folder.name!r}, so give a diffusers folder of its configs with config_dir",
         )
 
 
-def _converted(component: str, prefix: str, source: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _convert_component(component: str, prefix: str, source: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     part = {
-        key: value for key, value in source.items() if key.startswith(prefix) and not key.startswith(_NOT_OF_THE_VAE)
+        key: value
+        for key, value in source.items()
+        if key.startswith(prefix) and not key.startswith(_VAE_TRAINING_PREFIXES)
     }
     if component in ("unet", "vae"):
         convert = convert_ldm_unet_checkpoint if component == "unet" else convert_ldm_vae_checkpoint
@@ -151,7 +156,7 @@ def _converted(component: str, prefix: str, source: Mapping[str, Tensor], folder
     return convert_open_clip_checkpoint(model, part, prefix=prefix)  # type: ignore[no-any-return]
 
 
-def _left_over(
+def _unconverted_tensors(
     prefix: str, source: Mapping[str, Tensor], converted: Mapping[str, Tensor]
 ) -> dict[str, tuple[int, ...]]:
     """Tensors of the UNet or VAE that the conversion passed by in silence. The text encoders' pass through it by name."""
@@ -161,13 +166,13 @@ def _left_over(
     return {
         key: tuple(tensor.shape)
         for key, tensor in source.items()
-        if key.startswith(prefix) and not key.startswith(_NOT_OF_THE_VAE) and id(tensor) not in used
+        if key.startswith(prefix) and not key.startswith(_VAE_TRAINING_PREFIXES) and id(tensor) not in used
     }
 
 
-def _second_generation(path: Path, header: Header) -> str:
+def _sd2_architecture(path: Path, header: SafetensorsHeader) -> str:
     """SD 2.x: the 768 models predict v and the 512 base models epsilon, with the very same tensors."""
-    facts = scheduler_facts(header)
+    facts = scheduler_overrides(header)
     if "prediction_type" in facts:
         return "sd21" if facts["prediction_type"] == "v_prediction" else "sd21base"
     logger.warning(
@@ -184,8 +189,8 @@ def _prefix(component: str, shapes: Shapes) -> str:
         return UNET if component == "unet" else VAE
     if component == "text_encoder_2":
         return SDXL_OPEN_CLIP
-    return next((prefix for prefix in (SDXL_CLIP_L, OPEN_CLIP) if _has(shapes, prefix)), CLIP_L)
+    return next((prefix for prefix in (SDXL_CLIP_L, OPEN_CLIP) if _has_prefix(shapes, prefix)), CLIP_L)
 
 
-def _has(shapes: Shapes, prefix: str) -> bool:
+def _has_prefix(shapes: Shapes, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in shapes)

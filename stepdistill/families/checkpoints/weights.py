@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from stepdistill.families.checkpoints.files import (
     Shapes,
+    raise_if_keys_differ,
     read_header,
     read_json,
-    refuse_key_differences,
     variant_of,
     weights,
 )
@@ -28,10 +28,10 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _T5_EMBEDDINGS = {"encoder.embed_tokens.weight": "shared.weight"}
 
 
-def wanted_shapes(folder: Path, component: str, model_class: ModelClass) -> Shapes:
+def expected_shapes(folder: Path, component: str, model_class: ModelClass) -> Shapes:
     """What the component's config asks for, found by building it on the meta device."""
     model = empty_component(folder, component, model_class)
-    return canonical({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()})
+    return canonical_keys({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()})
 
 
 def empty_component(folder: Path, component: str, model_class: ModelClass) -> nn.Module:
@@ -44,7 +44,7 @@ def empty_component(folder: Path, component: str, model_class: ModelClass) -> nn
     return model
 
 
-def canonical(shapes: Shapes) -> Shapes:
+def canonical_keys(shapes: Shapes) -> Shapes:
     """Keys in one spelling of those that the libraries take for the same tensor.
 
     transformers 5 dropped the prefix `text_model.` of CLIPTextModel, position ids are no longer stored, and T5 has its
@@ -65,9 +65,9 @@ def check_folder(folder: Path, component: str, model_class: ModelClass) -> None:
     found: dict[str, tuple[int, ...]] = {}
     for path in weights(folder, component)[variant_of(folder, component)]:
         found.update(read_header(path).shapes)
-    refuse_key_differences(
+    raise_if_keys_differ(
         repr(str(folder / component)),
-        canonical(found),
-        wanted_shapes(folder, component, model_class),
+        canonical_keys(found),
+        expected_shapes(folder, component, model_class),
         "restore the config or the weights of the original checkpoint",
     )

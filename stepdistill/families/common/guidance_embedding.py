@@ -14,14 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
-class EmbeddingSettings:
+class GuidanceEmbeddingSettings:
     """An embedding of w of `width` channels, as LCM's (time_cond_proj_dim)."""
 
     width: int = 256
 
 
 @dataclass(frozen=True)
-class EmbeddingPlace:
+class GuidanceEmbeddingTarget:
     """The module that embeds a network's time, and the channels of its input, to which the embedded w is added."""
 
     module: nn.Module
@@ -38,15 +38,15 @@ class GuidanceEmbedding(nn.Module):
         place: where the network embeds its time.
     """
 
-    def __init__(self, settings: EmbeddingSettings, place: EmbeddingPlace) -> None:
+    def __init__(self, settings: GuidanceEmbeddingSettings, place: GuidanceEmbeddingTarget) -> None:
         super().__init__()
         self.settings = settings
         self.cond_proj = nn.Linear(settings.width, place.channels, bias=False)
         self._path = ""
         self._w: Tensor | float | None = None
-        self._told: Tensor | None = None
+        self._recorded_guidance: Tensor | None = None
         self._handles: list[RemovableHandle] = []
-        self.silence()
+        self.zero_output()
 
     @contextmanager
     def told(self, w: Tensor | float | None) -> Iterator[None]:
@@ -67,26 +67,28 @@ class GuidanceEmbedding(nn.Module):
         yield
 
     @torch.no_grad()
-    def silence(self) -> None:
+    def zero_output(self) -> None:
         """Make w say nothing."""
         nn.init.zeros_(self.cond_proj.weight)
 
-    def attach(self, network: nn.Module, place: EmbeddingPlace | None = None) -> GuidanceEmbedding:
+    def attach(self, network: nn.Module, place: GuidanceEmbeddingTarget | None = None) -> GuidanceEmbedding:
         """Stand beside a network; where its time is embedded is remembered from the first time on."""
         if place is not None:
             self._path = next(name for name, module in network.named_modules() if module is place.module)
 
         def begin(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._told = None
+            self._recorded_guidance = None
             if self._w is not None:
-                self._told = torch.as_tensor(self._w, dtype=torch.float32, device=args[0].device).expand(len(args[0]))
+                self._recorded_guidance = torch.as_tensor(self._w, dtype=torch.float32, device=args[0].device).expand(
+                    len(args[0])
+                )
 
         def embed(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if self._told is None:
+            if self._recorded_guidance is None:
                 return None
             own = self.cond_proj.weight
             with torch.autocast(own.device.type, enabled=False):
-                more = self.cond_proj(guidance_embedding(self._told, self.settings.width).to(own))
+                more = self.cond_proj(guidance_embedding(self._recorded_guidance, self.settings.width).to(own))
             return (args[0] + more.to(args[0]), *args[1:])
 
         self._handles = [

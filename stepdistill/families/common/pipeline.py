@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stepdistill.config.registry import suggestion_for
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import UserError
-from stepdistill.families.base import PARTS, Checkpoint, CheckpointInfo, Family, Part, Posterior
+from stepdistill.families.base import ALL_PARTS, Checkpoint, CheckpointInfo, CheckpointPart, Family, Posterior
 from stepdistill.families.checkpoints.files import components, licence, read_json, variant_of, weights
 from stepdistill.families.checkpoints.schedulers import scheduler_class
 from stepdistill.families.checkpoints.weights import ModelClass, check_folder, empty_component
@@ -75,7 +75,7 @@ class PipelineFamily(Family):
             )
         return channels, 2 ** (len(vae["block_out_channels"]) - 1)
 
-    def _class_of(self, info: CheckpointInfo) -> type[DiffusionPipeline]:
+    def _pipeline_class_of(self, info: CheckpointInfo) -> type[DiffusionPipeline]:
         """The class of the checkpoint's pipeline."""
         return self.pipeline_class
 
@@ -87,9 +87,13 @@ class PipelineFamily(Family):
         """The noise schedule of a scheduler config found at `origin`. Raises UserError where it is not the family's kind."""
 
     def load(
-        self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device | str, parts: frozenset[Part] = PARTS
+        self,
+        info: CheckpointInfo,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        parts: frozenset[CheckpointPart] = ALL_PARTS,
     ) -> Checkpoint:
-        absent = self._absent(parts)
+        absent = self._components_to_skip(parts)
         with warnings.catch_warnings():
             # diffusers 0.42 renames torch_dtype, which the versions before it know only
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
@@ -109,7 +113,7 @@ class PipelineFamily(Family):
         missing = self.omitted_components(info)
         modules: dict[str, Any] = {
             name: empty_component(info.folder, name, model_class)
-            for name, model_class in self._classes(info.folder).items()
+            for name, model_class in self._component_classes(info.folder).items()
         }
         for name, module in modules.items():
             nn.Module.to(module, torch.float32 if name == "vae" else dtype).requires_grad_(False).eval()
@@ -120,7 +124,7 @@ class PipelineFamily(Family):
         flags = {name: value for name, value in index.items() if name not in absent and not name.startswith("_")}
         scheduler = scheduler_class(info.scheduler_config["_class_name"]).from_config(dict(info.scheduler_config))
         tokenizers = {name: self._tokenizer(info.folder, name) for name in self.tokenizers if name not in missing}
-        pipeline = self._class_of(info)(**{**absent, **modules, **tokenizers, **flags, "scheduler": scheduler})
+        pipeline = self._pipeline_class_of(info)(**{**absent, **modules, **tokenizers, **flags, "scheduler": scheduler})
         return Checkpoint(info, modules[self.network_component], pipeline)
 
     def omitted_components(self, info: CheckpointInfo) -> tuple[str, ...]:
@@ -128,7 +132,7 @@ class PipelineFamily(Family):
         pairs = zip(self.text_encoders, self.tokenizers, strict=True)
         return tuple(name for pair in pairs if pair[0] in lacking for name in pair)
 
-    def _encoders(self, folder: Path) -> dict[str, ModelClass]:
+    def _present_text_encoders(self, folder: Path) -> dict[str, ModelClass]:
         """The text encoders that the checkpoint has."""
         lacking = self.optional_encoders - set(components(folder))
         return {name: model_class for name, model_class in self.text_encoders.items() if name not in lacking}
@@ -136,23 +140,27 @@ class PipelineFamily(Family):
     def _tokenizer(self, folder: Path, name: str) -> PreTrainedTokenizerBase:
         return tokenizer_of(folder / name)
 
-    def _classes(self, folder: Path) -> dict[str, ModelClass]:
+    def _component_classes(self, folder: Path) -> dict[str, ModelClass]:
         """Component -> class, of every component with weights."""
-        return {self.network_component: self.network_class, "vae": self.vae_class, **self._encoders(folder)}
+        return {
+            self.network_component: self.network_class,
+            "vae": self.vae_class,
+            **self._present_text_encoders(folder),
+        }
 
-    def _absent(self, parts: frozenset[Part]) -> dict[str, None]:
+    def _components_to_skip(self, parts: frozenset[CheckpointPart]) -> dict[str, None]:
         """Components that are not loaded, as diffusers wants to be told."""
         network = [] if "network" in parts else [self.network_component]
         text = [] if "text" in parts else list(self.text_encoders)
         return dict.fromkeys([*network, *text, *([] if parts & {"network", "images"} else ["vae"])])
 
     def _load(self, info: CheckpointInfo, dtype: torch.dtype, absent: Mapping[str, None]) -> DiffusionPipeline:
-        classes = self._classes(info.folder)
+        classes = self._component_classes(info.folder)
         for component, model_class in classes.items():
             check_folder(info.folder, component, model_class)
         # diffusers takes the plain file of each component that lacks this variant
         variants = {variant_of(info.folder, component) for component in classes} - {""}
-        return self._class_of(info).from_pretrained(
+        return self._pipeline_class_of(info).from_pretrained(
             info.folder,
             torch_dtype={"default": dtype, "vae": vae_dtype(dtype)},
             variant=min(variants, default=None),
@@ -162,7 +170,7 @@ class PipelineFamily(Family):
         )
 
     def encoder_files(self, info: CheckpointInfo, part: Literal["text", "images"]) -> dict[str, Path]:
-        names = tuple(self._encoders(info.folder)) if part == "text" else ("vae",)
+        names = tuple(self._present_text_encoders(info.folder)) if part == "text" else ("vae",)
         paths = [info.folder / component / "config.json" for component in names]
         if info.single_file is None:
             paths += [path for name in names for path in weights(info.folder, name)[variant_of(info.folder, name)]]

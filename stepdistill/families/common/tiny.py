@@ -71,11 +71,11 @@ def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
 
 
 def text_encoder(width: int, act: str) -> CLIPTextModel:
-    return _sharpened(CLIPTextModel(_text_config(width, act)))
+    return _with_larger_embeddings(CLIPTextModel(_text_config(width, act)))
 
 
 def text_encoder_with_projection(width: int, act: str = "gelu") -> CLIPTextModelWithProjection:
-    return _sharpened(CLIPTextModelWithProjection(_text_config(width, act)))
+    return _with_larger_embeddings(CLIPTextModelWithProjection(_text_config(width, act)))
 
 
 def t5_encoder(width: int) -> T5EncoderModel:
@@ -114,7 +114,7 @@ def unet(channels: tuple[int, int], **changes: Any) -> UNet2DConditionModel:
         norm_num_groups=8,
         **changes,
     )
-    _make_heedful(network, network.conv_out.weight)
+    _strengthen_prompt_response(network, network.conv_out.weight)
     return network
 
 
@@ -148,7 +148,7 @@ def gemma_tokenizer(text: str) -> GemmaTokenizer:
 
 
 def gemma(vocabulary: int, width: int) -> Gemma2Model:
-    return _sharpened(
+    return _with_larger_embeddings(
         Gemma2Model(
             Gemma2Config(
                 vocab_size=vocabulary,
@@ -191,12 +191,12 @@ def sana_transformer(caption_channels: int, **changes: Any) -> SanaTransformer2D
         sample_size=8,
         **changes,
     )
-    _make_heedful(network, network.proj_out.weight)
+    _strengthen_prompt_response(network, network.proj_out.weight)
     return network
 
 
 @torch.no_grad()
-def _make_heedful(network: torch.nn.Module, last: torch.Tensor) -> None:
+def _strengthen_prompt_response(network: torch.nn.Module, last: torch.Tensor) -> None:
     """An untrained network hardly heeds its prompt: louder values of the cross-attention make guidance matter."""
     last.mul_(4)
     for name, parameter in network.named_parameters():
@@ -237,7 +237,7 @@ def _text_config(width: int, act: str) -> CLIPTextConfig:
     )
 
 
-def _sharpened(encoder: nn.Module) -> Any:
+def _with_larger_embeddings(encoder: nn.Module) -> Any:
     """Untrained encoders say nearly the same of every prompt: larger embeddings let a prompt make a difference."""
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():

@@ -14,7 +14,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import CheckpointInfo
 from stepdistill.families.common.pipeline import PipelineFamily, read_schedule
 
-TRAIN_STEPS = 1000
+NUM_TRAIN_TIMESTEPS = 1000
 """These networks are told 1000 sigma."""
 
 
@@ -26,10 +26,10 @@ class TransformerFamily(PipelineFamily):
 
     def _schedule(self, config: Mapping[str, Any], origin: Path) -> NoiseSchedule:
         schedule = read_schedule(config, origin)
-        if not schedule.is_flow or schedule.train_steps != TRAIN_STEPS:
+        if not schedule.is_flow or schedule.train_steps != NUM_TRAIN_TIMESTEPS:
             raise UserError(
                 f"{str(origin)!r} describes {'flow matching' if schedule.is_flow else 'a VP process'} of "
-                f"{schedule.train_steps} timesteps, and {self.network_class.__name__} wants flow matching of {TRAIN_STEPS}: "
+                f"{schedule.train_steps} timesteps, and {self.network_class.__name__} wants flow matching of {NUM_TRAIN_TIMESTEPS}: "
                 "restore the scheduler config of the original checkpoint"
             )
         return schedule

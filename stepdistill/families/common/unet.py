@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.errors import UserError
 from stepdistill.families.base import CheckpointInfo
-from stepdistill.families.checkpoints import single_file as files_of_one
+from stepdistill.families.checkpoints import single_file as single_file_format
 from stepdistill.families.checkpoints.files import read_header, read_json
 from stepdistill.families.checkpoints.schedulers import scheduler_class
 from stepdistill.families.checkpoints.weights import ModelClass
-from stepdistill.families.common.guidance_embedding import EmbeddingPlace, guidance_embedding
+from stepdistill.families.common.guidance_embedding import GuidanceEmbeddingTarget, guidance_embedding
 from stepdistill.families.common.pipeline import PipelineFamily, read_schedule, vae_dtype
 from stepdistill.families.conditioning import Conditioning
 
@@ -40,7 +40,11 @@ class UNetFamily(PipelineFamily):
 
     def _scheduler_config(self, folder: Path, single_file: Path | None) -> dict[str, Any]:
         config = super()._scheduler_config(folder, single_file)
-        return config if single_file is None else {**config, **files_of_one.scheduler_facts(read_header(single_file))}
+        return (
+            config
+            if single_file is None
+            else {**config, **single_file_format.scheduler_overrides(read_header(single_file))}
+        )
 
     def _schedule(self, config: Mapping[str, Any], origin: Path) -> NoiseSchedule:
         schedule = read_schedule(config, origin)
@@ -55,7 +59,9 @@ class UNetFamily(PipelineFamily):
         if info.single_file is None:
             return super()._load(info, dtype, absent)
         path, folder = str(info.single_file), str(info.folder)
-        files_of_one.check_file(Path(path), read_header(Path(path)), info.folder, self._classes(info.folder))
+        single_file_format.check_single_file(
+            Path(path), read_header(Path(path)), info.folder, self._component_classes(info.folder)
+        )
         vae = None
         if "vae" not in absent:
             vae = AutoencoderKL.from_single_file(
@@ -99,11 +105,11 @@ class UNetFamily(PipelineFamily):
             t.float(),
             encoder_hidden_states=cond.text,
             timestep_cond=guidance,
-            added_cond_kwargs=self.added_conditioning(cond),
+            added_cond_kwargs=self.added_cond_kwargs(cond),
             return_dict=False,
         )[0]
 
-    def added_conditioning(self, cond: Conditioning) -> dict[str, Tensor] | None:
+    def added_cond_kwargs(self, cond: Conditioning) -> dict[str, Tensor] | None:
         """`added_cond_kwargs` of the UNet: what it is told beside the text."""
         return None
 
@@ -121,16 +127,16 @@ class UNetFamily(PipelineFamily):
     def feature_stride(self, info: CheckpointInfo) -> int:
         return int(2 ** (len(info.network_config["block_out_channels"]) - 1))
 
-    def embedding_place(self, network: nn.Module) -> EmbeddingPlace:
+    def guidance_embedding_target(self, network: nn.Module) -> GuidanceEmbeddingTarget:
         if network.config.time_cond_proj_dim is not None:  # type: ignore[union-attr]
             raise UserError(
                 "the UNet is told a guidance scale already (its time_cond_proj_dim is set), and one can be embedded once: give the "
                 "checkpoint that it was distilled from"
             )
         module = network.get_submodule("time_embedding")
-        return EmbeddingPlace(module, module.linear_1.in_features)  # type: ignore[union-attr, arg-type]
+        return GuidanceEmbeddingTarget(module, module.linear_1.in_features)  # type: ignore[union-attr, arg-type]
 
-    def with_embedding(self, network: nn.Module, weight: Tensor) -> nn.Module:
+    def with_guidance_embedding(self, network: nn.Module, weight: Tensor) -> nn.Module:
         # (the names of what was left at its default are in there too, and would be set back to it)
         config = {key: value for key, value in network.config.items() if not key.startswith("_")}  # type: ignore[union-attr, operator]
         embedded = self.network_class.from_config({**config, "time_cond_proj_dim": weight.shape[1]})

@@ -31,7 +31,7 @@ from stepdistill.families.recipe import Recipe
 from stepdistill.methods.base import Decode, Method, Needs, Problem, Progress, RoleKind, Terms
 from stepdistill.methods.student_recipe import few_step_recipe, timesteps_of
 from stepdistill.roles.denoiser import Denoiser
-from stepdistill.roles.heads import AngleWeight
+from stepdistill.roles.heads import AdaptiveWeight
 from stepdistill.roles.triple import GENERATOR, Triple
 
 WEIGHT = "weight"
@@ -124,7 +124,7 @@ class Continuous(Method[ContinuousConfigT]):
 
     def prepare(self, triple: Triple, decode: Decode | None = None) -> None:
         if self.config.adaptive:
-            triple.attach_head(GENERATOR, WEIGHT, AngleWeight())
+            triple.attach_head(GENERATOR, WEIGHT, AdaptiveWeight())
 
     def updates(self, progress: Progress) -> Sequence[str]:
         return (GENERATOR,)

@@ -305,7 +305,7 @@ class Consistency(Method[ConfigT]):
             x0, cond = batch.pair_latents, batch.pair_cond
         if x0 is None or cond is None:
             raise ValueError(f"a batch without {self.config.source} reached a consistency method")
-        return x0, replace(batch, cond=cond, null=batch.null.sized_like(cond))
+        return x0, replace(batch, cond=cond, null=batch.null.with_size_of(cond))
 
     def _logits(
         self,

@@ -71,7 +71,7 @@ class SCM(Continuous[SCMConfig]):
         draws = draws.for_role("rollout")
         angle = self.angles(draws.uniform("angle"))
         x = self._noised(images, angle, draws, "eps")
-        velocity = self.teacher(triple, x, angle, cond, batch.null.sized_like(cond))
+        velocity = self.teacher(triple, x, angle, cond, batch.null.with_size_of(cond))
         sample = images
         if self.config.gan.weight > 0:
             other = self.angles(draws.uniform("gan.angle"))

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from stepdistill.methods.guidance.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
-from stepdistill.roles.triple import Mode
+from stepdistill.roles.triple import RoleMode
 
 
 class AGD(GuidanceDistillation[GuidanceDistillationConfig]):
     Config = GuidanceDistillationConfig
     name = "agd"
-    modes: ClassVar[tuple[Mode, ...]] = ("adapter",)
+    modes: ClassVar[tuple[RoleMode, ...]] = ("adapter",)

@@ -158,7 +158,7 @@ class GuidanceDistillation(Method[ConfigT]):
                 raise ValueError("a batch without images reached a loss on them")
             t = NoiseLevels().times(self.schedule, draws.uniform("t"))
             x_t = self.schedule.add_noise(batch.images, draws.normal("eps", batch.images.shape[1:]), t)
-            cond, null = batch.image_cond, batch.null.sized_like(batch.image_cond)
+            cond, null = batch.image_cond, batch.null.with_size_of(batch.image_cond)
             return [guided_state(triple.real_score, x_t, t, cond, null, w)], cond.told(w)
         noise = draws.normal("noise", self.latent_shape(batch))
         walk = guided_trajectory(triple.real_score, batch.cond, batch.null, noise, self._times(draws), w)

@@ -24,7 +24,7 @@ from stepdistill.errors import UserError
 from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Problem, Progress, Rollout, Stage, TensorStore, Terms
 from stepdistill.methods.matching.few_step import FewStep, FewStepConfig
-from stepdistill.roles.deltas import changes, load_changes
+from stepdistill.roles.deltas import load_role_delta, role_delta
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, Triple
 
 TARGET = "target"
@@ -91,7 +91,7 @@ class DisBack(FewStep[DisBackConfig]):
         due = min((progress.stage_iteration + 1) // self.config.record_every, self.targets)
         if self._store is not None and self._is_recording(progress) and self._recorded < due:
             self._digests[self._recorded] = self._store.put(
-                _recorded_score_name(self._recorded + 1), changes(triple, FAKE_SCORE)
+                _recorded_score_name(self._recorded + 1), role_delta(triple, FAKE_SCORE)
             )
             self._recorded += 1
 
@@ -115,7 +115,7 @@ class DisBack(FewStep[DisBackConfig]):
         """
         if index in (0, self._loaded_target) or self._store is None:
             return
-        if not load_changes(triple, TARGET, self._store.get(_recorded_score_name(index), self._digests[index - 1])):
+        if not load_role_delta(triple, TARGET, self._store.get(_recorded_score_name(index), self._digests[index - 1])):
             raise UserError(
                 f"the recorded score {_recorded_score_name(index)!r} equals the target before it, so the path does not lead anywhere: "
                 "raise method.record_every or optimizers.fake_score.lr and start the run afresh"

@@ -288,7 +288,7 @@ class FewStep(FewStepStudent[FewStepConfigT]):
         """The batch with the conditioning of the generated samples: the images' own where rollouts start from images."""
         if self.config.simulate or batch.image_cond is None:
             return batch
-        return replace(batch, cond=batch.image_cond, null=batch.null.sized_like(batch.image_cond))
+        return replace(batch, cond=batch.image_cond, null=batch.null.with_size_of(batch.image_cond))
 
     def recipe(self) -> Recipe:
         return few_step_recipe(self.problem, self.name, self.timesteps, self.transition, self.config.guidance)

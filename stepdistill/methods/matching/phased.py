@@ -30,7 +30,7 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import STUDENT, Batch, Decode, Needs, Problem, Progress, Rollout, Stage, Terms
 from stepdistill.methods.matching.few_step import FewStepStudent, StudentTimestepsConfig
 from stepdistill.methods.student_recipe import few_step_recipe
-from stepdistill.roles.sampler import by_turns, walk
+from stepdistill.roles.sampler import make_expert_predictor, sample_trajectory
 from stepdistill.roles.triple import FAKE_SCORE, GENERATOR, REAL_SCORE, Triple
 
 MAX_WEIGHT = 10.0
@@ -136,10 +136,12 @@ class Phased(FewStepStudent[PhasedConfig]):
         phase, shape = self.phases[progress.stage], self.latent_shape(batch)
         x = draws.for_role("rollout").normal("noise", shape)
         if phase.first:
-            roles = self.recipe().by_step(self.experts(GENERATOR, progress.stage))
-            predict = by_turns(triple, self.timesteps, roles, batch.cond)
+            roles = self.recipe().expert_of_step(self.experts(GENERATOR, progress.stage))
+            predict = make_expert_predictor(triple, self.timesteps, roles, batch.cond)
             with torch.no_grad():
-                steps = walk(predict, self.schedule, x, self.timesteps, self.transition, lambda _: torch.zeros_like(x))
+                steps = sample_trajectory(
+                    predict, self.schedule, x, self.timesteps, self.transition, lambda _: torch.zeros_like(x)
+                )
                 x = next(islice(steps, phase.first - 1, None)).x_s
         end_step_weights = self.config.exit_odds
         x_t, t, x0 = parts.roll_out(

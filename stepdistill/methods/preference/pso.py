@@ -41,7 +41,7 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Needs, Problem, Progress, Rollout, Terms
 from stepdistill.methods.preference.losses import clamp_log_ratios, compute_rewards, log_ratio, pairwise_loss
 from stepdistill.methods.preference.tuning import Tuning, TuningConfig
-from stepdistill.roles.sampler import sample, walk
+from stepdistill.roles.sampler import sample, sample_trajectory
 from stepdistill.roles.triple import Triple
 
 DEFAULT_BETA = {"online": 50.0, "offline": 200.0, "hinge": 5.0}
@@ -185,7 +185,7 @@ class PSO(Tuning[PSOConfig]):
         shape, states, ends, log_probs, rewards = self.latent_shape(batch), [], [], [], []
         for side in ("first", "second"):
             steps = list(
-                walk(
+                sample_trajectory(
                     lambda x, t: triple.generator.x0(x, t, batch.cond),
                     self.schedule,
                     draws.normal(f"{side}.noise", shape),
@@ -256,7 +256,7 @@ class PSO(Tuning[PSOConfig]):
             raise ValueError("a batch without images reached offline pairs")
         cond = batch.image_cond
         if self.config.losers == "prompts":
-            cond = batch.cond.sized_like(cond)
+            cond = batch.cond.with_size_of(cond)
         reference, shape = self.reference(triple), batch.images.shape[1:]
         return sample(
             lambda x, t: reference.x0(x, t, cond),

@@ -25,7 +25,7 @@ from stepdistill.methods import parts
 from stepdistill.methods.base import Batch, Decode, Needs, Problem, Progress, Rollout, Terms
 from stepdistill.methods.preference.losses import reward_loss
 from stepdistill.methods.preference.tuning import Tuning, TuningConfig
-from stepdistill.roles.sampler import walk
+from stepdistill.roles.sampler import sample_trajectory
 from stepdistill.roles.triple import Triple
 
 
@@ -103,7 +103,7 @@ class RewardTuning(Tuning[RewardConfig]):
                 return triple.generator.x0(x_t, t, batch.cond)
 
         steps = list(
-            walk(
+            sample_trajectory(
                 predict,
                 self.schedule,
                 draws.normal("noise", shape),

@@ -13,7 +13,7 @@ from stepdistill.data.images.source import ImageItem
 from stepdistill.data.latents.trajectories import TrajectoryState
 from stepdistill.data.loader import EpochOrder, IndexedItems, Prefetcher, SampledDataset, SequentialOrder
 from stepdistill.diffusion.draws import Draws, derive_seed
-from stepdistill.families.conditioning import ImageSize
+from stepdistill.families.conditioning import MicroConditioning
 from stepdistill.methods.base import Batch
 from stepdistill.roles.sampler import GuidedState
 from stepdistill.training.inputs.encoding import CachedImages, TrainingImage, image_size_of
@@ -83,7 +83,7 @@ class BatchSource:
         own = [self.prompts.index(g) for g in samples] if states is None else [state.prompt for state in states]
         prompts = [setup.prompts[index] for index in own]
         size = self._size(samples)
-        sizes = [ImageSize.plain(*size)] * len(samples)
+        sizes = [MicroConditioning.plain(*size)] * len(samples)
         cond, null = encoder.text(prompts, sizes), encoder.null(sizes)
         batch = Batch(cond, null, latent_shape=setup.info.latent_shape(size), prompts=tuple(prompts))
         if items is not None:
@@ -106,7 +106,7 @@ class BatchSource:
             batch = replace(batch, losers=session.encoder.latents(losers, noise).to(session.dtype))
         return batch
 
-    def _with_pairs(self, batch: Batch, samples: Sequence[int], sizes: Sequence[ImageSize]) -> Batch:
+    def _with_pairs(self, batch: Batch, samples: Sequence[int], sizes: Sequence[MicroConditioning]) -> Batch:
         session, setup = self.session, self.session.setup
         if setup.pairs is None or self.pairs is None:
             raise ValueError("a run without pairs asked for them")

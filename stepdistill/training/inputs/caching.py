@@ -34,9 +34,9 @@ from stepdistill.data.latents.encoding_cache import (
     text_key,
 )
 from stepdistill.errors import UserError
-from stepdistill.families.base import PARTS, Checkpoint, Part, Posterior
+from stepdistill.families.base import ALL_PARTS, Checkpoint, CheckpointPart, Posterior
 from stepdistill.families.checkpoints.loading import fetch_weights, load_checkpoint
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.training.inputs.encoding import CachedImages, RunCaches, conditioning_to_entry, posterior_to_entry
 from stepdistill.training.option_checks import float32_precision
 from stepdistill.training.session import DTYPES, resolve_device
@@ -135,7 +135,7 @@ def open_caches(setup: RunSetup, device: torch.device | str | None = None) -> Ru
     images = None
     if caches.latents is not None and isinstance(setup.images, IndexedImages):
         images = CachedImages(setup.images, caches.latents, caches.contents)
-    parts: set[Part] = set(PARTS)
+    parts: set[CheckpointPart] = set(ALL_PARTS)
     # an evaluation asks for prompts of its own
     if caches.text is not None and setup.config.evaluation is None:
         parts.remove("text")
@@ -239,7 +239,7 @@ def _fill_text(setup: RunSetup, texts: Mapping[str, str], entries: EncodingCache
             return 0
         _log_missing(entries, len(todo), len(texts) + 1, "texts")
         checkpoint = _load(setup, "text", device)
-        sizes = [ImageSize.plain(*setup.problem.size)]
+        sizes = [MicroConditioning.plain(*setup.problem.size)]
         for key, text in tqdm(todo.items(), desc="text", unit="prompt", dynamic_ncols=True):
             is_null, family = key == null, setup.family
             cond = family.null(checkpoint, sizes, text) if is_null else family.encode(checkpoint, [text], sizes)
@@ -286,7 +286,7 @@ def _log_missing(entries: EncodingCache, count: int, total: int, unit: str) -> N
     logger.info("%s: %d of %d %s are not in it yet", entries.path, count, total, unit)
 
 
-def _load(setup: RunSetup, part: Part, device: torch.device) -> Checkpoint:
+def _load(setup: RunSetup, part: CheckpointPart, device: torch.device) -> Checkpoint:
     return load_checkpoint(setup.info, DTYPES[setup.config.model.dtype], device, frozenset({part}))
 
 

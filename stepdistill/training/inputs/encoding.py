@@ -17,8 +17,8 @@ from stepdistill.data.images.indexed import IndexedImages
 from stepdistill.data.images.source import Crop, CropTransform, ImageItem, draw_transform_numbers
 from stepdistill.data.latents.encoding_cache import EncodingCache, image_key, null_key, text_key
 from stepdistill.errors import UserError
-from stepdistill.families.base import Checkpoint, Family, Part, Posterior
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.base import Checkpoint, CheckpointPart, Family, Posterior
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.training.option_checks import float32_precision
 
 
@@ -55,10 +55,10 @@ class Encoder(Protocol):
 
     images: TrainingImages | None
 
-    def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+    def text(self, prompts: Sequence[str], sizes: Sequence[MicroConditioning]) -> Conditioning:
         """Conditioning of B prompts, on the session's device."""
 
-    def null(self, sizes: Sequence[ImageSize]) -> Conditioning:
+    def null(self, sizes: Sequence[MicroConditioning]) -> Conditioning:
         """The unconditional branch for the run's negative prompt, one row per size."""
 
     def latents(self, items: Sequence[TrainingImage], noise: Tensor) -> Tensor:
@@ -82,14 +82,14 @@ class LiveEncoder:
 
     @torch.no_grad()
     @float32_precision(tf32=False)
-    def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+    def text(self, prompts: Sequence[str], sizes: Sequence[MicroConditioning]) -> Conditioning:
         rows = zip(prompts, sizes, strict=True)
         encoded = [self.family.encode(self.checkpoint, [prompt], [size]) for prompt, size in rows]
         return Conditioning.cat(encoded).masked()
 
     @torch.no_grad()
     @float32_precision(tf32=False)
-    def null(self, sizes: Sequence[ImageSize]) -> Conditioning:
+    def null(self, sizes: Sequence[MicroConditioning]) -> Conditioning:
         if self._null is None:
             self._null = self.family.null(self.checkpoint, sizes[:1], self.negative_prompt).masked()
         return with_time_ids(self.family, self._null.expand(len(sizes)), sizes)
@@ -123,17 +123,17 @@ class CachedEncoder:
         self.images = live.images
         self._null = conditioning_from_entry(entries[null_key(live.negative_prompt)]).to(device)
 
-    def text(self, prompts: Sequence[str], sizes: Sequence[ImageSize]) -> Conditioning:
+    def text(self, prompts: Sequence[str], sizes: Sequence[MicroConditioning]) -> Conditioning:
         rows = [self._row(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)]
         return Conditioning.cat(rows)
 
-    def null(self, sizes: Sequence[ImageSize]) -> Conditioning:
+    def null(self, sizes: Sequence[MicroConditioning]) -> Conditioning:
         return with_time_ids(self.live.family, self._null.expand(len(sizes)), sizes)
 
     def latents(self, items: Sequence[TrainingImage], noise: Tensor) -> Tensor:
         return self.live.latents(items, noise)
 
-    def _row(self, prompt: str, size: ImageSize) -> Conditioning:
+    def _row(self, prompt: str, size: MicroConditioning) -> Conditioning:
         key = text_key(prompt)
         if key in self.entries:
             return with_time_ids(self.live.family, conditioning_from_entry(self.entries[key]).to(self.device), [size])
@@ -201,7 +201,7 @@ class RunCaches:
 
     text: EncodingCache | None
     images: CachedImages | None
-    parts: frozenset[Part]
+    parts: frozenset[CheckpointPart]
 
 
 def make_encoder(
@@ -220,12 +220,12 @@ def make_encoder(
     return CachedEncoder(caches.text, live, "text" in caches.parts, device)
 
 
-def image_size_of(crop: Crop) -> ImageSize:
+def image_size_of(crop: Crop) -> MicroConditioning:
     """What a crop conditions a network with."""
-    return ImageSize(crop.original, crop.offset, crop.target)
+    return MicroConditioning(crop.original, crop.offset, crop.target)
 
 
-def with_time_ids(family: Family, cond: Conditioning, sizes: Sequence[ImageSize]) -> Conditioning:
+def with_time_ids(family: Family, cond: Conditioning, sizes: Sequence[MicroConditioning]) -> Conditioning:
     """These rows with the time ids of these sizes."""
     ids = family.time_ids(sizes)
     return replace(cond, time_ids=None if ids is None else ids.to(cond.text.device))

@@ -16,9 +16,9 @@ from torch import Tensor
 from stepdistill.data import appearance as looks
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.timesteps import NoiseLevels
-from stepdistill.families.conditioning import Conditioning, ImageSize
+from stepdistill.families.conditioning import Conditioning, MicroConditioning
 from stepdistill.methods.parts import latent_statistics, score_gap
-from stepdistill.roles.sampler import Noise, student_sample, teacher_sample
+from stepdistill.roles.sampler import StepNoise, student_sample, teacher_sample
 from stepdistill.roles.triple import FAKE_SCORE
 from stepdistill.training.run_folder.logs import GRID, SCORES, grid_path
 from stepdistill.training.session import Session
@@ -40,7 +40,7 @@ def student_latents(session: Session, role: str, cond: Conditioning, noise: Tens
     )
 
 
-def step_noise_from(draws: Draws, noise: Tensor) -> Noise:
+def step_noise_from(draws: Draws, noise: Tensor) -> StepNoise:
     """Fresh noise for the steps of a walk from `noise`."""
     return lambda index: draws.normal(f"fresh{index}", noise.shape[1:])
 
@@ -76,7 +76,7 @@ class Grid:
         self.session, self.folder, self.guidance = session, folder, guidance
         self.writes_images = folder is not None and session.checkpoint.pipeline is not None
         prompts = [setup.prompts[i % len(setup.prompts)] for i in range(count)]
-        sizes = [ImageSize.plain(*setup.problem.size)] * count
+        sizes = [MicroConditioning.plain(*setup.problem.size)] * count
         self.draws = [
             Draws(
                 setup.config.training.seed, 0, "grid", range(k * count, (k + 1) * count), session.device, session.dtype
