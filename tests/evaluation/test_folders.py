@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from PIL import Image
 
 import stepdistill
 from stepdistill.errors import UserError
+from stepdistill.evaluation.images import ImageArray
+from stepdistill.evaluation.metrics.frechet import frechet_of_features
+from stepdistill.evaluation.networks.features import load_extractor
 from stepdistill.rewards import load_reward
 
 CAPTIONS = ["a red bag", "a blue coat", "a white dress"]
@@ -91,3 +95,43 @@ def test_lossy_files_are_an_error_that_names_the_option(folder: Path, tmp_path: 
     Image.new("RGB", (32, 32)).save(folder / "photo.jpg")
     with pytest.raises(UserError, match="or --allow-lossy"):
         stepdistill.evaluate_images(folder, None, tmp_path / "out", metrics=["brightness"])
+
+
+def pictures(count: int, seed: int = 0, tint: int = 0) -> Iterator[ImageArray]:
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        base = rng.integers(0, 200, (1, 1, 3)) + np.array([tint, 0, 0])
+        yield (base + rng.integers(0, 50, (16, 16, 3))).clip(0, 255).astype(np.uint8)
+
+
+def write(folder: Path, images: Iterator[ImageArray]) -> Path:
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:04d}.png")
+    return folder
+
+
+def test_two_folders_of_mixed_sizes_are_measured(tmp_path: Path) -> None:
+    """pytorch-fid 1: unequal sizes in one folder."""
+    a, b = write(tmp_path / "a", pictures(40)), write(tmp_path / "b", pictures(50, 1, 40))
+    Image.fromarray(np.zeros((24, 31, 3), np.uint8)).save(a / "odd.png")
+    report = stepdistill.evaluate_images(
+        a, b, tmp_path / "out", features="random", metrics=["fid", "kid", "prdc"], device="cpu"
+    )
+    found = report.rows[0].metrics
+    assert set(found) == {"fid", "kid", "kid_std", "precision", "recall", "density", "coverage"}
+    images = [*pictures(40), np.zeros((24, 31, 3), np.uint8)]
+    network = load_extractor("random")
+    expected = frechet_of_features(network(images), network(list(pictures(50, 1, 40))))
+    assert found["fid"] == pytest.approx(expected, rel=1e-6)
+    saved = tmp_path / "reference.npz"
+    told = {"features": "random", "metrics": ["fid", "kid"], "device": "cpu"}
+    stepdistill.evaluate_images(b, a, tmp_path / "saving", save_statistics=saved, **told)
+    again = stepdistill.evaluate_images(a, saved, tmp_path / "reading", **told).rows[0].metrics
+    assert again["fid"] == pytest.approx(expected, rel=1e-6)
+    for name in ("report.json", "report.md", "report.html"):
+        assert (tmp_path / "out" / name).stat().st_size > 300
+    with pytest.raises(UserError, match="did you mean 'precision'"):
+        stepdistill.evaluate_images(a, b, tmp_path / "other", features="random", metrics=["precison"])
+    with pytest.raises(UserError, match=r"have no caption .*give --prompts FILE"):
+        stepdistill.evaluate_images(a, b, tmp_path / "other", features="random", metrics=["diversity"])
