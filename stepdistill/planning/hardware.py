@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from stepdistill.config.registry import suggestion_for
@@ -41,16 +42,25 @@ GPUS = (
     Gpu("a6000", 48, 154.8, 77.4, 38.7),
     Gpu("5090", 32, 209.5, 104.8, 104.8),
     Gpu("4090", 24, 165.2, 82.6, 82.6),
+    Gpu("4080", 16, 97.5, 48.7, 48.7),
+    Gpu("4070", 12, 58.3, 29.1, 29.1),
     Gpu("3090", 24, 71.0, 35.6, 35.6),
+    Gpu("3060", 12, 25.5, 12.7, 12.7),
     Gpu("a10", 24, 125.0, 62.5, 31.2),
     Gpu("l4", 24, 121.0, 60.0, 30.3),
+    Gpu("t4", 16, 65.0, 8.1, 8.1),
 )
 
 
 def find_gpu(name: str) -> Gpu:
-    """Raises UserError where the card is not in the list."""
+    """Returns the card of a name as in `GPUS`, or as people write it: `RTX 4090`, `NVIDIA GeForce RTX 3060`, `Tesla T4`.
+
+    Raises:
+        UserError: the card is not in the list.
+    """
     known = {gpu.name: gpu for gpu in GPUS}
-    found = known.get(name.lower().removeprefix("rtx").strip("- "))
+    words = re.sub(r"\b(nvidia|geforce|tesla|quadro|gpu)\b|\brtx(?=\b|\d|a\d)", " ", name.lower()).replace("_", " ")
+    found = known.get("-".join(words.replace("-", " ").split()))
     if found is None:
         raise UserError(f"there are no figures for the card {name!r}: {suggestion_for(name, tuple(known))}")
     return found

@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from stepdistill.config import registry
+from stepdistill.config.registry import METHODS, check_method_name, load_method
 from stepdistill.errors import UserError
 from stepdistill.families.sdxl import SDXL
 
@@ -41,3 +42,16 @@ def test_other_packages_add_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.load_family("sd").name == "sd"
     with pytest.raises(UserError, match="check the module's name"):
         registry.load_family("broken")
+
+
+def test_a_method_may_be_named_by_module_and_class() -> None:
+    target = METHODS["dmd2"]
+    check_method_name(target)
+    assert load_method(target) is load_method("dmd2")
+    for name, said in (
+        ("no.such:Mine", "cannot be imported"),
+        ("json:loads", "not a class of a method"),
+        ("a b:c", "no method"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_method(name)

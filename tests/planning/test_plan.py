@@ -290,3 +290,14 @@ def test_refusals(small: Callable[..., RunConfig]) -> None:
     refusal(lambda: plan(small(), memory_gb=-1), "-1 GB")
     refusal(lambda: plan(with_section_values(small(), "data", images=None)), "data.images")
     assert len({gpu.name for gpu in GPUS}) == len(GPUS)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("RTX 4090", "4090"), ("NVIDIA GeForce RTX 3060", "3060"), ("4070", "4070"), ("rtx4080", "4080"),
+        ("Tesla T4", "t4"), ("RTX A6000", "a6000"), ("A100 40GB", "a100-40gb"), ("NVIDIA H100", "h100"),
+    ],
+)  # fmt: skip
+def test_cards_are_found_by_their_everyday_names(said: str, name: str) -> None:
+    assert find_gpu(said).name == name
