@@ -18,6 +18,7 @@ from stepdistill.methods.base import STUDENT, Batch, Progress, Stage, Terms
 from stepdistill.roles.triple import GENERATOR
 from stepdistill.training.distributed import Processes
 from stepdistill.training.evaluation_hook import EvaluationHook
+from stepdistill.training.global_rng import global_rng_states, restore_global_rng
 from stepdistill.training.inputs.batches import BatchSource, sample_numbers
 from stepdistill.training.iteration import IterationHooks, run_iteration
 from stepdistill.training.monitoring.monitor import Monitor
@@ -324,7 +325,7 @@ class Trainer:
             checkpoints.LOG,
             {key: torch.tensor(value, dtype=torch.float64) for key, value in self.latest_values.items()},
         )
-        yield "rng", self._global_rng()
+        yield "rng", global_rng_states(self.processes)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint, into the existing parameters.
@@ -357,30 +358,12 @@ class Trainer:
             optimizer.load_state_dict(saved.tensors[f"optimizer.{role}"])
         self.method.load_state_dict(saved.tensors["method"])
         self.latest_values = {key: float(value) for key, value in saved.tensors.get(checkpoints.LOG, {}).items()}
-        self._set_global_rng(saved.tensors["rng"])
+        restore_global_rng(saved.tensors["rng"], self.processes)
         found = [int(other) for other in self.processes.gather(torch.tensor([self.counters.iteration]))]
         if len(set(found)) > 1:
             raise UserError(
                 f"the processes resumed at different iterations ({found}): give all machines the same, whole output folder"
             )
-
-    def _global_rng(self) -> dict[str, Tensor]:
-        """States of torch's global generators on every process: nothing of ours draws from them, third parties may."""
-        states = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state()
-        return {
-            f"{device}.{index}": state
-            for device, mine in states.items()
-            for index, state in enumerate(self.processes.gather(mine))
-        }
-
-    def _set_global_rng(self, states: Mapping[str, Tensor]) -> None:
-        """A process that the saved run did not have leaves its generators alone."""
-        if (state := states.get(f"cpu.{self.processes.index}")) is not None:
-            torch.set_rng_state(state)
-        if torch.cuda.is_available() and (state := states.get(f"cuda.{self.processes.index}")) is not None:
-            torch.cuda.set_rng_state(state)
 
     # ---------------------------------------------------------------- looking at the student
 
