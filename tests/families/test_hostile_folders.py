@@ -44,3 +44,21 @@ def test_code_of_a_transformers_folder_does_not_run(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError):
         load_transformers_config(str(tmp_path))
     assert not ran.exists()
+
+
+BOMB = (
+    "[&a0 ["
+    + ",".join("x" * 10)
+    + "]"
+    + "".join(f", &a{i} [" + ",".join([f"*a{i - 1}"] * 10) + "]" for i in range(1, 9))
+    + "]"
+)
+
+
+@pytest.mark.parametrize(
+    "licence", ["2024-99-99", "9" * 6000, "[" * 4000, BOMB], ids=["date", "digits", "nesting", "aliases"]
+)
+def test_a_model_card_that_cannot_be_read_tells_no_licence(copied: Callable[..., Path], licence: str) -> None:
+    folder = copied("sd")
+    (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    assert inspect_checkpoint(folder).licence in (None, licence)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
+from stepdistill.config.yaml_text import parse_yaml
 from stepdistill.errors import UserError
 
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"})
@@ -157,8 +157,8 @@ def licence(folder: Path) -> str | None:
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
-        card = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        card = parse_yaml(parts[1], str(readme))
+    except UserError:  # a card that cannot be read says nothing; the checkpoint is none the worse for it
         return None
     if not isinstance(card, dict) or card.get("license") is None:
         return None
