@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 
 from stepdistill.assets import resolve
+from stepdistill.config.collection import CollectConfig
 from stepdistill.config.registry import load_method
 from stepdistill.config.schema import RunConfig
 from stepdistill.data.prompts import read_prompts
@@ -28,7 +29,7 @@ from stepdistill.files.locks import locked_folder
 from stepdistill.inference.artifact import draw, load_artifact
 from stepdistill.rewards import load_reward
 from stepdistill.roles.triple import RoleMode
-from stepdistill.training.collect import CollectConfig, collect
+from stepdistill.training.collect import collect
 from stepdistill.training.description import describe_run
 from stepdistill.training.distributed import check_launcher, is_sharding_requested
 from stepdistill.training.initialization import find_initial_checkpoint

@@ -99,7 +99,7 @@ def hsv_to_rgb(hsv: NDArray[np.floating]) -> NDArray[np.float32]:
     """RGB in [0, 1] of (..., 3) hue, saturation, value in [0, 1]; hue is taken modulo 1."""
     hue, saturation, value = hsv[..., 0:1], hsv[..., 1:2], hsv[..., 2:3]
     phase = (hue * 6.0 + np.array([5.0, 3.0, 1.0])) % 6.0
-    return (value - value * saturation * np.clip(np.minimum(phase, 4.0 - phase), 0.0, 1.0)).astype(np.float32)
+    return (value - value * saturation * np.clip(np.minimum(phase, 4.0 - phase), 0.0, 1.0)).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def jittered_rgb(
@@ -124,4 +124,4 @@ def render(
     shading = 0.30 + 0.70 * intensity  # never fully black, or a dark garment would lose its colour
     garment = garment_rgb.astype(np.float32)[:, None, None, :] * shading
     image = mask * garment + (1.0 - mask) * background_rgb.astype(np.float32)[:, None, None, :]
-    return np.round(image * 255.0).astype(np.uint8)
+    return np.round(image * 255.0).astype(np.uint8)  # type: ignore[no-any-return]

@@ -74,7 +74,7 @@ class MixtureNetwork(nn.Module):
         class_mask = text[:, 0]
         x0 = self.mixture.x0(x, alpha, sigma, class_mask)
         exact = from_x0_eps(x0, (x - alpha * x0) / sigma, alpha, sigma, self.schedule.prediction)
-        return (exact + self.mlp(torch.cat([x, alpha, sigma, class_mask], 1))).reshape(x_t.shape)
+        return (exact + self.mlp(torch.cat([x, alpha, sigma, class_mask], 1))).reshape(x_t.shape)  # type: ignore[no-any-return]
 
 
 class Analytic(Family):

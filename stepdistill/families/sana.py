@@ -232,7 +232,7 @@ class Sana(TransformerFamily):
         vae: AutoencoderDC = stock_pipeline(checkpoint).vae
         with torch.autocast(latents.device.type, enabled=False):
             images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-        return (images / 2 + 0.5).clamp(0, 1)
+        return (images / 2 + 0.5).clamp(0, 1)  # type: ignore[no-any-return]
 
     # ---------------------------------------------------------------- the test bed
 

@@ -47,7 +47,7 @@ class _Residual(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.conv(nn.functional.silu(self.norm(x)))
+        return x + self.conv(nn.functional.silu(self.norm(x)))  # type: ignore[no-any-return]
 
 
 class Critic(nn.Module):

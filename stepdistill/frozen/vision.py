@@ -132,7 +132,7 @@ class TransformerVision(VisionEncoder):
         self.register_buffer("std", torch.tensor(kind.std).reshape(3, 1, 1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        pixels = resize_and_normalize(images.to(self.mean.dtype), self.side, self.mean, self.std)  # type: ignore[arg-type, union-attr, call-overload]
+        pixels = resize_and_normalize(images.to(self.mean.dtype), self.side, self.mean, self.std)  # type: ignore[arg-type]
         states = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
         return [self._feature_map(states[layer]) for layer in self.layers]
 

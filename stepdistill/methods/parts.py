@@ -120,7 +120,7 @@ def score_gap(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
     """Mean over samples of |mu_fake - mu_real| / |x - mu_real|: to log."""
     # of each sample first: a mean over samples is the same for any division into micro-batches and processes
     gap, own = (fake_x0 - real_x0).detach().flatten(1), (x - real_x0).detach().flatten(1)
-    return (gap.norm(dim=1) / own.norm(dim=1).clamp_min(1e-6)).mean()
+    return (gap.norm(dim=1) / own.norm(dim=1).clamp_min(1e-6)).mean()  # type: ignore[no-any-return]
 
 
 def ramped_guidance(guidance: float, done: int, ramp: int) -> float:

@@ -100,4 +100,4 @@ def _regularized_gram(gram: Tensor, size: Tensor) -> Tensor:
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.solve(matrix, right.double()).to(right.dtype)
+    return torch.linalg.solve(matrix, right.double()).to(right.dtype)  # type: ignore[no-any-return]

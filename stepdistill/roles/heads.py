@@ -32,7 +32,7 @@ class FeatureHead(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features.to(next(self.parameters()).dtype)).flatten(1).mean(1)
+        return self.layers(features.to(next(self.parameters()).dtype)).flatten(1).mean(1)  # type: ignore[no-any-return]
 
 
 class AdaptiveWeight(nn.Module):

@@ -52,7 +52,7 @@ def set_attention_and_memory_format(
         # convolutions alone have such a layout, and a quantised weight is no tensor to be asked for it
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                module.to(memory_format=torch.channels_last)
 
 
 @contextmanager

@@ -82,6 +82,6 @@ def _nf4() -> Callable[[Tensor], Tensor]:
     def convert(weight: Tensor) -> Tensor:
         blocks, rest = divmod(weight.numel(), BLOCK)
         # the scales must divide into blocks as well, and those of a 320 x 320 layer do not divide by 256
-        return weight if rest else to_nf4(weight, BLOCK, math.gcd(blocks, SCALE_BLOCK))  # type: ignore[no-any-return]
+        return weight if rest else to_nf4(weight, BLOCK, math.gcd(blocks, SCALE_BLOCK))
 
     return convert

@@ -224,7 +224,7 @@ def is_matrix(parameter: Tensor) -> bool:
 def _adamw8bit(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     for parameter in parameters:
         check_adamw8bit(parameter.device, parameter.dtype)
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim import AdamW8bit  # type: ignore[attr-defined]
 
     return [AdamW8bit(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)]
 

@@ -164,7 +164,7 @@ def process_device(name: str | None) -> torch.device:
     """Where this process computes: as told, or its own card among several processes'. Raises as `device_of`."""
     state = PartialState(cpu=name == "cpu")
     if name is None and state.num_processes > 1:
-        return state.device
+        return state.device  # type: ignore[no-any-return]
     return resolve_device(name)
 
 

@@ -211,7 +211,7 @@ class PipelineFamily(Family):
         shift, scale = _shift_and_scale(vae, latents)
         with torch.autocast(latents.device.type, enabled=False):
             images = vae.decode(latents / scale + shift).sample
-        return (images / 2 + 0.5).clamp(0, 1)
+        return (images / 2 + 0.5).clamp(0, 1)  # type: ignore[no-any-return]
 
 
 def stock_pipeline(checkpoint: Checkpoint) -> Any:

@@ -48,7 +48,7 @@ class TransformerFamily(PipelineFamily):
 
     def feature_map(self, network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
         height, width = (side // network.config.patch_size for side in x_t.shape[-2:])  # type: ignore[union-attr, operator]
-        return self.tokens(output).transpose(1, 2).unflatten(2, (height, width))
+        return self.tokens(output).transpose(1, 2).unflatten(2, (height, width))  # type: ignore[no-any-return]
 
     def feature_channels(self, info: CheckpointInfo) -> int:
         return int(info.network_config["num_attention_heads"]) * int(info.network_config["attention_head_dim"])

@@ -75,7 +75,7 @@ class CM(Consistency[CMConfig]):
             return math.ceil(math.sqrt(k / config.curriculum_iterations * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
         if config.curriculum == "doubling":
             every = max(1, int(config.curriculum_iterations / (math.log2(s1 // s0) + 1)))
-            return min(s0 * 2 ** (k // every), s1) + 1
+            return min(s0 * 2 ** (k // every), s1) + 1  # type: ignore[no-any-return]
         return config.points
 
     def grid(self, progress: Progress) -> Tensor:

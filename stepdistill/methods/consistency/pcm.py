@@ -58,7 +58,7 @@ class PCM(Consistency[PCMConfig]):
         if steps % phases:
             raise UserError(f"method.steps is {steps} and method.phases is {phases}: give a multiple of the phases")
         index = [*segment_edges(self.config.points, steps).tolist()[1:], self.config.points]
-        return self.grid(Progress())[index].flip(0).tolist()  # type: ignore[no-any-return]
+        return self.grid(Progress())[index].flip(0).tolist()
 
     # ---------------------------------------------------------------- the adversary
 

@@ -57,7 +57,7 @@ class RunTensorStore:
             ) from None
         if not torch.equal(_digest(content), digest.cpu()):
             raise UserError(f"{str(path)!r} is not what the method kept there: put it back, or start the run afresh")
-        return load(content)
+        return load(content)  # type: ignore[no-any-return]
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
