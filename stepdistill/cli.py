@@ -239,6 +239,9 @@ def sample(
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, dpm++2m, lcm, tcd or unipc.")] = None,
 ) -> None:
     """Draw images with a model, and a LoRA if one is given: PNG files and a grid."""
+    from stepdistill.api.arguments import check_sample_arguments
+
+    check_sample_arguments(prompt, prompts, width, height)
     from stepdistill.api import training as api
 
     paths = api.sample(
@@ -310,6 +313,10 @@ def compare(
     ] = None,
 ) -> None:
     """Put two reports into one table; an error if their protocols differ."""
+    from stepdistill.evaluation.reports.report import Report
+
+    for place in (first, second):
+        Report.read(place)
     from stepdistill.api import evaluating
 
     typer.echo(evaluating.compare(first, second, output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -333,3 +334,26 @@ def test_options_of_a_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert RunConfig.model_validate(shown) == RunConfig.model_validate(said)
     assert "  rank: 64  # int > 0 <= 65536; LoRA rank" in text
     assert "#   every:   # int > 0 <= 1000000000, required; iterations between evaluations" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train nothing.yaml", "cache nothing.yaml", "plan nothing.yaml", "collect pairs nothing.yaml --output x",
+        "export nothing --output x", "sample nothing --prompt a --output x", "sample builtin:teacher --output x",
+        "evaluate nothing --output x", "compare nothing neither",
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_before_torch_is_imported(arguments: str, tmp_path: Path) -> None:
+    script = (
+        "import sys; from stepdistill import cli\n"
+        f"sys.argv = ['stepdistill', *{arguments.split()!r}]\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules, 'diffusers' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(stepdistill.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["2", "False", "False"]
+    assert done.stderr.count("\n") == 1

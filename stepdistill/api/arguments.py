@@ -14,6 +14,7 @@ from stepdistill.config.reading import read_settings
 from stepdistill.config.registry import check_method_name
 from stepdistill.config.schema import RunConfig, load_config
 from stepdistill.data.prompts import check_prompt_source
+from stepdistill.errors import UserError
 from stepdistill.files.outputs import check_folder_is_writable
 from stepdistill.files.sources import check_source_exists
 
@@ -47,3 +48,15 @@ def read_collect_config(path: Path, overrides: list[str] | None, output: Path) -
     check_prompt_source(config.prompts)
     check_folder_is_writable(output)
     return config
+
+
+def check_sample_arguments(prompt: str | None, prompts: str | None, width: int | None, height: int | None) -> None:
+    """Checks which arguments of `sample` go together.
+
+    Raises:
+        UserError: no prompt or two sources of prompts, or one side of the size without the other.
+    """
+    if (prompt is None) == (prompts is None):
+        raise UserError("exactly one of --prompt and --prompts is needed: give a text, or a file of prompts")
+    if (width is None) != (height is None):
+        raise UserError("--width and --height go together: give both or neither")

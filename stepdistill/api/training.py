@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 
+from stepdistill.api.arguments import check_sample_arguments
 from stepdistill.assets import resolve
 from stepdistill.config.collection import CollectConfig
 from stepdistill.config.registry import load_method
@@ -191,10 +192,7 @@ def sample(
     """
     folder = Path(output)
     check_output_folder(folder)
-    if (prompt is None) == (prompts is None):
-        raise UserError("exactly one of --prompt and --prompts is needed: give a text, or a file of prompts")
-    if (width is None) != (height is None):
-        raise UserError("--width and --height go together: give both or neither")
+    check_sample_arguments(prompt, prompts, width, height)
     listed = [prompt] if prompt is not None else list(read_prompts(str(prompts)).texts)
     texts = [text for text in listed for _ in range(num_images)]
     artifact = load_artifact(
