@@ -138,8 +138,8 @@ import os
 from pathlib import Path
 from stepdistill.cli import main
 from stepdistill.training import collect
-seeds, walks = [], collect._Teacher.walks
-collect._Teacher.walks = lambda self, texts, own, keep: seeds.extend(own) or walks(self, texts, own, keep)
+seeds, walks = [], collect._TeacherSource.draw_trajectories
+collect._TeacherSource.draw_trajectories = lambda self, texts, own, keep: seeds.extend(own) or walks(self, texts, own, keep)
 try:
     main()
 finally:

@@ -497,7 +497,7 @@ from stepdistill.training.setup import prepare
 state = PartialState(cpu=True)
 asked, load = [], caching.load_checkpoint
 caching.load_checkpoint = lambda *arguments: asked.append(1) or load(*arguments)
-warm = caching.warm(prepare(load_config(sys.argv[1])), "cpu")
+warm = caching.open_caches(prepare(load_config(sys.argv[1])), "cpu")
 Path(sys.argv[2], f"rank{state.process_index}").write_text(f"{state.num_processes} {len(asked)} {len(warm.text)}")
 """
     )
